@@ -1,0 +1,39 @@
+# Everything runs in .venv, made on first use. `make CONSTRAINTS= ...` installs the newest versions instead.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+          $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+.PHONY: demo test lint format clean
+
+demo: .venv/.demo
+	.venv/bin/python examples/retrofit_llama.py
+
+test: .venv/.test
+	.venv/bin/python -m pytest -n auto
+
+lint: .venv/.lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.lint
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv demo_output
+
+# torch first and alone: whatever depends on it then takes this build as it is.
+.venv/.torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	touch $@
+
+.venv/.demo .venv/.test: .venv/.%: .venv/.torch pyproject.toml
+	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+.venv/.lint: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(INSTALL) ruff
+	touch $@
