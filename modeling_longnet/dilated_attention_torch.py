@@ -1,0 +1,385 @@
+"""The portable backend: plain PyTorch on any device, time and memory linear in the length.
+
+Every piece of the reach (``dilated_attention_pieces``) is an attention call on strided views of the inputs, made by the
+fused kernel that PyTorch has for the device, and folded into running ``(out, lse)`` accumulators. The backward needs no
+merging at all: the gradient of one softmax over all pieces is each piece's ordinary attention backward, given the
+*final* out and lse.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
+from .dilation_pattern import DilationPattern
+
+
+# The plain kernel works on at most this many scores at a time.
+SCORES_PER_CHUNK = 2**22
+# Fused CUDA kernels put the batch into a grid dimension of at most 65,535.
+BLOCKS_PER_CALL = 2**15
+
+
+def torch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: DilationPattern,
+    *,
+    is_causal: bool,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute dilated attention by SDPA-class kernels on strided views.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key, value: ``[B, G, L, D]``.
+        pattern: the branches and their rules.
+        attention_mask: ``[B, L]`` bool, None if all tokens are real.
+        cu_seqlens: ``[n + 1]`` integer for packed documents in one row, or None.
+        is_causal, scale, dropout: as in ``dilated_attention``.
+
+    Returns:
+        ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once.
+    """
+    documents = _documents(query, attention_mask, cu_seqlens)
+    # Drawn from the global generator so that torch.manual_seed, and a checkpoint's replay, give the same mask again.
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return _TorchAttention.apply(query, key, value, pattern, documents, is_causal, scale, dropout, seed)
+
+
+def _documents(
+    query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> list[tuple[slice, slice | Tensor]]:
+    """List the documents as (rows of the batch, their tokens): a slice where contiguous, else an index tensor."""
+    if cu_seqlens is not None:
+        edges = cu_seqlens.tolist()
+        return [(slice(0, 1), slice(low, high)) for low, high in zip(edges, edges[1:]) if high > low]
+    if attention_mask is None:
+        return [(slice(None), slice(None))]
+    documents = []
+    for b, row in enumerate(attention_mask.cpu()):
+        tokens = row.nonzero().flatten()
+        if len(tokens) == 0:
+            continue
+        low, high = int(tokens[0]), int(tokens[-1]) + 1
+        contiguous = high - low == len(tokens)
+        documents.append((slice(b, b + 1), slice(low, high) if contiguous else tokens.to(query.device)))
+    return documents
+
+
+class _TorchAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, pattern, documents, is_causal, scale, dropout, seed):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+        lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
+        call = _Call(pattern, is_causal, scale, dropout, seed)
+        for rows, tokens in documents:
+            document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
+            _document_forward(call, *document)
+            if isinstance(tokens, Tensor):  # indexing copied: put the results back
+                out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.call, ctx.documents = call, documents
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, out, lse = ctx.saved_tensors
+        gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grad_out = grad_out.contiguous()
+        for rows, tokens in ctx.documents:
+            pick = lambda x: None if x is None else x[rows, :, tokens]  # noqa: B023, E731
+            document = [pick(x) for x in gradients]
+            _document_backward(
+                ctx.call, *document, *(pick(x) for x in (query, key, value, out, lse, grad_out, grad_lse))
+            )
+            if isinstance(tokens, Tensor):
+                for gradient, result in zip(gradients, document):
+                    gradient[rows, :, tokens] = result
+        return *(g.to(x.dtype) for g, x in zip(gradients, (query, key, value))), *[None] * 6
+
+
+class _Call:
+    """What stays the same over all pieces of one call."""
+
+    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float, seed: int):
+        self.pattern, self.is_causal, self.scale, self.dropout, self.seed = pattern, is_causal, scale, dropout, seed
+
+    def views(self, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
+        """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""
+        for i, offsets in enumerate(self.pattern.offsets(num_kv_heads)):
+            for offset in sorted(set(offsets)):
+                kv_heads = [g for g, s in enumerate(offsets) if s == offset]
+                for piece in reach_pieces(self.pattern, i, offset, length, self.is_causal):
+                    yield from _piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
+
+
+class _View:
+    """One piece for some heads and rows of the batch: how to see it in a tensor, as ``[N, heads, rows, D]``."""
+
+    def __init__(self, query: Rows, key: Rows, shape: str, batch: range, q_heads: range, kv_heads: range):
+        self.query_rows, self.key_rows, self.shape = query, key, shape
+        self.batch, self.q_heads, self.kv_heads = batch, q_heads, kv_heads
+
+    def of_query(self, x: Tensor) -> Tensor:
+        """View ``[B, H, L, ...]`` as ``[blocks or batch, heads or residues, rows, ...]``."""
+        return self._view(x, self.query_rows, self.q_heads)
+
+    def of_key(self, x: Tensor) -> Tensor:
+        """View ``[B, G, L, ...]`` likewise."""
+        return self._view(x, self.key_rows, self.kv_heads)
+
+    def _view(self, x: Tensor, rows: Rows, heads: range) -> Tensor:
+        stride_b, stride_h, stride_l = x.stride()[:3]
+        outer = (rows.blocks, rows.block_stride * stride_l)
+        if len(self.batch) > 1:
+            outer = (len(self.batch), stride_b)
+        inner = (len(heads), heads.step * stride_h)
+        if rows.residues > 1:
+            inner = (rows.residues, stride_l)
+        start = self.batch.start * stride_b + heads.start * stride_h + rows.start * stride_l
+        sizes, strides = zip(outer, inner, (rows.rows, rows.stride * stride_l))
+        return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), x.storage_offset() + start)
+
+
+def _piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> Iterator[_View]:
+    """Split a piece until each part is a 4-D view: one stride for the blocks or batch, one for heads or residues."""
+    query, key, shape = piece
+    if query.blocks == 1:
+        parts = [(query, key, range(batch))]
+    else:
+        parts = [
+            (
+                query._replace(start=query.start + first * query.block_stride, blocks=blocks),
+                key._replace(start=key.start + first * key.block_stride, blocks=blocks),
+                range(b, b + 1),
+            )
+            for b in range(batch)
+            for first in range(0, query.blocks, BLOCKS_PER_CALL)
+            for blocks in [min(BLOCKS_PER_CALL, query.blocks - first)]
+        ]
+    if query.residues > 1:
+        heads = [(range(h, h + 1), range(g, g + 1)) for g in kv_heads for h in range(g * group, (g + 1) * group)]
+    else:
+        step = kv_heads[1] - kv_heads[0] if len(kv_heads) > 1 else 1
+        evenly = kv_heads == list(range(kv_heads[0], kv_heads[0] + step * len(kv_heads), step))
+        if evenly and (step == 1 or group == 1):
+            kv = range(kv_heads[0], kv_heads[-1] + 1, step)
+            heads = [(range(kv.start * group, (kv_heads[-1] + 1) * group, step), kv)]
+        else:
+            heads = [(range(g * group, (g + 1) * group), range(g, g + 1)) for g in kv_heads]
+    for part_query, part_key, rows in parts:
+        for q_heads, one_kv_heads in heads:
+            yield _View(part_query, part_key, shape, rows, q_heads, one_kv_heads)
+
+
+def _document_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Fold every piece into the accumulators ``out [B, H, L, D]`` and ``lse [B, H, L]``, in place."""
+    batch, num_heads, length, _ = query.shape
+    for index, view in enumerate(call.views(length, batch, num_heads, key.shape[1])):
+        q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
+        if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
+            q, k, v = (x.flip(2) for x in (q, k, v))
+        kernel = _kernel(call, q, None, index)
+        piece_out, piece_lse = kernel.forward(q, k, v, view.shape != FULL)
+        if view.shape == UPPER:
+            piece_out, piece_lse = piece_out.flip(2), piece_lse.flip(2)
+        view_out, view_lse = view.of_query(out), view.of_query(lse)
+        total = torch.logaddexp(view_lse, piece_lse)
+        view_out.mul_(torch.exp(view_lse - total)[..., None])
+        view_out.addcmul_(piece_out.to(out.dtype), torch.exp(piece_lse - total)[..., None])
+        view_lse.copy_(total)
+
+
+def _document_backward(
+    call: _Call,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> None:
+    """Add every piece's gradients to ``grad_query``, ``grad_key`` and ``grad_value``, in place."""
+    batch, num_heads, length, _ = query.shape
+    for index, view in enumerate(call.views(length, batch, num_heads, key.shape[1])):
+        inputs = [view.of_query(query), view.of_key(key), view.of_key(value)]
+        inputs += [view.of_query(x) for x in (out, lse, grad_out)]
+        piece_grad_lse = None if grad_lse is None else view.of_query(grad_lse)
+        if view.shape == UPPER:
+            inputs = [x.flip(2) for x in inputs]
+            piece_grad_lse = None if piece_grad_lse is None else piece_grad_lse.flip(2)
+        kernel = _kernel(call, inputs[0], piece_grad_lse, index)
+        gradients = kernel.backward(*inputs, view.shape != FULL)
+        if view.shape == UPPER:
+            gradients = [x.flip(2) for x in gradients]
+        for total, piece in zip(
+            (view.of_query(grad_query), view.of_key(grad_key), view.of_key(grad_value)), gradients
+        ):
+            total.add_(piece)
+
+
+def _kernel(call: _Call, query: Tensor, grad_lse: Tensor | None, index: int):
+    """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
+    if call.dropout or grad_lse is not None:
+        return _PlainKernel(call.scale, call.dropout, call.seed + index, grad_lse)
+    if query.device.type == "cpu":
+        return _CpuFlashKernel(call.scale)
+    head_dim = query.shape[-1]
+    if query.device.type == "cuda" and head_dim % 8 == 0 and _rows_are_aligned(query):
+        if query.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256:
+            return _CudaFlashKernel(call.scale)
+        if query.dtype == torch.float32:
+            return _CudaEfficientKernel(call.scale)
+    return _PlainKernel(call.scale)
+
+
+def _rows_are_aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, as the CUDA kernels' vector loads need."""
+    offsets = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return all(offset % 16 == 0 for offset in offsets)
+
+
+class _CpuFlashKernel:
+    """PyTorch's flash attention for CPU: every dtype, grouped heads, strided inputs."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=self.scale)
+
+    def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, is_causal, scale=self.scale
+        )
+
+
+class _CudaFlashKernel:
+    """PyTorch's FlashAttention for CUDA, half precision."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        k, v = (_repeat_heads(x, q) for x in (k, v))
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=self.scale)[:2]
+
+    def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        no_state = torch.empty(0, dtype=torch.uint64, device=q.device)
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad_out, q, _repeat_heads(k, q), _repeat_heads(v, q), out, lse.contiguous(), None, None,
+            q.shape[2], k.shape[2], 0.0, is_causal, no_state, no_state, scale=self.scale,
+        )  # fmt: skip
+        return grad_q, _sum_heads(grad_k, k), _sum_heads(grad_v, v)
+
+
+class _CudaEfficientKernel:
+    """PyTorch's memory-efficient attention for CUDA, float32."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        k, v = (_repeat_heads(x, q) for x in (k, v))
+        out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, is_causal, scale=self.scale
+        )
+        return out, lse[:, :, : q.shape[2]]
+
+    def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernel reads lse rows padded to a multiple of 32; +inf gives the padding probability 0.
+        lse = torch.nn.functional.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
+        no_state = torch.empty((), dtype=torch.int64, device=q.device)
+        grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            grad_out, q, _repeat_heads(k, q), _repeat_heads(v, q), None, out, lse, no_state, no_state, 0.0,
+            [True, True, True, False], is_causal, scale=self.scale,
+        )  # fmt: skip
+        return grad_q, _sum_heads(grad_k, k), _sum_heads(grad_v, v)
+
+
+def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Repeat KV heads ``[N, G, J, D]`` to the query's ``[N, H, J, D]`` for kernels without grouped heads."""
+    repeats = query.shape[1] // x.shape[1]
+    return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
+
+
+def _sum_heads(grad: Tensor, x: Tensor) -> Tensor:
+    """Undo ``_repeat_heads`` on a gradient."""
+    return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+class _PlainKernel:
+    """Matrix products in chunks of bounded size: any device and dtype, dropout, and gradients through lse."""
+
+    def __init__(self, scale: float, dropout: float = 0.0, seed: int = 0, grad_lse: Tensor | None = None):
+        self.scale, self.dropout, self.seed, self.grad_lse = scale, dropout, seed, grad_lse
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
+        lse = torch.empty(q.shape[:-1], dtype=dtype, device=q.device)
+        for blocks, rows, scores, keep in self._chunks(q, k, is_causal):
+            chunk_lse = scores.logsumexp(-1)  # [n, G, R, rows]
+            weights = torch.exp(scores - chunk_lse[..., None]) * keep
+            out[blocks, :, rows] = (weights @ v[blocks, :, None].to(dtype)).flatten(1, 2)
+            lse[blocks, :, rows] = chunk_lse.flatten(1, 2)
+        return out, lse
+
+    def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = lse.dtype
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)  # [n, H, A]
+        if self.grad_lse is not None:
+            delta = delta - self.grad_lse
+        grouped = lambda x: x.unflatten(1, (k.shape[1], -1))  # noqa: E731  [n, H, ...] -> [n, G, R, ...]
+        for blocks, rows, scores, keep in self._chunks(q, k, is_causal):
+            weights = torch.exp(scores - grouped(lse[blocks, :, rows])[..., None])  # [n, G, R, rows, J]
+            grad = grouped(grad_out[blocks, :, rows].to(dtype))
+            grad_v[blocks] += ((weights * keep).mT @ grad).sum(2)
+            grad_scores = grad @ v[blocks, :, None].to(dtype).mT * keep
+            grad_scores = weights * (grad_scores - grouped(delta[blocks, :, rows])[..., None]) * self.scale
+            grad_q[blocks, :, rows] = (grad_scores @ k[blocks, :, None].to(dtype)).flatten(1, 2)
+            grad_k[blocks] += (grad_scores.mT @ grouped(q[blocks, :, rows].to(dtype))).sum(2)
+        return grad_q, grad_k, grad_v
+
+    def _chunks(self, q: Tensor, k: Tensor, is_causal: bool) -> Iterator[tuple[slice, slice, Tensor, Tensor | float]]:
+        """Yield (blocks, rows, scores ``[n, G, R, rows, J]``, dropout factors); the same each time it is called."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        generator = torch.Generator(q.device).manual_seed(self.seed) if self.dropout else None
+        num_blocks, num_heads, num_rows, _ = q.shape
+        row_scores = num_heads * k.shape[2]
+        rows_per_chunk = min(num_rows, max(1, SCORES_PER_CHUNK // row_scores))
+        blocks_per_chunk = max(1, SCORES_PER_CHUNK // (row_scores * rows_per_chunk))
+        columns = torch.arange(k.shape[2], device=q.device)
+        for first_block in range(0, num_blocks, blocks_per_chunk):
+            blocks = slice(first_block, first_block + blocks_per_chunk)
+            keys = k[blocks, :, None].to(dtype)
+            for first_row in range(0, num_rows, rows_per_chunk):
+                rows = slice(first_row, min(first_row + rows_per_chunk, num_rows))
+                queries = q[blocks, :, rows].to(dtype).unflatten(1, (k.shape[1], -1))
+                scores = queries @ keys.mT * self.scale
+                if is_causal:
+                    future = columns > torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+                    scores = scores.masked_fill(future, float("-inf"))
+                keep: Tensor | float = 1.0
+                if self.dropout:
+                    keep = torch.rand(scores.shape, generator=generator, device=q.device, dtype=dtype)
+                    keep = (keep >= self.dropout).to(dtype) / (1 - self.dropout)
+                yield blocks, rows, scores, keep

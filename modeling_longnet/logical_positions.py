@@ -1,0 +1,36 @@
+"""Logical positions: the index of a real token inside its own document, from a padding mask or packed lengths."""
+
+import torch
+from torch import Tensor
+
+
+PADDING = -1  # the "position" of a token that takes part in nothing
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Number the real tokens of each row from 0, whatever the padding around (or between) them.
+
+    Args:
+        attention_mask: ``[B, L]`` bool or integer, nonzero = real token.
+
+    Returns:
+        ``[B, L]`` int64, ``PADDING`` (-1) where the mask is zero.
+    """
+    real = attention_mask != 0
+    return torch.where(real, real.long().cumsum(-1) - 1, PADDING)
+
+
+def positions_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Number the tokens of packed documents, each from 0.
+
+    Args:
+        cu_seqlens: ``[n + 1]`` integer, where each document starts, and last the total ``length``.
+        length: number of tokens in the row.
+
+    Returns:
+        ``(positions, documents)``, each ``[1, length]`` int64: the position inside the document, and its index.
+    """
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    documents = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
+    return (tokens - starts[documents])[None], documents[None]
