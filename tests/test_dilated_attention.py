@@ -1,0 +1,662 @@
+"""The operator on every backend: equal to the oracle, forward and gradient, and the theorems of its contract."""
+
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from strategies import Call, calls
+from torch import Tensor
+from torch.testing import assert_close
+
+from modeling_longnet import DilationPattern, dilated_attention
+
+
+# The backends that compute in float64, where equality with the oracle means 1e-12.
+every_backend = pytest.mark.parametrize("backend", ["eager", "torch"])
+# All (backend, device) pairs, for the tests with tolerances of the lower precisions.
+every_device = pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("eager", "cpu"),
+        ("torch", "cpu"),
+        pytest.param("eager", "cuda", marks=pytest.mark.gpu),
+        pytest.param("torch", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+PAPER = DilationPattern.preset("paper", (8, 16, 32), (1, 2, 4))
+PAPER_RATES = DilationPattern.preset("paper", (16, 32, 64, 128, 256), (1, 2, 4, 6, 12))
+TORCHSCALE = DilationPattern.preset("torchscale", (8, 16, 32), (1, 2, 4))
+RETROFIT = DilationPattern.preset("retrofit", (8, 16, 32), (1, 2, 4))
+# Rate 5 exceeds segment length 3: the heads of offset 3 and 4 keep nothing there, and 7 divides neither 24 nor 40.
+UNEVEN = DilationPattern((3, 24, 40), (5, 7, 3), window="sliding", dilate_queries=False)
+SPARSE = DilationPattern((12,), (5,))
+every_pattern = pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(PAPER, id="paper"),
+        pytest.param(PAPER_RATES, id="paper-rates"),
+        pytest.param(TORCHSCALE, id="torchscale"),
+        pytest.param(RETROFIT, id="retrofit"),
+        pytest.param(replace(RETROFIT, dilate_queries=True, window="segment"), id="segments-once"),
+        pytest.param(UNEVEN, id="uneven"),
+        pytest.param(SPARSE, id="sparse"),
+    ],
+)
+causal_or_not = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+
+
+@contextmanager
+def poisoned_memory():
+    """Fill uninitialised tensors with NaN, so that whoever reads one before writing it shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def evaluate(function, tensors, cotangent: Tensor, lse_cotangent: Tensor | None = None) -> dict[str, Tensor]:
+    """Run a function of (query, key, value) that returns (output, lse) and pull cotangents back through it.
+
+    Args:
+        cotangent: ``[B, H, L, D]``, the gradient that arrives at the output.
+        lse_cotangent: ``[B, H, L]``, the one that arrives at the lse; None: the lse takes no part.
+    """
+    out, lse = function(*tensors)
+    outputs, cotangents = [out], [cotangent]
+    if lse_cotangent is not None:
+        outputs, cotangents = [out, lse], [cotangent, lse_cotangent]
+    dq, dk, dv = torch.autograd.grad(outputs, tensors, cotangents)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def operator(pattern: DilationPattern, backend: str, **options):
+    """Return dilated attention as a function of (query, key, value) that gives (output, lse)."""
+    return lambda q, k, v: dilated_attention(q, k, v, pattern, backend=backend, return_lse=True, **options)
+
+
+def by_definition(pattern: DilationPattern, **options):
+    """Return the oracle as a function of (query, key, value) that gives (output, lse)."""
+    return lambda q, k, v: oracle.dilated_attention(q, k, v, **asdict(pattern), **options)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance) -> None:
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **(tolerance or EXACT))
+
+
+def random_call(pattern: DilationPattern, length: int, **fields) -> Call:
+    fields = {"batch": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "seed": 3} | fields
+    return Call(pattern, length=length, **fields)
+
+
+# Equality with the definition
+
+
+@every_backend
+@settings(max_examples=120)
+@given(calls())
+@example(random_call(PAPER, 0))
+@example(random_call(RETROFIT, 1, is_causal=False))
+@example(random_call(UNEVEN, 60, num_kv_heads=8, padding=((0,) * 60, (1, 0) * 30)))
+@example(random_call(RETROFIT, 70, batch=1, boundaries=(0, 0, 33, 33, 70, 70)))
+def test_output_and_gradients_equal_the_definition(backend, call):
+    tensors, (cotangent, _) = call.tensors(), call.cotangents()
+    expected = evaluate(by_definition(call.pattern, **call.options()), tensors, cotangent)
+    with poisoned_memory():
+        actual = evaluate(operator(call.pattern, backend, **call.options()), tensors, cotangent)
+    assert_same(actual, expected)
+
+
+@every_backend
+@settings(max_examples=120)
+@given(calls())
+def test_gradients_through_the_lse_equal_the_definition(backend, call):
+    tensors, cotangents = call.tensors(), call.cotangents()
+    expected = evaluate(by_definition(call.pattern, **call.options()), tensors, *cotangents)
+    with poisoned_memory():
+        actual = evaluate(operator(call.pattern, backend, **call.options()), tensors, *cotangents)
+    assert_same(actual, expected)
+
+
+@every_backend
+@every_pattern
+@causal_or_not
+def test_longer_inputs_than_the_longest_segment_equal_the_definition(backend, pattern, is_causal):
+    call = random_call(pattern, 141, batch=1, num_heads=4, num_kv_heads=4, is_causal=is_causal)
+    tensors, (cotangent, _) = call.tensors(), call.cotangents()
+    expected = evaluate(by_definition(pattern, is_causal=is_causal), tensors, cotangent)
+    assert_same(evaluate(operator(pattern, backend, is_causal=is_causal), tensors, cotangent), expected)
+
+
+@every_backend
+def test_huge_scores_neither_overflow_nor_lose_the_smaller_branch(backend):
+    # Scores reach 1e5: far beyond what exp takes, and each branch's best key differs by thousands.
+    call = random_call(PAPER, 40)
+    query, key, value = (x.detach() for x in call.tensors())
+    tensors = [x.requires_grad_() for x in (query * 300, key * 100, value)]
+    expected = evaluate(by_definition(PAPER), tensors, *call.cotangents())
+    # One rounding of a score of 1e5 moves its weight by 1e-11, and gradients carry the factor 300.
+    assert_same(evaluate(operator(PAPER, backend), tensors, *call.cotangents()), expected, rtol=1e-8, atol=1e-8)
+
+
+# Theorem 1
+
+
+@every_backend
+@causal_or_not
+@pytest.mark.parametrize("window", ["segment", "sliding"])
+@pytest.mark.parametrize("count_overlaps", [True, False])
+@pytest.mark.parametrize("dilate_queries", [True, False])
+def test_one_undilated_branch_over_the_whole_input_is_ordinary_attention(
+    backend, is_causal, window, count_overlaps, dilate_queries
+):
+    for segment_length in (37, 1000):
+        pattern = DilationPattern(
+            [segment_length], [1], count_overlaps=count_overlaps, dilate_queries=dilate_queries, window=window
+        )
+        assert_is_ordinary_attention(pattern, backend, is_causal, length=37)
+
+
+# Theorem 2
+
+
+@every_backend
+@causal_or_not
+@pytest.mark.parametrize("length", [1, 13, 32])
+def test_retrofit_within_the_first_window_is_ordinary_attention(backend, is_causal, length):
+    pattern = DilationPattern.geometric(32, 256, preset="retrofit")
+    assert_is_ordinary_attention(pattern, backend, is_causal, length)
+
+
+def assert_is_ordinary_attention(pattern: DilationPattern, backend: str, is_causal: bool, length: int) -> None:
+    call = random_call(pattern, length)
+    tensors, (cotangent, _) = call.tensors(), call.cotangents()
+
+    out = F.scaled_dot_product_attention(*tensors, is_causal=is_causal, enable_gqa=True)
+    gradients = torch.autograd.grad(out, tensors, cotangent)
+    expected = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
+    assert_same(evaluate(operator(pattern, backend, is_causal=is_causal), tensors, cotangent), expected)
+
+
+# Theorem 3
+
+
+def each_alone(pattern: DilationPattern, backend: str, tensors, cotangents, pieces, **options) -> dict[str, Tensor]:
+    """Compute every document as a batch of one and put the results back; padding keeps 0, and -inf as its lse."""
+    query, key, value = tensors
+    expected = {name: torch.zeros_like(x) for name, x in zip(("out", "dq", "dk", "dv"), (query, query, key, value))}
+    expected["lse"] = torch.full(query.shape[:3], -torch.inf, dtype=query.dtype)
+    for row, tokens in pieces:
+        document = [x.detach()[row, None, :, tokens].clone().requires_grad_() for x in tensors]
+        alone = evaluate(
+            operator(pattern, backend, **options), document, *(x[row, None, :, tokens] for x in cotangents)
+        )
+        for name, tensor in alone.items():
+            expected[name][row, :, tokens] = tensor[0]
+    return expected
+
+
+@every_backend
+@every_pattern
+@causal_or_not
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.uint8])
+def test_a_padded_row_equals_the_row_alone(backend, pattern, is_causal, mask_dtype):
+    length = 45
+    spans = [(0, slice(0, 45)), (1, slice(9, 45)), (2, slice(0, 36)), (3, slice(9, 27)), (4, slice(44, 45))]
+    mask = torch.zeros(6, length, dtype=mask_dtype)  # the last row is padding throughout
+    for row, real in spans:
+        mask[row, real] = True if mask_dtype == torch.bool else 7
+
+    call = random_call(pattern, length, batch=6)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    expected = each_alone(pattern, backend, tensors, cotangents, spans, is_causal=is_causal)
+    padded = operator(pattern, backend, is_causal=is_causal, attention_mask=mask)
+    assert_same(evaluate(padded, tensors, *cotangents), expected)
+
+
+@every_backend
+@every_pattern
+@causal_or_not
+def test_a_packed_document_equals_the_document_alone(backend, pattern, is_causal):
+    edges = [0, 0, 7, 40, 41, 41, 77]
+    spans = [(0, slice(low, high)) for low, high in zip(edges, edges[1:]) if high > low]
+    call = random_call(pattern, edges[-1], batch=1)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    expected = each_alone(pattern, backend, tensors, cotangents, spans, is_causal=is_causal)
+    packed = operator(pattern, backend, is_causal=is_causal, cu_seqlens=torch.tensor(edges, dtype=torch.int32))
+    assert_same(evaluate(packed, tensors, *cotangents), expected)
+
+
+@every_backend
+@every_pattern
+def test_a_mask_of_ones_and_one_packed_document_change_nothing(backend, pattern):
+    call = random_call(pattern, 50, batch=1)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    plain = evaluate(operator(pattern, backend), tensors, *cotangents)
+    ones = torch.ones(1, 50, dtype=torch.long)
+    whole = torch.tensor([0, 50], dtype=torch.int32)
+    assert_same(evaluate(operator(pattern, backend, attention_mask=ones), tensors, *cotangents), plain)
+    assert_same(evaluate(operator(pattern, backend, cu_seqlens=whole), tensors, *cotangents), plain)
+
+
+@every_backend
+@causal_or_not
+def test_nan_in_padding_reaches_nothing(backend, is_causal):
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[0, :11] = mask[1, 33:] = mask[2, 5:9] = False  # left, right, and a hole
+    call = random_call(UNEVEN, 40, batch=3)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    attend = operator(UNEVEN, backend, is_causal=is_causal, attention_mask=mask)
+    clean = evaluate(attend, tensors, *cotangents)
+
+    def poison(x: Tensor) -> Tensor:
+        padding = ~mask[:, None, :, None] if x.ndim == 4 else ~mask[:, None]
+        return x.detach().masked_fill(padding, torch.nan)
+
+    poisoned = [poison(x).requires_grad_() for x in tensors]
+    assert_same(evaluate(attend, poisoned, *map(poison, cotangents)), clean, rtol=0, atol=0)
+    for name in ("out", "dq", "dk", "dv"):
+        padding = clean[name].transpose(1, 2)[~mask]
+        assert torch.equal(padding, torch.zeros_like(padding)), name
+    assert (clean["lse"].transpose(1, 2)[~mask] == -torch.inf).all()
+
+
+# What a query that no branch covers gives
+
+
+@every_backend
+@causal_or_not
+@pytest.mark.parametrize("window", ["segment", "sliding"])
+def test_an_uncovered_query_gives_zero_and_finite_gradients(backend, is_causal, window):
+    pattern = replace(SPARSE, window=window)
+    call = random_call(pattern, 31, num_heads=7, num_kv_heads=7)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    with poisoned_memory():
+        actual = evaluate(operator(pattern, backend, is_causal=is_causal), tensors, *cotangents)
+
+    positions = torch.arange(31)
+    covered = torch.stack([(positions % 12) % 5 == head % 5 for head in range(7)]).expand(2, -1, -1)  # [B, H, L]
+    assert torch.equal(actual["lse"] > -torch.inf, covered)
+    for name in ("out", "dq", "dk", "dv"):
+        # Without GQA a token that its head does not keep is neither query nor key.
+        skipped = actual[name][~covered]
+        assert torch.equal(skipped, torch.zeros_like(skipped)), name
+        assert actual[name].isfinite().all(), name
+
+
+@every_backend
+def test_heads_whose_offset_lies_beyond_the_segment_give_zero(backend):
+    pattern = DilationPattern([2], [5], dilate_queries=False)
+    call = random_call(pattern, 9, num_heads=5, num_kv_heads=5)
+    actual = evaluate(operator(pattern, backend), call.tensors(), *call.cotangents())
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(actual[name][:, 2:], torch.zeros(2, 3, 9, 8, dtype=torch.float64)), name
+    assert (actual["lse"][:, 2:] == -torch.inf).all()
+
+
+# Lower precision
+
+
+@every_device
+@every_pattern
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_lower_precision_errs_at_most_twice_as_much_as_the_reference(backend, device, pattern, dtype):
+    """Against float64 on the same rounded inputs: ``eager`` against the plain formula in that dtype, others against it.
+
+    The extra term is one rounding of the largest number: errors are maxima over few elements.
+    """
+    options = random_call(pattern, 90, padding=((1,) * 90, (0,) * 8 + (1,) * 82)).options(device)
+    call = random_call(pattern, 90, head_dim=16)
+    tensors, (cotangent, _) = call.tensors(dtype, device), call.cotangents(dtype, device)
+    exact_tensors = [x.detach().double().requires_grad_() for x in tensors]
+    expected = evaluate(by_definition(pattern, **options), exact_tensors, cotangent.double())
+    actual = evaluate(operator(pattern, backend, **options), tensors, cotangent)
+    if backend == "eager":
+        yardstick = evaluate(by_definition(pattern, dtype=dtype, **options), tensors, cotangent)
+    else:
+        yardstick = evaluate(operator(pattern, "eager", **options), tensors, cotangent)
+
+    for name, tensor in expected.items():
+        assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), name
+        assert torch.equal(actual[name].isfinite(), tensor.isfinite()), name
+        rounding = torch.finfo(dtype).eps * tensor.nan_to_num(neginf=0).abs().max()
+        error, reference_error = (
+            (x.double() - tensor).nan_to_num(0).abs().max() for x in (actual[name], yardstick[name])
+        )
+        assert error <= 2 * reference_error + rounding, f"{name}: {error=:.2e} {reference_error=:.2e} {rounding=:.2e}"
+
+
+# Layouts
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Return the same numbers ``[B, H, L, D]`` in other strides, the last dimension contiguous."""
+    batch, heads, length, head_dim = x.shape
+    if layout == "transposed":  # as projections leave it, [B, L, H, D]
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "heads-last-but-one":  # [L, B, H, D], as fairseq leaves it
+        return x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    if layout == "sliced":  # a part of a wider tensor in every dimension
+        wide = x.new_full((batch + 1, 2 * heads, 3 * length + 2, head_dim + 3), torch.nan)
+        view = wide[1:, ::2, 1 : 3 * length + 1 : 3, 2 : head_dim + 2]
+        return view.copy_(x)
+    raise AssertionError(layout)
+
+
+@every_backend
+@every_pattern
+@pytest.mark.parametrize("layout", ["transposed", "heads-last-but-one", "sliced"])
+def test_any_strides_give_the_same_numbers(backend, pattern, layout):
+    call = random_call(pattern, 50)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    contiguous = evaluate(operator(pattern, backend), tensors, *cotangents)
+
+    views = [laid_out(x.detach(), layout).requires_grad_() for x in tensors]
+    assert not any(x.is_contiguous() for x in views)
+    cotangent = laid_out(cotangents[0], layout)
+    lse_cotangent = laid_out(cotangents[1][..., None], layout).squeeze(-1)
+    before = [x.detach().clone() for x in (*views, cotangent, lse_cotangent)]
+    actual = evaluate(operator(pattern, backend), views, cotangent, lse_cotangent)
+    assert_same(actual, contiguous)
+    for after, x in zip((*views, cotangent, lse_cotangent), before):
+        assert torch.equal(after, x)
+        assert after._version == (1 if layout == "sliced" else 0)  # copy_ filled the wide tensor once
+
+
+@every_backend
+@every_pattern
+def test_expanded_inputs_and_gradients_give_the_same_numbers(backend, pattern):
+    call = random_call(pattern, 50)
+    row = [x.detach()[:1] for x in call.tensors()]
+    expanded = [x.expand(2, -1, -1, -1).requires_grad_() for x in row]
+    copied = [x.repeat(2, 1, 1, 1).requires_grad_() for x in row]
+    # What sum().backward() sends: stride 0 everywhere, the last dimension included.
+    ones = torch.ones((), dtype=torch.float64)
+    shape = (2, 8, 50)
+    actual = evaluate(operator(pattern, backend), expanded, ones.expand(*shape, 8), ones.expand(shape))
+    expected = evaluate(operator(pattern, backend), copied, torch.ones(*shape, 8).double(), torch.ones(shape).double())
+    assert_same(actual, expected)
+
+
+@every_backend
+def test_one_tensor_may_be_query_key_and_value(backend):
+    call = random_call(RETROFIT, 40, num_kv_heads=8)
+    x = call.tensors()[0]
+    cotangent = call.cotangents()[0]
+    (gradient,) = torch.autograd.grad(dilated_attention(x, x, x, RETROFIT, backend=backend), x, cotangent)
+    separate = [x.detach().clone().requires_grad_() for _ in range(3)]
+    expected = evaluate(operator(RETROFIT, backend), separate, cotangent)
+    assert_close(gradient, expected["dq"] + expected["dk"] + expected["dv"], **EXACT)
+
+
+@every_backend
+@pytest.mark.parametrize("needed", range(3), ids=["query", "key", "value"])
+def test_one_gradient_alone_equals_that_of_all_three(backend, needed):
+    call = random_call(RETROFIT, 40)
+    tensors, (cotangent, _) = call.tensors(), call.cotangents()
+    expected = evaluate(operator(RETROFIT, backend), tensors, cotangent)
+    mixed = [x.detach().requires_grad_(i == needed) for i, x in enumerate(tensors)]
+    out = dilated_attention(*mixed, RETROFIT, backend=backend)
+    (gradient,) = torch.autograd.grad(out, mixed[needed], cotangent)
+    assert_close(gradient, expected[("dq", "dk", "dv")[needed]], **EXACT)
+
+
+@every_backend
+def test_the_lse_alone_has_exact_gradients(backend):
+    call = random_call(RETROFIT, 40)
+    tensors, (_, lse_cotangent) = call.tensors(), call.cotangents()
+    expected = torch.autograd.grad(by_definition(RETROFIT)(*tensors)[1], tensors[:2], lse_cotangent)
+    actual = torch.autograd.grad(operator(RETROFIT, backend)(*tensors)[1], tensors[:2], lse_cotangent)
+    assert_close(actual, expected, **EXACT)
+
+
+@every_backend
+def test_without_gradients_the_numbers_are_the_same(backend):
+    call = random_call(PAPER, 40)
+    tensors = call.tensors()
+    with torch.no_grad():
+        out = dilated_attention(*tensors, PAPER, backend=backend)
+    assert not out.requires_grad
+    assert torch.equal(out, dilated_attention(*tensors, PAPER, backend=backend))
+
+
+@every_backend
+def test_the_lse_is_returned_only_on_request(backend):
+    tensors = random_call(PAPER, 40).tensors()
+    out, lse = dilated_attention(*tensors, PAPER, backend=backend, return_lse=True)
+    assert torch.equal(dilated_attention(*tensors, PAPER, backend=backend), out)
+    assert lse.shape == out.shape[:3]
+
+
+def test_auto_equals_the_definition_and_is_the_default():
+    call = random_call(RETROFIT, 60)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    actual = evaluate(operator(RETROFIT, "auto"), tensors, *cotangents)
+    assert_same(actual, evaluate(by_definition(RETROFIT), tensors, *cotangents))
+    assert torch.equal(dilated_attention(*tensors, RETROFIT), actual["out"])
+
+
+# Dropout
+
+
+@every_backend
+@pytest.mark.parametrize("pattern", [PAPER, RETROFIT], ids=["paper", "retrofit"])
+def test_the_mean_over_dropout_draws_is_the_undropped_output(backend, pattern):
+    draws = 1500
+    call = random_call(pattern, 40, batch=1)
+    query, key, value = (x.detach().float().expand(draws, -1, -1, -1) for x in call.tensors())
+    torch.manual_seed(0)
+    dropped, lse = dilated_attention(query, key, value, pattern, dropout=0.3, backend=backend, return_lse=True)
+    out, undropped_lse = dilated_attention(query[:1], key[:1], value[:1], pattern, backend=backend, return_lse=True)
+    standard_error = dropped.std(dim=0) / draws**0.5
+    # Position 0 of an uncovered head has no spread at all; 2560 elements stay within 5 standard errors.
+    assert ((dropped.mean(dim=0) - out[0]).abs() <= 5 * standard_error + 1e-5).all()
+    assert (dropped.std(dim=0)[out[0] != 0] > 0).all()
+    assert_close(lse, undropped_lse.expand_as(lse))
+
+
+@every_backend
+def test_dropout_keeps_a_lone_key_scaled_or_drops_it(backend):
+    value = torch.ones(4000, 1, 1, 1)
+    torch.manual_seed(1)
+    out = dilated_attention(value, value, value, DilationPattern([4], [1]), dropout=0.25, backend=backend).flatten()
+    assert_close(out.unique(), torch.tensor([0.0, 1 / 0.75]))
+    # 4000 draws of probability 0.25: 5 standard deviations are 0.034.
+    assert abs((out == 0).float().mean() - 0.25) < 0.034
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["batch", "padded", "packed", "heads"])
+def test_dropout_draws_anew_for_every_row_document_and_head(backend, layout):
+    """Equal inputs in two places must not be dropped alike."""
+    torch.manual_seed(2)
+    one = torch.randn(1, 1, 30, 4)
+    first, second, options = (0, 0, slice(0, 30)), (1, 0, slice(0, 30)), {}
+    x = one.repeat(2, 1, 1, 1)
+    if layout == "padded":
+        x, first, second = (
+            F.pad(x, (0, 0, 0, 2)),
+            (0, 0, slice(0, 30)),
+            (1, 0, slice(0, 30)),
+        )
+        options["attention_mask"] = torch.ones(2, 32).long().index_fill(1, torch.tensor([30, 31]), 0)
+    if layout == "packed":
+        x, first, second = one.repeat(1, 1, 2, 1), (0, 0, slice(0, 30)), (0, 0, slice(30, 60))
+        options["cu_seqlens"] = torch.tensor([0, 30, 60], dtype=torch.int32)
+    if layout == "heads":
+        x, second = one.repeat(1, 2, 1, 1), (0, 1, slice(0, 30))
+    out = dilated_attention(x, x, x, DilationPattern([8], [1]), dropout=0.5, backend=backend, **options)
+    alike = (out[first] == out[second]).all(dim=-1)
+    # Alike by chance: only queries whose few keys were all kept or dropped the same way.
+    assert alike.float().mean() < 0.5
+
+
+@every_backend
+def test_no_dropout_is_no_dropout_and_draws_nothing(backend):
+    tensors = random_call(PAPER, 40).tensors()
+    state = torch.get_rng_state()
+    assert torch.equal(
+        dilated_attention(*tensors, PAPER, dropout=0.0, backend=backend),
+        dilated_attention(*tensors, PAPER, backend=backend),
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_backend
+def test_dropout_repeats_under_the_same_seed_and_not_under_another(backend):
+    tensors = random_call(PAPER, 40).tensors()
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return dilated_attention(*tensors, PAPER, dropout=0.4, backend=backend)
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+    torch.manual_seed(5)
+    assert not torch.equal(
+        dilated_attention(*tensors, PAPER, dropout=0.4, backend=backend),
+        dilated_attention(*tensors, PAPER, dropout=0.4, backend=backend),
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("pattern", [PAPER, RETROFIT], ids=["paper", "retrofit"])
+def test_gradients_under_dropout_are_those_of_the_dropped_function(backend, pattern):
+    call = random_call(pattern, 19, batch=1, num_heads=2, num_kv_heads=1, head_dim=2)
+
+    def dropped(*tensors):
+        torch.manual_seed(4)
+        return dilated_attention(*tensors, pattern, dropout=0.3, backend=backend, return_lse=True)
+
+    assert torch.autograd.gradcheck(dropped, call.tensors())
+
+
+# Refusals
+
+
+def tensors(query=(2, 4, 6, 8), key=(2, 2, 6, 8), value=(2, 2, 6, 8), **options) -> dict:
+    """Return arguments of the operator, shapes replaced by tensors."""
+    given = {"query": query, "key": key, "value": value}
+    return {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in given.items()} | options
+
+
+PACKED = {"query": (1, 4, 6, 8), "key": (1, 2, 6, 8), "value": (1, 2, 6, 8)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        pytest.param(tensors(query=(4, 6, 8)), ["query", "(4, 6, 8)"], id="query-rank"),
+        pytest.param(tensors(key=(1, 2, 2, 6, 8)), ["key", "(1, 2, 2, 6, 8)"], id="key-rank"),
+        pytest.param(tensors(value=(6, 8)), ["value", "(6, 8)"], id="value-rank"),
+        pytest.param(tensors(value=[[1.0]]), ["value", "list"], id="not-a-tensor"),
+        pytest.param(tensors(query=(2, 5, 6, 8)), ["5", "2", "multiple"], id="heads-not-a-multiple"),
+        pytest.param(tensors(query=(2, 1, 6, 8)), ["1", "2", "multiple"], id="fewer-heads-than-kv-heads"),
+        pytest.param(tensors(key=(2, 0, 6, 8), value=(2, 0, 6, 8)), ["4", "0"], id="no-kv-heads"),
+        pytest.param(tensors(value=(2, 4, 6, 8)), ["(2, 2, 6, 8)", "(2, 4, 6, 8)"], id="key-and-value-heads"),
+        pytest.param(tensors(key=(2, 2, 7, 8), value=(2, 2, 7, 8)), ["(2, 4, 6, 8)", "(2, 2, 7, 8)"], id="length"),
+        pytest.param(tensors(key=(3, 2, 6, 8), value=(3, 2, 6, 8)), ["(2, 4, 6, 8)", "(3, 2, 6, 8)"], id="batch"),
+        pytest.param(tensors(key=(2, 2, 6, 4), value=(2, 2, 6, 4)), ["(2, 4, 6, 8)", "(2, 2, 6, 4)"], id="head-dim"),
+        pytest.param(
+            tensors(query=(2, 4, 6, 0), key=(2, 2, 6, 0), value=(2, 2, 6, 0)), ["(2, 4, 6, 0)"], id="head-dim-0"
+        ),
+        pytest.param(
+            tensors(key=torch.zeros(2, 2, 6, 8, dtype=torch.float64)),
+            ["torch.float32", "torch.float64", "key"],
+            id="mixed-dtypes",
+        ),
+        pytest.param(tensors(query=torch.zeros(2, 4, 6, 8).long()), ["query", "torch.int64"], id="integers"),
+        pytest.param(tensors(query=torch.zeros(2, 4, 6, 8).cfloat()), ["query", "torch.complex64"], id="complex"),
+        pytest.param(
+            tensors(value=torch.zeros(2, 2, 8, 6).mT),
+            ["value", "contiguous", "(96, 48, 1, 6)"],
+            id="last-dimension-not-contiguous",
+        ),
+        pytest.param(
+            tensors(key=torch.zeros(2, 2, 6, 8, device="meta")), ["key", "cpu", "meta"], id="key-on-another-device"
+        ),
+        pytest.param(
+            tensors(attention_mask=torch.ones(2, 6, dtype=torch.bool, device="meta")),
+            ["attention_mask", "cpu", "meta"],
+            id="mask-on-another-device",
+        ),
+        pytest.param(tensors(attention_mask=torch.ones(2, 7).bool()), ["[2, 6]", "[2, 7]"], id="mask-length"),
+        pytest.param(
+            tensors(attention_mask=torch.ones(2, 1, 6, 6).bool()), ["[2, 6]", "[2, 1, 6, 6]"], id="mask-rank"
+        ),
+        pytest.param(tensors(attention_mask=torch.zeros(2, 6)), ["attention_mask", "torch.float32"], id="float-mask"),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([1, 6], dtype=torch.int32)),
+            ["cu_seqlens", "from 0", "got 1 to 6"],
+            id="cu-seqlens-start",
+        ),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)),
+            ["cu_seqlens", "length 6", "got 0 to 5"],
+            id="cu-seqlens-end",
+        ),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([0, 4, 3, 6], dtype=torch.int32)),
+            ["cu_seqlens", "decrease", "4", "3"],
+            id="cu-seqlens-decreasing",
+        ),
+        pytest.param(
+            tensors(cu_seqlens=torch.tensor([0, 6], dtype=torch.int32)),
+            ["cu_seqlens", "batch size 1", "got 2"],
+            id="cu-seqlens-batch",
+        ),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([0.0, 6.0])),
+            ["cu_seqlens", "torch.float32"],
+            id="cu-seqlens-dtype",
+        ),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([[0, 6]], dtype=torch.int32)),
+            ["cu_seqlens", "[1, 2]"],
+            id="cu-seqlens-rank",
+        ),
+        pytest.param(
+            tensors(**PACKED, cu_seqlens=torch.tensor([], dtype=torch.int32)),
+            ["cu_seqlens", "[0]"],
+            id="cu-seqlens-empty",
+        ),
+        pytest.param(
+            tensors(
+                **PACKED, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), attention_mask=torch.ones(1, 6).bool()
+            ),
+            ["attention_mask", "cu_seqlens", "not both"],
+            id="mask-and-cu-seqlens",
+        ),
+        pytest.param(tensors(backend="flash"), ["'flash'", "'eager'", "'torch'", "'triton'", "'auto'"], id="backend"),
+        pytest.param(tensors(pattern=[(4, 1)]), ["DilationPattern", "list"], id="not-a-pattern"),
+        pytest.param(tensors(dropout=-0.1), ["dropout", "-0.1"], id="dropout-negative"),
+        pytest.param(tensors(dropout=1.5), ["dropout", "1.5"], id="dropout-too-large"),
+        pytest.param(tensors(dropout=float("nan")), ["dropout", "nan"], id="dropout-nan"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_numbers(arguments, fragments):
+    with pytest.raises(ValueError) as error:
+        dilated_attention(**{"pattern": PAPER} | arguments)
+    message = str(error.value)
+    missing = [fragment for fragment in fragments if fragment not in message]
+    assert not missing, f"{missing} missing in: {message}"
+
+
+def test_options_are_keywords_only():
+    query, key, value = tensors().values()
+    with pytest.raises(TypeError, match="positional"):
+        dilated_attention(query, key, value, PAPER, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA: the triton backend may run")
+def test_triton_without_cuda_raises_with_the_reason():
+    with pytest.raises((ValueError, RuntimeError), match='backend="triton"'):
+        dilated_attention(*tensors().values(), PAPER, backend="triton")
