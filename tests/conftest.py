@@ -8,6 +8,9 @@ from hypothesis import settings
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("deterministic")
 
+# The tensors are small and several workers share the cores: more threads only wait for one another.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
