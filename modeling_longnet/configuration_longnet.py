@@ -1,0 +1,86 @@
+"""Configuration of LongNet models: Llama's fields, and the pattern of the dilated attention."""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from .dilation_pattern import DilationPattern
+
+
+PATTERN_FIELDS = (
+    "segment_lengths",
+    "dilation_rates",
+    "head_offsets",
+    "count_overlaps",
+    "dilate_queries",
+    "window",
+)
+
+
+@strict
+class LongNetConfig(LlamaConfig):
+    """Configure a Llama-shaped model whose attention is LongNet's dilated attention.
+
+    All fields of ``transformers.LlamaConfig`` keep their names and meaning; the six fields of ``DilationPattern`` stand
+    beside them under their own names. The defaults are the paper's (Section 4.2 of arXiv 2307.02486).
+
+    Args:
+        segment_lengths: segment length of each branch, in tokens.
+        dilation_rates: dilation rate of each branch.
+        head_offsets: ``"interleaved"`` (the paper) or ``"blocked"`` (the official torchscale code).
+        count_overlaps: whether a key reached by m branches counts m times.
+        dilate_queries: whether a branch serves only the queries that it keeps.
+        window: ``"segment"`` or ``"sliding"``.
+        qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
+        attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
+        **kwargs: any field of ``transformers.LlamaConfig``.
+
+    Raises:
+        ValueError: if the pattern is malformed, a pattern field is misspelt, or the head counts do not fit.
+    """
+
+    model_type = "longnet"
+
+    segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
+    head_offsets: str = "interleaved"
+    count_overlaps: bool = True
+    dilate_queries: bool = True
+    window: str = "segment"
+    qk_norm: bool = False
+    attention_output_bias: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, PATTERN_FIELDS, n=1, cutoff=0.8):
+                raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
+        self.segment_lengths = tuple(self.segment_lengths)
+        self.dilation_rates = tuple(self.dilation_rates)
+        super().__post_init__(**kwargs)
+        self._check_heads()
+        _ = self.pattern  # raises if the fields make no pattern
+
+    @property
+    def pattern(self) -> DilationPattern:
+        """The ``DilationPattern`` that the six fields describe, validated anew at each reading."""
+        fields = {name: getattr(self, name) for name in PATTERN_FIELDS}
+        fields["segment_lengths"] = tuple(self.segment_lengths)
+        fields["dilation_rates"] = tuple(self.dilation_rates)
+        return DilationPattern(**fields)
+
+    def validate_architecture(self):
+        """Check the fields against one another; runs at construction, and again on ``validate()`` and on saving."""
+        super().validate_architecture()
+        self._check_heads()
+        _ = self.pattern
+
+    def _check_heads(self) -> None:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+
+
+__all__ = ["LongNetConfig"]

@@ -1,0 +1,664 @@
+"""Fused dilated attention: the Triton kernels, and nothing but kernels.
+
+One idea carries all of them. The rows of a branch, queries or keys, are an arithmetic progression of positions,
+``base + rate * index``, so a tile of a branch is addressed where it lies and never gathered. What a row meets on the
+other side of the attention matrix is a *band* of positions ``[start, end)`` whose two ends never decrease from one
+row to the next. For a tile of rows the union of the bands is then one range of the other progression, and so is their
+intersection: blocks inside the intersection need no mask, the few blocks at its edges compare positions.
+
+The softmax runs in base 2 inside a kernel; lse is stored in natural log. Names: a *tile* is the rows that a program
+owns, a *block* is what its loop loads.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the fused kernels need triton; install it or use another backend") from error
+
+
+# Which part of a band: what lies before the row, after it, or both. Launchers pass a range of these.
+BEFORE, AFTER, BOTH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Numbers that change with the length, the batch or the pattern: one compiled kernel serves all of them.
+RUNTIME = (
+    "length", "num_documents", "search_steps", "period", "tiles_per_period", "windows", "previous_windows", "rates"
+)  # fmt: skip
+
+
+@triton.jit
+def _pick(values, index, COUNT: tl.constexpr):
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(index == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _offset(kv_head, rate, NUM_KV_HEADS: tl.constexpr, BLOCKED: tl.constexpr):
+    if BLOCKED:
+        return kv_head // ((NUM_KV_HEADS - 1) // rate + 1)
+    else:
+        return kv_head % rate
+
+
+@triton.jit
+def _window_start(x, window, SLIDING: tl.constexpr):
+    if SLIDING:
+        return x - tl.minimum(x, window - 1)
+    else:
+        return x - x % window
+
+
+@triton.jit
+def _window_end(x, window, length, SLIDING: tl.constexpr):
+    # Written so that nothing exceeds length: windows may be close to 2^31.
+    if SLIDING:
+        return x + tl.minimum(length - x, window)
+    else:
+        start = x - x % window
+        return start + tl.minimum(length - start, window)
+
+
+@triton.jit
+def _band(
+    x, window, previous_window, length,
+    FROM_KEY: tl.constexpr, SIDE: tl.constexpr, SLIDING: tl.constexpr, DISJOINT: tl.constexpr,
+):  # fmt: skip
+    """Return the positions ``[start, end)`` that position x meets on one side of it, or on both.
+
+    Windows are symmetric, so a key asks the same question about its queries. With DISJOINT the previous branch's
+    window is cut out; previous_window == 0 marks the first branch, which has nothing to cut.
+    """
+    start = _window_start(x, window, SLIDING)
+    end = _window_end(x, window, length, SLIDING)
+    # The pair (x, x) belongs to what a query meets before, and to what a key meets after.
+    if SIDE == BEFORE:
+        end = x if FROM_KEY else x + 1
+        if DISJOINT:
+            end = tl.where(previous_window > 0, _window_start(x, tl.maximum(previous_window, 1), SLIDING), end)
+    if SIDE == AFTER:
+        start = x if FROM_KEY else x + 1
+        if DISJOINT:
+            inner = _window_end(x, tl.maximum(previous_window, 1), length, SLIDING)
+            start = tl.where(previous_window > 0, inner, start)
+    return start, end
+
+
+@triton.jit
+def _count_before(position, base, rate):
+    """Count the terms base, base + rate, ... below position."""
+    return tl.where(position > base, (position - base - 1) // rate + 1, 0)
+
+
+@triton.jit
+def _block_range(start_first, start_last, end_first, end_last, base, rate, BLOCK: tl.constexpr):
+    """Cut what a tile meets in one progression into blocks.
+
+    Args:
+        start_first, end_first: band of the tile's first row; start_last, end_last: of its last row.
+
+    Returns:
+        ``(first, stop, blocks, head, tail)``: block k holds the terms from ``first + k * BLOCK``, terms at or beyond
+        ``stop`` are not met by any row, and blocks ``head <= k < tail`` are met whole by every row.
+    """
+    first = _count_before(start_first, base, rate)
+    stop = _count_before(end_last, base, rate)
+    blocks = tl.where(stop > first, (stop - first + BLOCK - 1) // BLOCK, 0)
+    inner_first = _count_before(start_last, base, rate)
+    inner_stop = tl.maximum(_count_before(end_first, base, rate), first)
+    head = tl.minimum((tl.maximum(inner_first, first) - first + BLOCK - 1) // BLOCK, blocks)
+    tail = tl.maximum(tl.minimum((inner_stop - first) // BLOCK, blocks), head)
+    return first, stop, blocks, head, tail
+
+
+@triton.jit
+def _tiles_before(row, period, tiles_per_period, span):
+    # Packed documents claim tiles by the row they start in: with two spare ones each they never overlap.
+    return row // period * tiles_per_period + row % period // span
+
+
+@triton.jit
+def _document(
+    cu_seqlens_ptr, counts_ptr, slot, batch, length, num_documents, search_steps, period, tiles_per_period, span,
+    PACKED: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Find the document of a slot of the grid: its first row, its number of tokens, and the tile inside it."""
+    start = 0
+    tokens = length
+    tile = slot
+    if PACKED:
+        low = 0
+        high = num_documents - 1
+        for _ in range(search_steps):
+            middle = (low + high + 1) // 2
+            claimed = _tiles_before(tl.load(cu_seqlens_ptr + middle), period, tiles_per_period, span) + 2 * middle
+            low = tl.where(claimed <= slot, middle, low)
+            high = tl.where(claimed <= slot, high, middle - 1)
+        start = tl.load(cu_seqlens_ptr + low)
+        tokens = tl.load(cu_seqlens_ptr + low + 1) - start
+        tile = slot - _tiles_before(start, period, tiles_per_period, span) - 2 * low
+    if INDEXED:
+        tokens = tl.load(counts_ptr + batch)
+    return start, tokens, tile
+
+
+@triton.jit
+def _tile(tile, offset, rate, tokens, period, tiles_per_period, TILE: tl.constexpr):
+    """Place a tile: the base of its progression, its first and last position, and how many rows it has."""
+    base = tile // tiles_per_period * period
+    limit = base + tl.minimum(tokens - base, period)
+    base += offset
+    first = base + tile % tiles_per_period * TILE * rate
+    count = tl.minimum(_count_before(limit, first, rate), TILE)
+    return base, first, first + (count - 1) * rate, count
+
+
+@triton.jit
+def _rows(rows_ptr, start, base, rate, first, stop, INDEXED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return where the terms ``first + 0 ... BLOCK - 1`` of a progression lie in the tensors: ``[BLOCK]`` int64."""
+    index = first + tl.arange(0, BLOCK)
+    if INDEXED:
+        return tl.load(rows_ptr + base + rate * index, mask=index < stop, other=0).to(tl.int64)
+    else:
+        return start + base + rate * index.to(tl.int64)
+
+
+@triton.jit
+def _tile_mask(count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr):
+    return (tl.arange(0, TILE) < count)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _load_block(
+    ptr, stride, rows_ptr, start, base, rate, first, stop,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Load the terms ``first + 0 ... BLOCK - 1`` of a progression, zeros from term ``stop`` on: ``[BLOCK, D]``."""
+    index = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    if INDEXED:
+        rows = _rows(rows_ptr, start, base, rate, first, stop, True, BLOCK)
+        pointers = ptr + (rows * stride)[:, None] + columns[None, :]
+    else:
+        # One 64-bit base per block; the offsets inside it are narrow and stay in registers across the loop.
+        ptr += (start + base + tl.cast(first, tl.int64) * rate) * stride
+        step = tl.cast(rate, tl.int64) * stride if WIDE else rate * stride
+        pointers = ptr + ((index * step)[:, None] + columns[None, :])
+    if HEAD_DIM == BLOCK_D:
+        if MASKED:
+            return tl.load(pointers, mask=(first + index < stop)[:, None], other=0.0)
+        else:
+            return tl.load(pointers)
+    else:
+        mask = columns[None, :] < HEAD_DIM
+        if MASKED:
+            mask = mask & (first + index < stop)[:, None]
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _met(base, rate, first, stop, band_start, band_end, BLOCK: tl.constexpr):
+    """Say which terms of a block each row of a tile meets: ``[TILE, BLOCK]``."""
+    index = first + tl.arange(0, BLOCK)
+    position = base + rate * index
+    inside = (position[None, :] >= band_start[:, None]) & (position[None, :] < band_end[:, None])
+    return inside & (index < stop)[None, :]
+
+
+@triton.jit
+def _fwd_block(
+    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate, first, stop,
+    band_start, band_end, scale2,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys to the running softmax of a query tile."""
+    k = _load_block(
+        k_ptr, stride_kl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+    )  # [BLOCK_N, D]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    # With a positive scale the largest score is the scaled largest product: the scaling then folds into the exponent.
+    if not POSITIVE_SCALE:
+        s *= scale2
+    if MASKED:
+        s = tl.where(_met(base, rate, first, stop, band_start, band_end, BLOCK_N), s, float("-inf"))
+    top = tl.max(s, 1)
+    new_peak = tl.maximum(peak, top * scale2 if POSITIVE_SCALE else top)
+    # A row that has met nothing yet has peak -inf, and -inf - -inf is nan.
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = tl.exp2((s * scale2 if POSITIVE_SCALE else s) - shift[:, None])
+    decay = tl.exp2(peak - shift)
+    total = total * decay + tl.sum(p, 1)
+    acc = acc * decay[:, None]
+    v = _load_block(
+        v_ptr, stride_vl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+    )  # [BLOCK_N, D]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, total, new_peak
+
+
+@triton.jit
+def _fwd_progression(
+    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+    start_first, start_last, end_first, end_last, band_start, band_end, scale2,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add everything that a query tile meets in one progression of keys."""
+    first, stop, blocks, head, tail = _block_range(
+        start_first, start_last, end_first, end_last, base, rate, BLOCK_N
+    )  # fmt: skip
+    for block in range(head, tail):
+        acc, total, peak = _fwd_block(
+            acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            first + block * BLOCK_N, stop, band_start, band_end, scale2,
+            False, INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for edge in range(head + blocks - tail):
+        block = tl.where(edge < head, edge, edge - head + tail)
+        acc, total, peak = _fwd_block(
+            acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            first + block * BLOCK_N, stop, band_start, band_end, scale2,
+            True, INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
+    stride_ob, stride_oh, stride_ol,
+    scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
+    NUM_BRANCHES: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    BLOCKED: tl.constexpr, DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr,
+    SEGMENTED: tl.constexpr, SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr,
+    WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend one tile of queries to the keys of NUM_BRANCHES branches.
+
+    Unless FIRST, the softmax goes on where the earlier launches' (out, lse) left it, so the merge of branches costs
+    nothing: (out, lse) stands for everything met so far as one value with the weight exp(lse).
+    """
+    slot = tl.program_id(0)
+    query_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = query_head // GROUP
+    query_rate = rates[0] if DILATE else 1
+    start, tokens, tile = _document(
+        cu_seqlens_ptr, counts_ptr, slot, batch, length, num_documents, search_steps, period, tiles_per_period,
+        query_rate * BLOCK_M, PACKED, INDEXED,
+    )  # fmt: skip
+    query_offset = _offset(kv_head, query_rate, NUM_KV_HEADS, BLOCKED) if DILATE else 0
+    query_base, x_first, x_last, count = _tile(
+        tile, query_offset, query_rate, tokens, period, tiles_per_period, BLOCK_M
+    )  # fmt: skip
+    if count <= 0:
+        return
+
+    if INDEXED:
+        rows_ptr += batch * length
+    x = x_first + query_rate * tl.arange(0, BLOCK_M)
+    rows = _rows(rows_ptr, start, x_first, query_rate, 0, count, INDEXED, BLOCK_M)
+    in_tile = _tile_mask(count, HEAD_DIM, BLOCK_D, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    q_ptr += batch * stride_qb + query_head.to(tl.int64) * stride_qh
+    out_ptr += batch * stride_ob + query_head.to(tl.int64) * stride_oh
+    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kg
+    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vg
+    lse_ptr += (batch * tl.num_programs(1) + query_head) * length
+    q = tl.load(q_ptr + (rows * stride_ql)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
+    out_ptrs = out_ptr + (rows * stride_ol)[:, None] + columns[None, :]
+
+    if FIRST:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        acc = tl.load(out_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+        peak = tl.load(lse_ptr + rows, mask=tl.arange(0, BLOCK_M) < count, other=0.0) * LOG2E
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+
+    scale2 = scale * LOG2E
+    for branch in range(NUM_BRANCHES):
+        window = _pick(windows, branch, NUM_BRANCHES)
+        previous_window = _pick(previous_windows, branch, NUM_BRANCHES)
+        rate = _pick(rates, branch, NUM_BRANCHES)
+        offset = _offset(kv_head, rate, NUM_KV_HEADS, BLOCKED)
+        for side in tl.static_range(SIDE, LAST_SIDE):
+            band_start, band_end = _band(x, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            start_first, end_first = _band(x_first, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            start_last, end_last = _band(x_last, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            if SEGMENTED:
+                for segment in range(start_first // window, (end_last - 1) // window + 1):
+                    low = segment * window
+                    high = low + tl.minimum(window, tokens - low)
+                    acc, total, peak = _fwd_progression(
+                        acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, low + offset, rate,
+                        tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
+                        tl.minimum(end_last, high), band_start, band_end, scale2,
+                        INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+            else:
+                acc, total, peak = _fwd_progression(
+                    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start,
+                    query_base if DILATE else offset, rate, start_first, start_last, end_first, end_last,
+                    band_start, band_end, scale2,
+                    INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                )  # fmt: skip
+
+    skipped = total == 0.0
+    out = acc / tl.where(skipped, 1.0, total)[:, None]
+    lse = tl.where(skipped, float("-inf"), (peak + tl.log2(total)) * LN2)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(lse_ptr + rows, lse, mask=tl.arange(0, BLOCK_M) < count)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def delta_kernel(
+    out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_ol, stride_dob, stride_doh, stride_dol, length,
+    HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Compute ``delta = rowsum(do * out) - dlse``: all that the backward of a softmax needs beside lse."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    query_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < length)[:, None] & (columns < HEAD_DIM)[None, :]
+    out_ptr += batch * stride_ob + query_head * stride_oh
+    do_ptr += batch * stride_dob + query_head * stride_doh
+    out = tl.load(out_ptr + (rows * stride_ol)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    do = tl.load(do_ptr + (rows * stride_dol)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out * do, 1)
+    at_row = (batch * tl.num_programs(1) + query_head) * length + rows
+    if HAS_DLSE:
+        # The lse of a skipped query is a constant: whatever gradient arrives there must not become nan * 0.
+        skipped = tl.load(lse_ptr + at_row, mask=rows < length, other=0.0) == float("-inf")
+        dlse = tl.load(dlse_ptr + at_row, mask=rows < length, other=0.0).to(tl.float32)
+        delta -= tl.where(skipped, 0.0, dlse)
+    tl.store(delta_ptr + at_row, delta, mask=rows < length)
+
+
+@triton.jit
+def _bwd_dq_block(
+    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate, first, stop,
+    band_start, band_end, scale2,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys to the gradient of a query tile."""
+    k = _load_block(
+        k_ptr, stride_kl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+    )  # [BLOCK_N, D]
+    v = _load_block(
+        v_ptr, stride_vl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+    )  # [BLOCK_N, D]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    p = tl.exp2(s * scale2 - lse2[:, None])
+    if MASKED:
+        p = tl.where(_met(base, rate, first, stop, band_start, band_end, BLOCK_N), p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _bwd_dq_progression(
+    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+    start_first, start_last, end_first, end_last, band_start, band_end, scale2,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add everything that a query tile meets in one progression of keys to the tile's gradient."""
+    first, stop, blocks, head, tail = _block_range(
+        start_first, start_last, end_first, end_last, base, rate, BLOCK_N
+    )  # fmt: skip
+    for block in range(head, tail):
+        dq = _bwd_dq_block(
+            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            first + block * BLOCK_N, stop, band_start, band_end, scale2,
+            False, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for edge in range(head + blocks - tail):
+        block = tl.where(edge < head, edge, edge - head + tail)
+        dq = _bwd_dq_block(
+            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            first + block * BLOCK_N, stop, band_start, band_end, scale2,
+            True, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    return dq
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
+    stride_dob, stride_doh, stride_dol, stride_dqb, stride_dqh, stride_dql,
+    scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
+    NUM_BRANCHES: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    BLOCKED: tl.constexpr, DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr,
+    SEGMENTED: tl.constexpr, SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr,
+    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of one tile of queries through NUM_BRANCHES branches; unless FIRST, add it to dq.
+
+    lse and delta are those of the merged softmax, so each branch is an ordinary attention backward.
+    """
+    slot = tl.program_id(0)
+    query_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    kv_head = query_head // GROUP
+    query_rate = rates[0] if DILATE else 1
+    start, tokens, tile = _document(
+        cu_seqlens_ptr, counts_ptr, slot, batch, length, num_documents, search_steps, period, tiles_per_period,
+        query_rate * BLOCK_M, PACKED, INDEXED,
+    )  # fmt: skip
+    query_offset = _offset(kv_head, query_rate, NUM_KV_HEADS, BLOCKED) if DILATE else 0
+    query_base, x_first, x_last, count = _tile(
+        tile, query_offset, query_rate, tokens, period, tiles_per_period, BLOCK_M
+    )  # fmt: skip
+    if count <= 0:
+        return
+
+    if INDEXED:
+        rows_ptr += batch * length
+    x = x_first + query_rate * tl.arange(0, BLOCK_M)
+    rows = _rows(rows_ptr, start, x_first, query_rate, 0, count, INDEXED, BLOCK_M)
+    valid = tl.arange(0, BLOCK_M) < count
+    in_tile = _tile_mask(count, HEAD_DIM, BLOCK_D, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    q_ptr += batch * stride_qb + query_head.to(tl.int64) * stride_qh
+    do_ptr += batch * stride_dob + query_head.to(tl.int64) * stride_doh
+    dq_ptr += batch * stride_dqb + query_head.to(tl.int64) * stride_dqh
+    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kg
+    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vg
+    at_row = (batch * tl.num_programs(1) + query_head) * length + rows
+    q = tl.load(q_ptr + (rows * stride_ql)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
+    do = tl.load(do_ptr + (rows * stride_dol)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
+    lse2 = tl.load(lse_ptr + at_row, mask=valid, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + at_row, mask=valid, other=0.0)
+
+    scale2 = scale * LOG2E
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for branch in range(NUM_BRANCHES):
+        window = _pick(windows, branch, NUM_BRANCHES)
+        previous_window = _pick(previous_windows, branch, NUM_BRANCHES)
+        rate = _pick(rates, branch, NUM_BRANCHES)
+        offset = _offset(kv_head, rate, NUM_KV_HEADS, BLOCKED)
+        for side in tl.static_range(SIDE, LAST_SIDE):
+            band_start, band_end = _band(x, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            start_first, end_first = _band(x_first, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            start_last, end_last = _band(x_last, window, previous_window, tokens, False, side, SLIDING, DISJOINT)
+            if SEGMENTED:
+                for segment in range(start_first // window, (end_last - 1) // window + 1):
+                    low = segment * window
+                    high = low + tl.minimum(window, tokens - low)
+                    dq = _bwd_dq_progression(
+                        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, low + offset,
+                        rate, tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
+                        tl.minimum(end_last, high), band_start, band_end, scale2,
+                        INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+            else:
+                dq = _bwd_dq_progression(
+                    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start,
+                    query_base if DILATE else offset, rate, start_first, start_last, end_first, end_last,
+                    band_start, band_end, scale2, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                )  # fmt: skip
+
+    dq *= scale
+    dq_ptrs = dq_ptr + (rows * stride_dql)[:, None] + columns[None, :]
+    if not FIRST:
+        dq += tl.load(dq_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _bwd_dkdv_block(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate, first, stop,
+    band_start, band_end, scale2,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add one block of queries to the gradients of a key tile; scores are transposed: keys are rows."""
+    q = _load_block(
+        q_ptr, stride_ql, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M
+    )  # [BLOCK_M, D]
+    do = _load_block(
+        do_ptr, stride_dol, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M
+    )  # [BLOCK_M, D]
+    rows = _rows(rows_ptr, start, base, rate, first, stop, INDEXED, BLOCK_M)
+    if MASKED:
+        valid = first + tl.arange(0, BLOCK_M) < stop
+        lse2 = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
+    else:
+        lse2 = tl.load(lse_ptr + rows) * LOG2E
+        delta = tl.load(delta_ptr + rows)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(s * scale2 - lse2[None, :])
+    if MASKED:
+        p = tl.where(_met(base, rate, first, stop, band_start, band_end, BLOCK_M), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _bwd_dkdv_progression(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+    start_first, start_last, end_first, end_last, band_start, band_end, scale2,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add everything that a key tile meets in one progression of queries to the tile's gradients."""
+    first, stop, blocks, head, tail = _block_range(
+        start_first, start_last, end_first, end_last, base, rate, BLOCK_M
+    )  # fmt: skip
+    for block in range(head, tail):
+        dk, dv = _bwd_dkdv_block(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+            first + block * BLOCK_M, stop, band_start, band_end, scale2,
+            False, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    for edge in range(head + blocks - tail):
+        block = tl.where(edge < head, edge, edge - head + tail)
+        dk, dv = _bwd_dkdv_block(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+            first + block * BLOCK_M, stop, band_start, band_end, scale2,
+            True, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
+    stride_dob, stride_doh, stride_dol, stride_dkb, stride_dkg, stride_dkl, stride_dvb, stride_dvg, stride_dvl,
+    scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
+    FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCKED: tl.constexpr,
+    DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr,
+    SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of one tile of a branch's keys and values; unless FIRST, add them to dk and dv.
+
+    The query heads of a KV head are visited one after the other by the same program: no atomics, and every run adds
+    in the same order.
+    """
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    window, previous_window, rate = windows[0], previous_windows[0], rates[0]
+    start, tokens, tile = _document(
+        cu_seqlens_ptr, counts_ptr, slot, batch, length, num_documents, search_steps, period, tiles_per_period,
+        rate * BLOCK_N, PACKED, INDEXED,
+    )  # fmt: skip
+    offset = _offset(kv_head, rate, NUM_KV_HEADS, BLOCKED)
+    key_base, x_first, x_last, count = _tile(tile, offset, rate, tokens, period, tiles_per_period, BLOCK_N)
+    if count <= 0:
+        return
+
+    if INDEXED:
+        rows_ptr += batch * length
+    x = x_first + rate * tl.arange(0, BLOCK_N)
+    rows = _rows(rows_ptr, start, x_first, rate, 0, count, INDEXED, BLOCK_N)
+    in_tile = _tile_mask(count, HEAD_DIM, BLOCK_D, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kg
+    v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vg
+    dk_ptr += batch * stride_dkb + kv_head.to(tl.int64) * stride_dkg
+    dv_ptr += batch * stride_dvb + kv_head.to(tl.int64) * stride_dvg
+    k = tl.load(k_ptr + (rows * stride_kl)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_N, D]
+    v = tl.load(v_ptr + (rows * stride_vl)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_N, D]
+
+    scale2 = scale * LOG2E
+    query_rate = rate if DILATE else 1
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for side in tl.static_range(SIDE, LAST_SIDE):
+        band_start, band_end = _band(x, window, previous_window, tokens, True, side, SLIDING, DISJOINT)
+        start_first, end_first = _band(x_first, window, previous_window, tokens, True, side, SLIDING, DISJOINT)
+        start_last, end_last = _band(x_last, window, previous_window, tokens, True, side, SLIDING, DISJOINT)
+        for query_head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+            q_head_ptr = q_ptr + batch * stride_qb + tl.cast(query_head, tl.int64) * stride_qh
+            do_head_ptr = do_ptr + batch * stride_dob + tl.cast(query_head, tl.int64) * stride_doh
+            at_head = (batch * tl.num_programs(1) * GROUP + query_head) * length
+            if SEGMENTED:
+                for segment in range(start_first // window, (end_last - 1) // window + 1):
+                    low = segment * window
+                    high = low + tl.minimum(window, tokens - low)
+                    dk, dv = _bwd_dkdv_progression(
+                        dk, dv, k, v, q_head_ptr, do_head_ptr, lse_ptr + at_head, delta_ptr + at_head,
+                        stride_ql, stride_dol, rows_ptr, start, low + offset, query_rate,
+                        tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
+                        tl.minimum(end_last, high), band_start, band_end, scale2,
+                        INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+                    )  # fmt: skip
+            else:
+                dk, dv = _bwd_dkdv_progression(
+                    dk, dv, k, v, q_head_ptr, do_head_ptr, lse_ptr + at_head, delta_ptr + at_head,
+                    stride_ql, stride_dol, rows_ptr, start, key_base if DILATE else 0, query_rate,
+                    start_first, start_last, end_first, end_last, band_start, band_end, scale2,
+                    INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+                )  # fmt: skip
+
+    dk *= scale
+    dk_ptrs = dk_ptr + (rows * stride_dkl)[:, None] + columns[None, :]
+    dv_ptrs = dv_ptr + (rows * stride_dvl)[:, None] + columns[None, :]
+    if not FIRST:
+        dk += tl.load(dk_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+        dv += tl.load(dv_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+    tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=in_tile)
