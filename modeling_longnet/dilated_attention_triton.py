@@ -1,0 +1,368 @@
+"""The fused backend: launchers, gradients and registration of the Triton kernels.
+
+The inputs are read where they lie, whatever their strides, padding or packing; nothing of their size is copied. Beside
+the results only lse and delta (``[B, H, L]`` float32) and, for padded rows, one index per token are allocated. Dense
+queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
+lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order: two
+runs give the same bits.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dilation_pattern import DilationPattern
+
+
+try:
+    import triton
+
+    from .dilated_attention_kernels import bwd_dkdv_kernel, bwd_dq_kernel, delta_kernel, fwd_kernel
+except ImportError:  # triton_refusal says so before anything here is needed
+    triton = None
+
+
+# Saved checkpoints carry a copy of this file. Each copy registers its operators under its own module's name, so that
+# an installed package and any number of loaded checkpoints live side by side.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+ENDLESS = 2**31 - 1  # the period of a progression that no segment interrupts
+MAX_HEAD_DIM = 256
+MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
+BEFORE, AFTER, BOTH = range(3)  # the kernels' names for the sides of a query or key
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: rows it owns or loads as queries (m) and as keys (n), warps, and pipeline depth."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """Branches that one launch serves, and the progression that places its tiles.
+
+    ``previous_windows`` holds the window that the branch before has covered already, 0 if nothing is. ``period`` is
+    the distance after which the tiles' progression starts anew, ``rate`` its step. ``first``: the launch writes every
+    row and need not look at what was there.
+    """
+
+    windows: tuple[int, ...]
+    previous_windows: tuple[int, ...]
+    rates: tuple[int, ...]
+    period: int
+    rate: int
+    segmented: bool
+    first: bool
+
+
+class Documents(NamedTuple):
+    """Where the documents lie: ``cu_seqlens`` if packed, ``rows`` (of each position) and ``counts`` if padded."""
+
+    cu_seqlens: Tensor | None
+    rows: Tensor | None
+    counts: Tensor | None
+
+
+def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern, dropout: float) -> str | None:
+    """Say why the fused kernels do not support a call, None if they do. Never waits for the device."""
+    if triton is None:
+        return "triton is not installed"
+    if not query.is_cuda:
+        return f"the fused kernels need a CUDA device, the inputs are on {query.device}"
+    if query.dtype == torch.float64:
+        return "the fused kernels have no float64; use float32, bfloat16 or float16"
+    if dropout > 0:
+        return f"the fused kernels have no dropout, got dropout={dropout}"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if max(pattern.dilation_rates) > MAX_DILATION_RATE:
+        return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return f"the fused kernels need compute capability 8.0, {query.device} is older"
+    return None
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: DilationPattern,
+    *,
+    is_causal: bool,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute dilated attention in fused kernels.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key, value: ``[B, G, L, D]``.
+        pattern: the branches and their rules.
+        attention_mask: ``[B, L]`` bool, None if all tokens are real.
+        cu_seqlens: ``[n + 1]`` integer for packed documents in one row, or None.
+        is_causal, scale: as in ``dilated_attention``.
+
+    Returns:
+        ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once; lse is float32, natural log.
+    """
+    return _attention(
+        query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths), list(pattern.dilation_rates),
+        pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries, pattern.window, is_causal, scale,
+    )  # fmt: skip
+
+
+def query_launches(pattern: DilationPattern) -> list[Launch]:
+    """Plan the launches whose tiles are queries: the forward and the gradient of the queries.
+
+    Dense queries meet all branches in one launch. Dilated queries are different rows in each branch, so each takes
+    one; the smallest rate goes first, because with rate 1 it writes every row.
+    """
+    if not pattern.dilate_queries:
+        windows, previous_windows, rates = zip(*_rows_of_branches(pattern))
+        segmented = any(w % r for w, r in zip(windows, rates))
+        return [Launch(windows, previous_windows, rates, ENDLESS, 1, segmented, True)]
+
+    launches = []
+    for window, previous_window, rate in _rows_of_branches(pattern):
+        # Rows of different segments form one progression only if the rate divides the segment length. Segments are
+        # kept apart in any case where they bound the keys, so that a tile never straddles two.
+        period = window if pattern.window == "segment" or window % rate else ENDLESS
+        segmented = pattern.window == "sliding" and window % rate != 0
+        first = rate == 1 and not launches
+        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, segmented, first))
+    return launches
+
+
+def key_launches(pattern: DilationPattern) -> list[Launch]:
+    """Plan the launches whose tiles are keys: the gradients of keys and values, one launch per branch."""
+    launches = []
+    for window, previous_window, rate in _rows_of_branches(pattern):
+        bounded = pattern.window == "segment" and pattern.dilate_queries
+        period = window if bounded or window % rate else ENDLESS
+        segmented = pattern.window == "sliding" and pattern.dilate_queries and window % rate != 0
+        first = rate == 1 and not launches
+        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, segmented, first))
+    return launches
+
+
+def _rows_of_branches(pattern: DilationPattern) -> list[tuple[int, int, int]]:
+    """List ``(window, previous_window, rate)`` per branch, smallest rate first."""
+    windows = [min(w, ENDLESS) for w in pattern.segment_lengths]
+    previous_windows = [0] * len(windows) if pattern.count_overlaps else [0, *windows[:-1]]
+    return sorted(zip(windows, previous_windows, pattern.dilation_rates), key=lambda row: row[2])
+
+
+def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Documents:
+    if cu_seqlens is not None:
+        return Documents(cu_seqlens.to(device, torch.int32), None, None)
+    if attention_mask is not None:
+        # Stable: real tokens first, in their order. Padding follows and is never looked at.
+        rows = attention_mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        return Documents(None, rows.int(), attention_mask.sum(-1, dtype=torch.int32))
+    return Documents(None, None, None)
+
+
+def _tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Choose how to cut a kernel."""
+    if dtype == torch.float32:
+        return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 4, 1)
+    if head_dim > 128:
+        return {"fwd": Tiles(64, 32, 4, 2), "dq": Tiles(64, 32, 8, 1), "dkdv": Tiles(32, 64, 8, 1)}[kernel]
+    if head_dim > 64:
+        return {"fwd": Tiles(128, 64, 8, 3), "dq": Tiles(128, 64, 8, 2), "dkdv": Tiles(64, 128, 8, 2)}[kernel]
+    return {"fwd": Tiles(128, 64, 4, 3), "dq": Tiles(128, 64, 4, 3), "dkdv": Tiles(64, 128, 4, 3)}[kernel]
+
+
+def _launch(
+    kernel, tiles: Tiles, tile: int, launch: Launch, heads: int, tensors: Sequence[Tensor], strided: Sequence[Tensor],
+    documents: Documents, key: Tensor, group: int, pattern: DilationPattern, sides: tuple[int, int], scale: float,
+    **constants,
+) -> None:  # fmt: skip
+    """Launch a kernel over the tiles of its progression, the heads and the batch.
+
+    Args:
+        tile: rows of one tile.
+        heads: query heads or KV heads, whichever own the tiles.
+        tensors: the kernel's leading pointers.
+        strided: the ``[B, heads, L, D]`` tensors whose strides it takes, in its order.
+        constants: compile-time arguments that only this kernel has.
+    """
+    batch, num_kv_heads, length, head_dim = key.shape
+    span = tile * launch.rate
+    tiles_per_period = triton.cdiv(triton.cdiv(min(launch.period, length), launch.rate), tile)
+    periods, rest = divmod(length, launch.period)
+    num_documents = 0
+    if documents.cu_seqlens is None:
+        slots = periods * tiles_per_period + triton.cdiv(triton.cdiv(rest, launch.rate), tile)
+    else:
+        num_documents = len(documents.cu_seqlens) - 1
+        slots = periods * tiles_per_period + rest // span + 2 * num_documents
+    strides = [stride for x in strided for stride in x.stride()[:3]]
+    widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(x.stride(2) for x in strided)
+    with torch.cuda.device_of(key):
+        kernel[(slots, heads, batch)](
+            *tensors, documents.cu_seqlens, documents.rows, documents.counts, *strides,
+            scale, length, num_documents, num_documents.bit_length(), launch.period, tiles_per_period,
+            launch.windows, launch.previous_windows, launch.rates,
+            FIRST=launch.first,
+            GROUP=group,
+            NUM_KV_HEADS=num_kv_heads,
+            BLOCKED=pattern.head_offsets == "blocked",
+            DISJOINT=not pattern.count_overlaps,
+            DILATE=pattern.dilate_queries,
+            SLIDING=pattern.window == "sliding",
+            SEGMENTED=launch.segmented,
+            SIDE=sides[0],
+            LAST_SIDE=sides[1],
+            PACKED=documents.cu_seqlens is not None,
+            INDEXED=documents.rows is not None,
+            WIDE=widest >= 2**31,
+            HEAD_DIM=head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            PRECISION="ieee" if key.dtype == torch.float32 else None,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            **constants,
+        )  # fmt: skip
+
+
+def _sides(pattern: DilationPattern, is_causal: bool, from_key: bool) -> tuple[int, int]:
+    """Return the range of sides on which a query (a key) meets keys (queries)."""
+    if is_causal:
+        return (AFTER, AFTER + 1) if from_key else (BEFORE, BEFORE + 1)
+    # With the middle cut out, the two sides are two ranges; otherwise they are one.
+    return (BOTH, BOTH + 1) if pattern.count_overlaps else (BEFORE, AFTER + 1)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Allocate a tensor of this shape, heads inside tokens if they are so in ``x``, else tokens inside heads."""
+    batch, heads, length, head_dim = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return x.new_empty(batch, heads, length, head_dim)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _pattern(
+    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    dilate_queries: bool, window: str,
+) -> DilationPattern:  # fmt: skip
+    return DilationPattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::dilated_attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    dilate_queries: bool, window: str, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pattern = _pattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
+    query, key, value = map(_rows_contiguous, (query, key, value))
+    batch, num_heads, length, head_dim = query.shape
+    out = _empty_like(query)
+    lse = query.new_empty(batch, num_heads, length, dtype=torch.float32)
+    launches = query_launches(pattern)
+    if attention_mask is not None or not launches[0].first:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if out.numel() == 0:
+        return out, lse
+
+    documents = _locate_documents(attention_mask, cu_seqlens, query.device)
+    tiles = _tiles("fwd", head_dim, query.dtype)
+    for launch in launches:
+        _launch(
+            fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
+            (query, key, value, out), documents, key, num_heads // key.shape[1], pattern,
+            _sides(pattern, is_causal, from_key=False), scale,
+            NUM_BRANCHES=len(launch.rates), POSITIVE_SCALE=scale > 0,
+        )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(query, key, value, *_) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::dilated_attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    dilate_queries: bool, window: str, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pattern = _pattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
+    do, query, key, value, out = map(_rows_contiguous, (do, query, key, value, out))
+    batch, num_heads, length, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    dq, dk, dv = _empty_like(query), _empty_like(key), _empty_like(value)
+    for_queries, for_keys = query_launches(pattern), key_launches(pattern)
+    if attention_mask is not None or not for_queries[0].first:
+        dq.zero_()
+    if attention_mask is not None or not for_keys[0].first:
+        dk.zero_()
+        dv.zero_()
+    if query.numel() == 0:
+        return dq, dk, dv
+
+    delta = torch.empty_like(lse)
+    block = 64
+    with torch.cuda.device_of(query):
+        delta_kernel[(triton.cdiv(length, block), num_heads, batch)](
+            out, do, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *do.stride()[:3], length,
+            HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_M=block,
+        )  # fmt: skip
+    documents = _locate_documents(attention_mask, cu_seqlens, query.device)
+    tiles = _tiles("dq", head_dim, query.dtype)
+    for launch in for_queries:
+        _launch(
+            bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, lse, delta, dq),
+            (query, key, value, do, dq), documents, key, group, pattern,
+            _sides(pattern, is_causal, from_key=False), scale, NUM_BRANCHES=len(launch.rates),
+        )  # fmt: skip
+    tiles = _tiles("dkdv", head_dim, query.dtype)
+    for launch in for_keys:
+        _launch(
+            bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, lse, delta, dk, dv),
+            (query, key, value, do, dk, dv), documents, key, group, pattern,
+            _sides(pattern, is_causal, from_key=True), scale,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(do, dlse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_like(query), _empty_like(key), _empty_like(value)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    query, key, value, attention_mask, cu_seqlens, *ctx.numbers = inputs
+    ctx.save_for_backward(query, key, value, *output, attention_mask, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, attention_mask, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(out) if do is None else do
+    grads = _attention_backward(do, dlse, query, key, value, out, lse, attention_mask, cu_seqlens, *ctx.numbers)
+    return *grads, *(None,) * (2 + len(ctx.numbers))
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
