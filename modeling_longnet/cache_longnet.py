@@ -59,8 +59,6 @@ class LongNetCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.keys.shape[0]:
-            raise ValueError(f"the cache holds a batch of {self.keys.shape[0]} rows, got {key_states.shape[0]}")
         num_tokens = key_states.shape[2]
         new_positions = positions[:, None].expand(-1, key_states.shape[1], -1)
         keys = torch.cat([self.keys, key_states], dim=2)
@@ -188,10 +186,15 @@ class LongNetCache(Cache):
 
         Returns:
             ``[batch, num_tokens]`` int64 logical positions, -1 for padding.
+
+        Raises:
+            ValueError: if the cache holds another number of rows.
         """
         if attention_mask is None:
             new = torch.arange(num_tokens, device=device).expand(batch, -1)
         else:
             new = positions_from_mask(attention_mask[:, attention_mask.shape[1] - num_tokens :])
         seen = self.layers[0].seen
+        if seen is not None and len(seen) != batch:
+            raise ValueError(f"the cache holds a batch of {len(seen)} rows, got {batch}")
         return new if seen is None else torch.where(new >= 0, new + seen.to(device)[:, None], new)

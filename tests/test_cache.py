@@ -1,0 +1,208 @@
+"""LongNetCache: decoding through it equals the full forward, in bounded memory, for all that generate() does."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import left_padding, random_tokens, tiny_model
+
+from modeling_longnet.dilation_pattern import PRESETS
+
+
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def decode(model, tokens, mask, chunks):
+    """Feed the tokens through a cache in chunks of these lengths; return the logits and the cache."""
+    cache, logits, done = None, [], 0
+    for chunk in chunks:
+        output = model(
+            tokens[:, done : done + chunk],
+            attention_mask=None if mask is None else mask[:, : done + chunk],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache, done = output.past_key_values, done + chunk
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1), cache
+
+
+@pytest.mark.parametrize("num_key_value_heads", [2, 4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_decoding_token_by_token_equals_the_full_forward(preset, num_key_value_heads):
+    model = tiny_model(preset, num_key_value_heads=num_key_value_heads)
+    length = 3 * 32 + 5
+    tokens, mask = random_tokens(3, length), left_padding(0, 5, 17, length=length)
+    with torch.no_grad():
+        full = model(tokens, attention_mask=mask, use_cache=False).logits
+        cached, _ = decode(model, tokens, mask, [1] * length)
+    torch.testing.assert_close(cached[mask.bool()], full[mask.bool()], **CLOSE)
+
+
+@settings(max_examples=25)
+@given(
+    preset=st.sampled_from(sorted(PRESETS)),
+    chunks=st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    paddings=st.lists(st.integers(0, 20), min_size=2, max_size=2),
+)
+def test_decoding_in_any_chunks_equals_the_full_forward(preset, chunks, paddings):
+    model = tiny_model(preset)
+    length = sum(chunks)
+    tokens, mask = random_tokens(2, length), left_padding(*paddings, length=length)
+    with torch.no_grad():
+        full = model(tokens, attention_mask=mask, use_cache=False).logits
+        cached, _ = decode(model, tokens, mask, chunks)
+    torch.testing.assert_close(cached[mask.bool()], full[mask.bool()], **CLOSE)
+
+
+def test_right_padding_inside_chunks_takes_no_position():
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 60)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, 10:17] = 0
+    with torch.no_grad():
+        cached, _ = decode(model, tokens, mask, [17, 20, 23])
+        alone = model(torch.cat([tokens[:1, :10], tokens[:1, 17:]], dim=1)).logits
+    torch.testing.assert_close(cached[:1, 17:], alone[:, 10:], **CLOSE)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_stays_within_the_formula(preset):
+    model = tiny_model(preset, num_key_value_heads=4)
+    pattern = model.config.pattern
+    with torch.no_grad():
+        cache, tokens = None, random_tokens(2, 300)
+        for step in range(300):
+            cache = model(tokens[:, step : step + 1], past_key_values=cache, use_cache=True).past_key_values
+            for layer in cache.layers:
+                assert layer.keys.shape[2] <= pattern.cache_entries(step + 1) + pattern.segment_lengths[0]
+                assert layer.values.shape == layer.keys.shape
+        assert cache.get_seq_length() == 300
+
+
+def test_a_long_prompt_leaves_no_more_than_what_can_be_reached():
+    model = tiny_model("paper")
+    with torch.no_grad():
+        cache = model(random_tokens(1, 500), use_cache=True).past_key_values
+    entries = cache.layers[0].key_positions[0]
+    for head, positions in enumerate(entries):
+        held = set(positions[positions >= 0].tolist())
+        needed = {u for p in range(500, 540) for u in model.config.pattern.reach(p, head, True, 2) if u < 500}
+        assert held == needed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 7},
+        {"do_sample": True, "top_k": 5},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+    ids=str,
+)
+def test_generate_is_the_same_with_and_without_the_cache(preset, how):
+    model = tiny_model(preset)
+    tokens, mask = random_tokens(3, 30), left_padding(0, 5, 17, length=30)
+    kwargs = {"attention_mask": mask, "max_new_tokens": 45, "do_sample": False, "eos_token_id": None, **how}
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outputs.append(model.generate(tokens, use_cache=use_cache, **kwargs))
+        kwargs.pop("prefill_chunk_size", None)  # needs a cache
+    assert torch.equal(*outputs)
+    new_tokens = outputs[0][:, 30:]
+    assert len(new_tokens.unique()) > 10  # a model that repeats itself would prove little
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_assisted_and_prompt_lookup_decoding_equal_greedy(preset):
+    model, helper = tiny_model(preset), tiny_model(preset, seed=1)
+    helper.lm_head.weight.data.copy_(model.lm_head.weight)
+    tokens = random_tokens(1, 8).repeat(1, 5)
+    kwargs = {"max_new_tokens": 45, "do_sample": False, "eos_token_id": None}
+    greedy = model.generate(tokens, **kwargs)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=4, **kwargs), greedy)
+    assert torch.equal(model.generate(tokens, assistant_model=helper, **kwargs), greedy)
+    assert torch.equal(model.generate(tokens, assistant_model=model, **kwargs), greedy)
+
+
+def test_generation_continues_from_a_returned_cache():
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 30)
+    kwargs = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    whole = model.generate(tokens, max_new_tokens=60, **kwargs).sequences
+    first = model.generate(tokens, max_new_tokens=25, **kwargs)
+    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=35, **kwargs)
+    assert torch.equal(rest.sequences, whole)
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized"])
+def test_caches_that_hold_other_keys_are_refused(implementation):
+    with pytest.raises(ValueError, match=f"cache_implementation='{implementation}' holds other keys"):
+        tiny_model().generate(random_tokens(1, 5), cache_implementation=implementation, max_new_tokens=2)
+
+
+def test_a_copy_goes_its_own_way():
+    model, tokens = tiny_model(), random_tokens(2, 60)
+    with torch.no_grad():
+        _, cache = decode(model, tokens[:, :50], None, [50])
+        branch = copy.deepcopy(cache)
+        model(tokens[:, 20:30], past_key_values=branch)
+        output = model(tokens[:, 50:], past_key_values=cache).logits
+        torch.testing.assert_close(output, model(tokens).logits[:, 50:], **CLOSE)
+
+
+def test_reset_forgets_everything():
+    model, tokens = tiny_model(), random_tokens(2, 50)
+    with torch.no_grad():
+        _, cache = decode(model, random_tokens(2, 40, seed=1), None, [40])
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        output = model(tokens, past_key_values=cache).logits
+        torch.testing.assert_close(output, model(tokens, use_cache=False).logits, **CLOSE)
+
+
+def test_rows_can_be_selected_and_repeated():
+    model, tokens = tiny_model(), random_tokens(3, 50)
+    with torch.no_grad():
+        _, cache = decode(model, tokens[:, :40], left_padding(0, 3, 8, length=40), [40])
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        rows = torch.tensor([2, 2, 0, 0])
+        output = model(tokens[rows, 40:], past_key_values=cache).logits
+        alone = torch.cat([model(tokens[2:3, 8:]).logits[:, -10:], model(tokens[:1]).logits[:, -10:]])
+    torch.testing.assert_close(output, alone.repeat_interleave(2, dim=0), **CLOSE)
+
+
+def test_cropping_what_was_dropped_is_refused():
+    model = tiny_model()
+    with torch.no_grad():
+        _, cache = decode(model, random_tokens(1, 200), None, [100] * 2)
+    with pytest.raises(ValueError, match="cannot take back 60 tokens: only the last"):
+        cache.crop(-60)
+    with pytest.raises(ValueError, match="negative integer, got 5"):
+        cache.layers[0].crop(5)
+
+
+def test_another_batch_size_is_refused():
+    model = tiny_model()
+    cache = model(random_tokens(2, 5), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds a batch of 2 rows, got 3"):
+        model(random_tokens(3, 1), past_key_values=cache)
+
+
+def test_positions_stay_exact_beyond_2_to_the_31():
+    model, tokens = tiny_model("paper"), random_tokens(1, 60)
+    start = 2**31 + 2**5  # a multiple of every segment length: the pattern looks the same from here on
+    with torch.no_grad():
+        full = model(tokens).logits
+        near = torch.arange(30)[None]
+        first = model(tokens[:, :30], use_cache=True, position_ids=near + start)
+        for layer in first.past_key_values.layers:
+            layer.key_positions = torch.where(layer.key_positions >= 0, layer.key_positions + start, -1)
+            layer.seen = layer.seen + start
+        rest = model(tokens[:, 30:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), full, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,78 @@
+"""LongNetConfig: defaults, round trips, and that bad values cannot pass."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoConfig
+
+from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+from modeling_longnet.dilation_pattern import PRESETS
+
+
+def test_defaults_are_the_papers():
+    config = LongNetConfig()
+    assert config.pattern == DilationPattern.preset("paper", (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))
+    assert config.model_type == "longnet"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_pattern_survives_saving_and_loading(preset, tmp_path):
+    config = tiny_config(preset, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LongNetConfig
+    assert loaded.pattern == config.pattern
+    assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+    assert json.loads((tmp_path / "config.json").read_text())["segment_lengths"] == [8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"segment_lengths": [8, 16]}, "segment_lengths has 2 entries .* dilation_rates has 3"),
+        ({"segment_lengths": [8, 16, 0]}, "positive integers, got 0"),
+        ({"window": "slidding"}, "'segment', 'sliding', got 'slidding'"),
+        ({"count_overlaps": False, "segment_lengths": [8, 16, 36]}, "16 does not divide the next one, 36"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"segment_lenghts": [8, 16, 32]}, "'segment_lenghts'; did you mean 'segment_lengths'"),
+        ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),
+    ],
+)
+def test_bad_values_raise_with_the_numbers_and_the_fix(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"segment_lengths": "8"}, {"count_overlaps": "yes"}, {"window": 3}])
+def test_wrong_types_raise(fields):
+    with pytest.raises(StrictDataclassError, match=next(iter(fields))):
+        tiny_config(**fields)
+
+
+def test_a_misspelt_field_in_a_saved_config_raises(tmp_path):
+    fields = tiny_config().to_dict()
+    fields["dilation_rate"] = fields.pop("dilation_rates")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="did you mean 'dilation_rates'"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_config_edited_into_nonsense_makes_no_model():
+    config = tiny_config()
+    config.segment_lengths = (8, 16)
+    with pytest.raises((ValueError, StrictDataclassError), match="segment_lengths has 2 entries"):
+        LongNetForCausalLM(config)
+
+
+def test_editing_the_pattern_of_a_loaded_model_takes_effect():
+    model, tokens = tiny_model("paper"), random_tokens(1, 40)
+    with torch.no_grad():
+        before = model(tokens).logits
+        model.config.segment_lengths, model.config.dilation_rates = (64,), (1,)
+        after = model(tokens).logits
+    fresh = tiny_model("paper", segment_lengths=(64,), dilation_rates=(1,))
+    torch.testing.assert_close(after, fresh(tokens).logits)
+    assert (after - before).abs().max() > 0.1

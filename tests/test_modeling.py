@@ -1,0 +1,323 @@
+"""The models: equal to Llama where they must be, exact under padding and packing, at home in transformers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import VOCABULARY, left_padding, random_tokens, tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from modeling_longnet import (
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+)
+from modeling_longnet.dilation_pattern import PRESETS
+from modeling_longnet.modeling_longnet import LongNetRotaryEmbedding
+
+
+ROPE_TYPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": 24,
+    },
+}
+
+# Norms round to float32 whatever the weights are, as in Llama: equal models agree to about this.
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def llama_twin(model: LongNetForCausalLM) -> LlamaForCausalLM:
+    """Make the Llama with the same weights and full attention."""
+    fields = {name: getattr(model.config, name) for name in LlamaConfig().to_dict() if hasattr(model.config, name)}
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    llama = LlamaForCausalLM(LlamaConfig(**fields)).to(model.dtype).eval()
+    llama.load_state_dict(model.state_dict())
+    return llama
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_a_retrofit_model_is_llama_up_to_the_first_segment_length(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE_TYPES[rope_type]}
+    model = tiny_model("retrofit", segment_lengths=(32, 64), dilation_rates=(1, 2), rope_parameters=rope)
+    llama = llama_twin(model)
+    for length in (1, 7, 32):
+        tokens = random_tokens(2, length)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, llama(tokens).logits, **CLOSE)
+    beyond = random_tokens(2, 80)
+    with torch.no_grad():
+        assert (model(beyond).logits - llama(beyond).logits).abs().max() > 0.1
+
+
+def test_gradients_are_llamas_up_to_the_first_segment_length():
+    model = tiny_model("retrofit", segment_lengths=(32, 64), dilation_rates=(1, 2))
+    llama = llama_twin(model)
+    tokens = random_tokens(2, 32)
+    model(tokens, labels=tokens).loss.backward()
+    llama(tokens, labels=tokens).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), llama.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_padding_on_either_side_changes_nothing(preset):
+    model, tokens = tiny_model(preset), random_tokens(3, 60)
+    mask = left_padding(0, 9, 30, length=60)
+    mask[2, 50:] = 0
+    with torch.no_grad():
+        padded = model(tokens, attention_mask=mask).logits
+        for row, (low, high) in enumerate([(0, 60), (9, 60), (30, 50)]):
+            alone = model(tokens[row : row + 1, low:high]).logits
+            torch.testing.assert_close(padded[row : row + 1, low:high], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_packed_documents_never_see_each_other(preset, attn_implementation):
+    model = tiny_model(preset, attn_implementation=attn_implementation)
+    documents = [random_tokens(1, n, seed=n)[0].tolist() for n in (40, 1, 23)]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([d])).logits for d in documents], dim=1)
+        for flash_kwargs in (False, True):
+            collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs)
+            batch = collate([{"input_ids": d} for d in documents])
+            batch.pop("labels")
+            torch.testing.assert_close(model(**batch).logits, alone, **CLOSE)  # the default use_cache=True included
+
+
+def test_documents_packed_into_padded_rows_never_see_each_other():
+    model = tiny_model("retrofit")
+    tokens = random_tokens(2, 50)
+    positions = torch.stack([torch.cat([torch.arange(20), torch.arange(30)]), (torch.arange(50) - 6).clamp(min=0)])
+    mask = left_padding(0, 6, length=50)
+    with torch.no_grad():
+        packed = model(tokens, attention_mask=mask, position_ids=positions).logits
+        for row, low, high in ((0, 0, 20), (0, 20, 50), (1, 6, 50)):
+            alone = model(tokens[row : row + 1, low:high]).logits
+            torch.testing.assert_close(packed[row : row + 1, low:high], alone, **CLOSE)
+
+
+def test_packed_documents_and_a_cache_are_refused():
+    model = tiny_model()
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    assert model(random_tokens(1, 12), position_ids=positions).past_key_values is None
+    with pytest.raises(ValueError, match="2 packed documents cannot share one KV cache"):
+        model.generate(random_tokens(1, 12), position_ids=positions, max_new_tokens=2)
+
+
+def test_other_caches_are_refused():
+    with pytest.raises(ValueError, match="needs a LongNetCache, got DynamicCache"):
+        tiny_model()(random_tokens(1, 4), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("mask_shape", [(2, 5), (3, 8), (2, 1, 8, 8)])
+def test_a_mask_of_the_wrong_shape_is_refused(mask_shape):
+    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, past \+ new tokens\] = \[2, 8\]"):
+        tiny_model()(random_tokens(2, 8), attention_mask=torch.ones(mask_shape))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_all_attention_implementations_agree(preset):
+    model, tokens, mask = tiny_model(preset), random_tokens(2, 50), left_padding(0, 11, length=50)
+    logits = {}
+    for name in ("sdpa", "eager", "longnet_torch"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            logits[name] = model(tokens, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], **CLOSE)
+    torch.testing.assert_close(logits["longnet_torch"], logits["sdpa"], **CLOSE)
+
+
+def test_the_default_implementation_is_the_fastest_backend_and_flash_attention_is_refused():
+    config = tiny_config()
+    assert LongNetForCausalLM(config).config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="[Ff]lash"):
+        LongNetForCausalLM._from_config(tiny_config(), attn_implementation="flash_attention_2")
+
+
+def test_eager_returns_the_attention_weights_of_the_pattern():
+    model, tokens = tiny_model("retrofit", attn_implementation="eager"), random_tokens(1, 40)
+    with torch.no_grad():
+        attentions = model(tokens, output_attentions=True).attentions
+    assert len(attentions) == 2
+    for weights in attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 40, dtype=torch.float64))
+        for head in range(4):
+            for position in (0, 7, 8, 17, 39):
+                reached = weights[0, head, position].nonzero().flatten().tolist()
+                assert reached == model.config.pattern.reach(position, head // 2)
+
+
+def test_hidden_states_are_returned_for_every_layer():
+    model, tokens = tiny_model(), random_tokens(1, 10)
+    output = model(tokens, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    torch.testing.assert_close(output.hidden_states[0], model.get_input_embeddings()(tokens))
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_logits_to_keep_keeps_the_last_logits():
+    model, tokens = tiny_model(), random_tokens(2, 20)
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, model(tokens).logits[:, -3:])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    tokens = random_tokens(2, 40)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("retrofit").train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_attention_dropout_acts_in_training_only():
+    model, tokens = tiny_model("retrofit", attention_dropout=0.5), random_tokens(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, tiny_model("retrofit")(tokens).logits)
+        model.train()
+        torch.manual_seed(1)
+        first = model(tokens, use_cache=False).logits
+        second = model(tokens, use_cache=False).logits
+        assert (first - second).abs().max() > 0.1
+
+
+def test_tied_embeddings_share_one_tensor_after_reloading(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    tokens = random_tokens(1, 30)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_query_and_key_norms_and_biases_exist_only_where_asked_for():
+    plain = {name for name, _ in tiny_model().named_parameters()}
+    qwen2 = {name for name, _ in tiny_model(attention_bias=True, attention_output_bias=False).named_parameters()}
+    qwen3 = {name for name, _ in tiny_model(qk_norm=True).named_parameters()}
+    layer = "model.layers.1.self_attn."
+    assert {n for n in qwen2 - plain if n.startswith(layer)} == {layer + f"{p}_proj.bias" for p in "qkv"}
+    assert {n for n in qwen3 - plain if n.startswith(layer)} == {layer + f"{p}_norm.weight" for p in "qk"}
+
+
+def test_query_and_key_norms_normalise_each_head():
+    model, tokens = tiny_model(qk_norm=True, segment_lengths=(64,), dilation_rates=(1,)), random_tokens(1, 12)
+    before = model(tokens).logits
+    for layer in model.model.layers:  # a norm makes the scale of its input irrelevant
+        layer.self_attn.q_proj.weight.data *= 7
+        layer.self_attn.k_proj.weight.data *= 1 / 3
+    torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_angles_stay_exact_beyond_what_float32_can_count():
+    rotary = LongNetRotaryEmbedding(tiny_config())
+    x = torch.zeros(1, dtype=torch.float64)
+    for start in (0, 2**24, 2**31, 2**40):
+        positions = torch.arange(start, start + 5)
+        cos, sin = rotary(x, positions[None])
+        frequency = rotary.inv_freq.double()
+        turns = positions[:, None].numpy().astype("float128") * frequency.numpy().astype("float128")
+        exact = torch.tensor((turns % (2 * torch.pi)).astype("float64"))
+        # float64 carries 53 bits of the product: at 2^40 turns that leaves 1e-4.
+        tolerance = 1e-6 + start * 2.0**-52
+        torch.testing.assert_close(cos[0, :, :4], exact.cos(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(sin[0, :, 4:], exact.sin(), rtol=0, atol=tolerance)
+
+
+def test_shifting_all_positions_by_2_to_the_25_changes_nothing():
+    model, tokens = tiny_model("paper"), random_tokens(1, 40)
+    near = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens, position_ids=near + 2**25).logits, model(tokens, position_ids=near).logits,
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_loss_counts_items_over_the_whole_batch_and_takes_shifted_labels():
+    model, tokens = tiny_model(), random_tokens(2, 20)
+    logits = model(tokens).logits
+    expected = F.cross_entropy(logits[:, :-1].reshape(-1, VOCABULARY).float(), tokens[:, 1:].reshape(-1))
+    torch.testing.assert_close(model(tokens, labels=tokens).loss, expected)
+    torch.testing.assert_close(model(tokens, labels=tokens, num_items_in_batch=19).loss, expected * 2)
+    shifted = F.pad(tokens, (0, 1), value=-100)[:, 1:].contiguous()
+    torch.testing.assert_close(model(tokens, labels=tokens, shift_labels=shifted).loss, expected)
+
+
+def test_sequence_classification_reads_the_last_real_token():
+    model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
+    tokens = random_tokens(2, 20)
+    tokens[1, :6] = 0
+    mask = left_padding(0, 6, length=20)
+    logits = model(tokens, attention_mask=mask, labels=torch.tensor([0, 2]))
+    assert logits.loss > 0
+    alone = model(tokens[1:, 6:]).logits
+    torch.testing.assert_close(logits.logits[1:], alone, **CLOSE)
+
+
+def test_token_classification_and_question_answering_label_every_token():
+    tokens = random_tokens(2, 20)
+    tagger = tiny_model(model_class=LongNetForTokenClassification, num_labels=5)
+    hidden = tagger.model(tokens).last_hidden_state
+    output = tagger(tokens, labels=tokens % 5)
+    torch.testing.assert_close(output.logits, tagger.score(hidden))
+    torch.testing.assert_close(
+        output.loss, F.cross_entropy(output.logits.flatten(0, 1).float(), (tokens % 5).flatten())
+    )
+    reader = tiny_model(model_class=LongNetForQuestionAnswering)
+    output = reader(tokens, start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 4]))
+    spans = reader.qa_outputs(reader.model(tokens).last_hidden_state)
+    torch.testing.assert_close(torch.stack([output.start_logits, output.end_logits], -1), spans)
+    assert output.loss > 0
+
+
+def test_exactly_one_input_is_required():
+    model = tiny_model(model_class=LongNetModel)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    tokens = random_tokens(1, 9)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(tokens, inputs_embeds=model.embed_tokens(tokens))
+    torch.testing.assert_close(
+        model(inputs_embeds=model.embed_tokens(tokens)).last_hidden_state, model(tokens).last_hidden_state
+    )
+
+
+def test_reordering_context_parallelism_is_refused():
+    # Accelerate's context parallelism calls the attention block with is_causal=True, on a permuted sequence.
+    model = tiny_model()
+    layer = model.model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda m, a, k: (a, {**k, "is_causal": True}), with_kwargs=True)
+    with pytest.raises(ValueError, match="reorders the sequence"):
+        model(random_tokens(1, 8))
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(ValueError, match="continuous batching"):
+        tiny_model().generate_batch([[1, 2, 3]])

@@ -1,0 +1,90 @@
+"""Saved checkpoints carry their code: they load with trust_remote_code where the package is not installed.
+
+A Hub download is loaded by other rules than a local folder (every file's imports are checked), so both are tried.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+
+LOAD = """
+import importlib.abc, json, sys
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("modeling_longnet", "conversion"):
+            raise ModuleNotFoundError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+source, again = sys.argv[1:]
+tokens = torch.tensor(json.loads(sys.stdin.read()))
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__, type(model)
+generated = model.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None)
+base = AutoModel.from_pretrained(source, trust_remote_code=True)
+assert type(base).__name__ == "LongNetModel"
+classifier = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True, num_labels=3)
+assert classifier(tokens).logits.shape == (1, 3)
+model.save_pretrained(again)
+reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
+print("RESULT", json.dumps(generated.tolist()))
+"""
+
+
+def load_without_the_package(source: str, tokens: torch.Tensor, tmp_path: Path, **environment) -> list:
+    """Generate with the checkpoint in a fresh process that cannot import this package."""
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD, source, str(tmp_path / "again")],
+        input=json.dumps(tokens.tolist()),
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1"}
+        | environment,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.split("RESULT")[1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_saved_checkpoint_runs_where_the_package_is_not_installed(preset, place, tmp_path):
+    model, tokens = tiny_model(preset).float(), random_tokens(1, 40)
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    expected = model.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None).tolist()
+    source = str(folder)
+    if place == "hub":  # the layout that huggingface_hub leaves behind after a download
+        repository = tmp_path / "hf_home" / "hub" / "models--someone--longnet"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        shutil.rmtree(folder)
+        source = "someone/longnet"
+    assert load_without_the_package(source, tokens, tmp_path) == expected
+    shipped = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"modeling_longnet.py", "configuration_longnet.py", "dilation_pattern.py"} <= shipped
+
+
+def test_every_class_saves_an_auto_map_for_all_of_them(tmp_path):
+    from modeling_longnet import LongNetForTokenClassification
+
+    tiny_model(model_class=LongNetForTokenClassification).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_longnet.LongNetForCausalLM"
+    assert len(auto_map) == 6
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
