@@ -49,6 +49,7 @@ class Import(NamedTuple):
 
 
 def imports(path: Path) -> list[Import]:
+    """List the imports that run, at any depth: those for type checkers alone are left out."""
     return list(_walk(ast.parse(path.read_text()), guarded=False))
 
 
@@ -59,6 +60,9 @@ def _walk(node: ast.AST, guarded: bool) -> Iterator[Import]:
     elif isinstance(node, ast.ImportFrom):
         names = tuple(alias.name for alias in node.names)
         yield Import(node.module or "", node.level, names, guarded, node.lineno)
+    elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        for child in node.orelse:
+            yield from _walk(child, guarded)
     elif isinstance(node, ast.Try):
         for child in node.body:
             yield from _walk(child, guarded or any(_catches_import_error(handler) for handler in node.handlers))
