@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .dilated_attention_eager import eager_attention
 from .dilated_attention_torch import torch_attention
+from .dilated_attention_triton import triton_attention, triton_refusal
 from .dilation_pattern import DilationPattern
 from .logical_positions import positions_from_cu_seqlens, positions_from_mask
 
@@ -75,10 +76,15 @@ def dilated_attention(
             query, key, value, pattern, positions=positions, documents=documents, is_causal=is_causal, scale=scale,
             dropout=dropout,
         )  # fmt: skip
-    else:
+    elif backend == "torch":
         out, lse = torch_attention(
             query, key, value, pattern, is_causal=is_causal, attention_mask=attention_mask, cu_seqlens=cu_seqlens,
             scale=scale, dropout=dropout,
+        )  # fmt: skip
+    else:
+        out, lse = triton_attention(
+            query, key, value, pattern, is_causal=is_causal, attention_mask=attention_mask, cu_seqlens=cu_seqlens,
+            scale=scale,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -88,9 +94,15 @@ def _choose_backend(
 ) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in ("eager", "torch"):
+        return backend
+    refusal = triton_refusal(query, key, value, pattern, dropout)
+    if refusal is None:
+        return "triton"
     if backend == "triton":
-        raise ValueError('backend="triton" is not available: this version has no fused kernels; use "torch" or "auto"')
-    return "torch" if backend == "auto" else backend
+        raise ValueError(f'backend="triton" cannot run this call: {refusal}; use "torch" or "auto"')
+    logger.debug("auto chose the torch backend, not triton: %s", refusal)
+    return "torch"
 
 
 def _positions(
