@@ -1,0 +1,114 @@
+"""A folder that appears whole or not at all."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes ``target`` when the block ends, and vanishes when the block raises.
+
+    At every moment, a killed process or a lost machine included, ``target`` is what it was before or the complete new
+    folder. The work happens in a hidden sibling, ``.NAME.partial``, which is on disk (fsync) before it is renamed; one
+    that a killed run left behind is removed by the next run.
+
+    Args:
+        target: folder to create; its parents are created as needed.
+        overwrite: replace an existing checkpoint folder.
+
+    Raises:
+        ValueError: if ``target`` exists and may not be replaced, or another process is making it.
+    """
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with _locked_folder(partial, target):
+        try:
+            yield partial
+            _sync(partial)
+            _rename(partial, target, overwrite)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that may not be created or replaced.
+
+    Raises:
+        ValueError: if it exists without ``overwrite``, or is neither empty nor a checkpoint.
+    """
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists already; choose another target or pass overwrite (--overwrite)")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise ValueError(
+            f"{target} is no checkpoint folder (no config.json), so it is not overwritten; remove it first"
+        )
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
+    """Hold ``folder``, created or emptied, under a lock that ends with the process, however it ends."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is writing {target} right now (in {folder})") from error
+            # Between our open and our lock the previous holder may have renamed or removed the folder.
+            if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
+                for leftover in folder.iterdir():
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file and folder below to the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in [*files, "."]:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _rename(partial: Path, target: Path, overwrite: bool) -> None:
+    check_target(target, overwrite)  # it may have appeared meanwhile
+    if not target.exists():
+        partial.rename(target)
+    elif not _exchange(partial, target):
+        # No exchange on this system: for an instant there is no target, and the old one waits next to it.
+        old = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one atomic step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_cwd, rename_exchange = -100, 2
+    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0

@@ -1,0 +1,153 @@
+"""The command ``longnet-convert``: ``convert_checkpoint`` with options, a plan, and one line per failure."""
+
+import argparse
+import json
+import sys
+import warnings
+from typing import NoReturn
+
+from transformers.utils import logging
+
+from .convert import convert_checkpoint, plan_conversion
+
+
+DESCRIPTION = """\
+Convert a dense Llama checkpoint to LongNet's dilated attention. The weights keep
+their names and bits; with the default preset the converted model has the source's
+logits on every input up to its first segment length, which is verified before
+TARGET appears. TARGET loads with trust_remote_code=True where this package is not
+installed.
+"""
+
+EPILOG = """\
+examples:
+  longnet-convert TinyLlama/TinyLlama-1.1B-Chat-v1.0 tinyllama-longnet
+  longnet-convert ./llama ./llama-32k --context 32768 \\
+      --rope '{"rope_type": "yarn", "factor": 8.0}'
+  longnet-convert ./llama ./llama-16k --segment-lengths 2048,8192,16384 \\
+      --dilation-rates 1,4,8
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End with one line and status 1, like every other failure."""
+        self.exit(1, f"{self.prog}: error: {message} (--help explains the options)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command's parser; its help fits 80 columns."""
+    parser = _Parser(
+        prog="longnet-convert",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
+    )
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or model id on the Hugging Face Hub")
+    parser.add_argument("target", metavar="TARGET", help="folder to create")
+
+    pattern = parser.add_argument_group("pattern and context")
+    pattern.add_argument(
+        "--preset",
+        default="retrofit",
+        help="retrofit: equals the source on short inputs (default); paper, torchscale: LongNet's own rules, to be "
+        "trained before use",
+    )
+    pattern.add_argument(
+        "--context",
+        "--max-position-embeddings",
+        dest="max_position_embeddings",
+        type=int,
+        metavar="N",
+        help="tokens that the target is meant for (default: the source's, or 4 times its first segment if that is "
+        "more)",
+    )
+    pattern.add_argument(
+        "--segment-lengths",
+        type=_integers,
+        metavar="W,W,...",
+        help="tokens per branch (default: the source's trained context, at most 4096, doubled until a segment covers "
+        "the context)",
+    )
+    pattern.add_argument(
+        "--dilation-rates",
+        type=_integers,
+        metavar="R,R,...",
+        help="one per segment length (default: each over the first)",
+    )
+    pattern.add_argument(
+        "--rope",
+        "--rope-parameters",
+        dest="rope_parameters",
+        type=_json_object,
+        metavar="JSON",
+        help="new RoPE settings, transformers' rope_parameters (default: the source's)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at TARGET")
+    output.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="skip the comparison of logits with the source"
+    )
+    output.add_argument("--dry-run", action="store_true", help="check the source and print the plan, write nothing")
+    output.add_argument("--quiet", action="store_true", help="print nothing but failures")
+    output.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status, 0 or 1."""
+    options = vars(build_parser().parse_args(argv))
+    dry_run, quiet, debug = (options.pop(name) for name in ("dry_run", "quiet", "debug"))
+    logging.set_verbosity_error()
+    warnings.simplefilter("default" if debug else "ignore")
+    try:
+        if dry_run:
+            planning = options.keys() - {"target", "overwrite", "verify"}
+            print(plan_conversion(**{name: options[name] for name in planning}).describe())
+            return 0
+        report = convert_checkpoint(**options, progress=not quiet)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", debug)
+    except Exception as error:
+        return _fail(str(error) or type(error).__name__, debug)
+    if not quiet:
+        print(_summary(options["target"], report))
+    return 0
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        raise
+    print(f"longnet-convert: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _summary(target: str, report: dict) -> str:
+    verification = report["verification"]
+    if verification is None:
+        return f"wrote      {target} (not verified)"
+    return (
+        f"verified   largest difference of logits {verification['max_error']:.2g} over "
+        f"{verification['num_tokens']} tokens\nwrote      {target}"
+    )
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 2048,4096,8192") from None
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value

@@ -1,0 +1,531 @@
+"""Turn a pretrained dense checkpoint into a LongNet checkpoint: read and check, plan, write, verify, publish.
+
+Nothing is written before everything that can be known from headers and config is checked, and nothing is published
+(renamed into place) before the written model has given the source's logits.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+import shutil
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modeling_longnet import (
+    DilationPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+)
+
+from .atomic_folder import atomic_folder, check_target
+from .families import Family, find_family
+from .model_card import fill_model_card
+from .verify import MAX_TOKENS, Verification, compare_logits, dense_length, skeleton, verification_tokens
+from .weights import (
+    FLOAT_BYTES,
+    StoredTensor,
+    copy_bytes,
+    copy_weights,
+    files_are_kept,
+    match_weights,
+    read_json,
+    read_weights,
+    shard_layout,
+    total_bytes,
+)
+
+
+# The undilated branch covers the trained context, but no more than this: it sets the cost of every token.
+LONGEST_LOCAL_SEGMENT = 4096
+DEFAULT_STRETCH = 4
+
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+LOADABLE_AS = (
+    LongNetModel,
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetForQuestionAnswering,
+)
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do, known before a byte is written.
+
+    Args:
+        source: folder of the source checkpoint.
+        name: the source as the user gave it.
+        revision: commit of a source from the Hub, else None.
+        family: what the source is.
+        source_config: the source's config.
+        tensors: the stored tensors to write.
+        config: the target's config.
+        preset: name of the pattern's rules.
+        trained_context: tokens the source was trained for.
+        reference_config: the source's config with the target's RoPE, whose logits the target must have.
+        max_shard_size: as given to ``convert_checkpoint``.
+        notes: what the user should know.
+    """
+
+    source: Path
+    name: str
+    revision: str | None
+    family: Family
+    source_config: LlamaConfig
+    tensors: dict[str, StoredTensor]
+    config: LongNetConfig
+    preset: str
+    trained_context: int
+    reference_config: LlamaConfig
+    max_shard_size: int | str
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return total_bytes(self.tensors.values())
+
+    @property
+    def context(self) -> int:
+        """The length that the pattern and the costs are planned for."""
+        return max(self.config.max_position_embeddings, self.config.pattern.segment_lengths[-1])
+
+    def costs(self) -> dict[str, int]:
+        """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
+        config, length = self.config, self.context
+        num_kv_heads = config.num_key_value_heads
+        entry_bytes = 2 * config.head_dim * num_kv_heads * config.num_hidden_layers * dtype_bytes(config.dtype)
+        dense = DilationPattern((length,), (1,))
+        costs = {"length": length}
+        for name, pattern in (("pattern", config.pattern), ("dense", dense)):
+            per_layer = pattern.attention_flops(
+                length, config.num_attention_heads, config.head_dim, num_kv_heads=num_kv_heads
+            )
+            costs[f"{name}_attention_flops"] = per_layer * config.num_hidden_layers
+            costs[f"{name}_kv_bytes"] = pattern.cache_entries(length) * entry_bytes
+        return costs
+
+    def describe(self) -> str:
+        """Say in a few lines, at most 80 columns each, what will be converted to what, and what it costs."""
+        pattern, rope, costs = self.config.pattern, self.config.rope_parameters, self.costs()
+        files = len({tensor.file for tensor in self.tensors.values()})
+        if files_are_kept(self.tensors, self.max_shard_size):
+            weights = f"{_count(files, 'file')}, copied unchanged"
+        else:
+            shards = len(shard_layout(self.tensors, self.max_shard_size))
+            weights = f"{_count(files, 'file')} laid out anew as {shards}, bits unchanged"
+        stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
+        flops, dense_flops = costs["pattern_attention_flops"], costs["dense_attention_flops"]
+        kv, dense_kv = costs["pattern_kv_bytes"], costs["dense_kv_bytes"]
+        lines = [
+            f"source     {self.name}",
+            f"           {self.family.architecture}, {_short(self.num_bytes)}B of weights in {weights}",
+            f"trained    {self.trained_context:,} tokens",
+            f"preset     {self.preset}",
+            f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
+            f"rates      {', '.join(map(str, pattern.dilation_rates))}",
+            f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}",
+            f"at {self.context:,} tokens:",
+            f"attention  {_short(flops)}FLOP, dense {_short(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
+            f"KV cache   {_short(kv)}B, dense {_short(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    preset: str = "retrofit",
+    segment_lengths: list[int] | tuple[int, ...] | None = None,
+    dilation_rates: list[int] | tuple[int, ...] | None = None,
+    rope_parameters: dict | None = None,
+    max_position_embeddings: int | None = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Convert a dense checkpoint to a LongNet checkpoint that loads without this package installed.
+
+    The weights keep their names and bits. With preset ``retrofit`` the converted model has the source's logits on
+    every input of at most ``w_0`` tokens, and is verified to. ``target`` appears complete or not at all, whenever the
+    process is killed. Tokenizer, chat template and generation config are carried along byte for byte.
+
+    Without ``segment_lengths`` the pattern is geometric: ``w_0`` is the trained context of the source (4,096 where it
+    was trained for more), doubled, with rates 1, 2, 4, ..., until a segment covers ``max_position_embeddings``.
+
+    Args:
+        source: folder, or model id on the Hugging Face Hub. Its own code is never run.
+        target: folder to create.
+        preset: ``"retrofit"``, ``"paper"`` or ``"torchscale"``.
+        segment_lengths: tokens per branch.
+        dilation_rates: one per branch; ``w_i / w_0`` if None.
+        rope_parameters: new RoPE settings in transformers' form, such as ``{"rope_type": "yarn", "factor": 4.0}``;
+            what they leave out (theta, original length) comes from the source. None keeps the source's.
+        max_position_embeddings: context of the target; if None the source's, or four times ``w_0`` where that is more.
+        max_shard_size: largest weight file, bytes or e.g. ``"5GB"``; one larger tensor gets a file of its own.
+        verify: compare logits of source and target in float32 before ``target`` appears.
+        overwrite: replace an existing checkpoint at ``target``, in one step at the end.
+        progress: print the plan to stdout and progress bars to stderr.
+
+    Returns:
+        The report that is also written to ``conversion_report.json``.
+
+    Raises:
+        ValueError: if the source cannot be converted, the target may not be written, an option does not fit, or the
+            logits differ.
+    """
+    target = Path(target).absolute()
+    check_target(target, overwrite)
+    plan = plan_conversion(
+        source,
+        preset=preset,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        rope_parameters=rope_parameters,
+        max_position_embeddings=max_position_embeddings,
+        max_shard_size=max_shard_size,
+    )
+    _check_apart(plan.source, target)
+    if progress:
+        print(plan.describe(), flush=True)
+    with atomic_folder(target, overwrite) as folder:
+        _check_space(folder, plan.num_bytes)
+        weight_files = _write_weights(plan, folder, progress)
+        _write_config_and_code(plan, folder)
+        _carry_files(plan, folder)
+        verification = _verify(plan, folder, progress) if verify else None
+        report = _report(plan, folder, weight_files, verification)
+        (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "README.md").write_text(fill_model_card(plan, report), encoding="utf-8")
+    return report
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    preset: str = "retrofit",
+    segment_lengths: list[int] | tuple[int, ...] | None = None,
+    dilation_rates: list[int] | tuple[int, ...] | None = None,
+    rope_parameters: dict | None = None,
+    max_position_embeddings: int | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Plan:
+    """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
+
+    Args and errors are those of ``convert_checkpoint``.
+    """
+    folder, revision = _source_folder(source)
+    fields = read_json(folder / "config.json")
+    family = find_family(fields)
+    source_config = family.read_config(fields)
+    tensors = read_weights(folder)
+    # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    match_weights(skeleton(family.model_class, source_config), tensors)
+    shard_layout(tensors, max_shard_size)
+
+    trained = _trained_context(source_config)
+    pattern, context = _choose_pattern(
+        source_config, trained, preset, segment_lengths, dilation_rates, max_position_embeddings
+    )
+    rope = _rope_parameters(source_config, rope_parameters, trained)
+    # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
+    position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
+    reference_config = source_config
+    if rope_parameters is not None:
+        reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+        reference_config.max_position_embeddings = position_embeddings
+    dtypes = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.num_bytes
+    dtype = source_config.dtype or DTYPE_NAMES[dtypes.most_common(1)[0][0]]
+    longnet_fields = _without_generation_settings(family.longnet_fields(source_config)) | {
+        "rope_parameters": rope,
+        "max_position_embeddings": position_embeddings,
+        "dtype": dtype,
+        **{name: _json_value(value) for name, value in dataclasses.asdict(pattern).items()},
+    }
+    config = LongNetConfig(**longnet_fields)
+    config.architectures = [LongNetForCausalLM.__name__]
+    match_weights(skeleton(LongNetForCausalLM, config), tensors)
+    return Plan(
+        source=folder,
+        name=str(source),
+        revision=revision,
+        family=family,
+        source_config=source_config,
+        tensors=tensors,
+        config=config,
+        preset=preset,
+        trained_context=trained,
+        reference_config=reference_config,
+        max_shard_size=max_shard_size,
+        notes=tuple(_notes(folder, fields, config, trained, dtypes, rope_parameters)),
+    )
+
+
+def _source_folder(source: str | Path) -> tuple[Path, str | None]:
+    """Return the folder of a source and, for a Hub source, its commit."""
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is an adapter; merge it into its base model and convert that")
+        return folder.absolute(), None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or folder.exists():
+        raise ValueError(f"the source {source} is not a folder")
+    try:
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES]
+        snapshot = Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # whatever the network, the Hub's answer or its cache come up with
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{source} is neither a folder nor a model that the Hub hands out: {reason}") from error
+    return snapshot, snapshot.name
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    source, target = source.resolve(), target.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"the target {target} and the source {source} must not be or contain one another")
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ValueError(f"{folder.parent} has {_short(free)}B free, but the weights need {_short(num_bytes)}B")
+
+
+def _trained_context(config: LlamaConfig) -> int:
+    """Return the length the source was trained for before any RoPE scaling stretched it."""
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    return min(config.max_position_embeddings, original or config.max_position_embeddings)
+
+
+def _choose_pattern(
+    config: LlamaConfig,
+    trained: int,
+    preset: str,
+    segment_lengths: list[int] | tuple[int, ...] | None,
+    dilation_rates: list[int] | tuple[int, ...] | None,
+    context: int | None,
+) -> tuple[DilationPattern, int]:
+    """Return the pattern and the target's context."""
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise ValueError(f"max_position_embeddings must be a positive integer, got {context!r}")
+    if segment_lengths is None:
+        if dilation_rates is not None:
+            raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
+        local = min(trained, LONGEST_LOCAL_SEGMENT)
+        context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
+        last = local
+        while last < context:
+            last *= 2
+        return DilationPattern.geometric(local, last, preset=preset), context
+    if dilation_rates is None:
+        first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
+        if any(w % first for w in segment_lengths):
+            raise ValueError(
+                f"segment_lengths {list(segment_lengths)} are not multiples of the first, so there are no default "
+                "rates w_i / w_0; give dilation_rates"
+            )
+        dilation_rates = [w // first for w in segment_lengths]
+    pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
+
+
+def _rope_parameters(config: LlamaConfig, override: dict | None, trained: int) -> dict:
+    """Return the target's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
+    if override is None:
+        rope = dict(config.rope_parameters)
+        if "factor" in rope and rope["factor"] is None:
+            rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+        return rope
+    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
+    if not isinstance(override, dict) or override.get("rope_type") not in known:
+        raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
+    rope = {"rope_theta": config.rope_parameters["rope_theta"], **override}
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope.setdefault("original_max_position_embeddings", trained)
+    if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):
+        raise ValueError(f"rope_parameters need a number as factor, got {rope['factor']!r}")
+    return rope
+
+
+def _without_generation_settings(fields: dict) -> dict:
+    """Drop generation settings that old checkpoints keep in config.json; transformers refuses to save them there."""
+    own = {field.name for field in dataclasses.fields(LongNetConfig)}
+    settings = vars(GenerationConfig()).keys() - own
+    return {name: value for name, value in fields.items() if name not in settings}
+
+
+def _notes(
+    folder: Path, fields: dict, config: LongNetConfig, trained: int, dtypes: Counter, rope_parameters: dict | None
+) -> list[str]:
+    """Say what may surprise, one line each."""
+    notes = []
+    pattern, num_kv_heads = config.pattern, config.num_key_value_heads
+    if dense_length(pattern) == 0:
+        notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
+    elif config.max_position_embeddings > trained and rope_parameters is None:
+        notes.append(f"positions beyond {trained:,} are new to the model: tune it there")
+    if config.rope_parameters["rope_type"] == "dynamic":
+        notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
+    if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:
+        notes.append(
+            f"{_count(num_kv_heads, 'KV head')} cannot cover all offsets of rate {unread[-1]}: far keys are missed"
+        )
+    if len(dtypes) > 1 or DTYPE_NAMES[next(iter(dtypes))] != _dtype_name(config.dtype):
+        stored = ", ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+        notes.append(f"weights are stored as {stored}; config.json says {_dtype_name(config.dtype)}")
+    if fields.get("auto_map"):
+        notes.append("the source's own code (auto_map) was not used: it is read as transformers' Llama")
+    if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
+        notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
+    return notes
+
+
+def _write_weights(plan: Plan, folder: Path, progress: bool) -> list[Path]:
+    with _progress_bar("writing weights", plan.num_bytes, progress) as bar:
+        return copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update)
+
+
+def _write_config_and_code(plan: Plan, folder: Path) -> None:
+    """Save config.json and the package's own files next to it, as transformers does for custom models."""
+    plan.config.auto_map = {
+        model_class._auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
+        for model_class in LOADABLE_AS
+    }
+    custom_object_save(skeleton(LongNetForCausalLM, plan.config), folder, config=plan.config)
+    plan.config.save_pretrained(folder)
+
+
+def _carry_files(plan: Plan, folder: Path) -> None:
+    for path in sorted(path for pattern in CARRIED_FILES for path in plan.source.glob(pattern)):
+        carried = folder / path.relative_to(plan.source)
+        if path.is_file() and path.suffix != ".py" and not carried.exists():
+            carried.parent.mkdir(exist_ok=True)
+            with open(path, "rb") as source, open(carried, "xb") as target:
+                copy_bytes(source, target, path.stat().st_size)
+    if not (folder / "generation_config.json").exists():
+        # What transformers itself would make of the source's config.json.
+        GenerationConfig.from_model_config(plan.source_config).save_pretrained(folder)
+
+
+def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
+    """Compare the logits of the source and of what was written.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    written = read_weights(folder)
+    config = LongNetConfig.from_pretrained(folder)
+    same = dense_length(config.pattern)
+    token_ids, text = verification_tokens(
+        plan.source, config.vocab_size, min(same or plan.trained_context, plan.trained_context, MAX_TOKENS)
+    )
+    if not same:
+        dense = DilationPattern((token_ids.shape[1],), (1,))
+        for name, value in dataclasses.asdict(dense).items():
+            setattr(config, name, _json_value(value))
+    source = (plan.family.model_class, plan.reference_config, plan.tensors)
+    target = (LongNetForCausalLM, config, written)
+    for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
+        with _progress_bar("verifying logits", 2 * plan.num_bytes, progress) as bar:
+            errors = compare_logits(source, target, token_ids, bar.update)
+        verification = Verification(token_ids.shape[1], text, pattern_used=bool(same), **errors)
+        if verification.passed:
+            return verification
+    raise ValueError(
+        f"the converted model's logits differ from the source's by {verification.max_error:.3g} "
+        f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed); nothing was written"
+    )
+
+
+def _report(plan: Plan, folder: Path, weight_files: list[Path], verification: Verification | None) -> dict:
+    config = (folder / "config.json").read_bytes()
+    report = {
+        "source": {"name": plan.name, "revision": plan.revision, "architecture": plan.family.architecture},
+        "pattern": {"preset": plan.preset, **dataclasses.asdict(plan.config.pattern)},
+        "trained_context": plan.trained_context,
+        "max_position_embeddings": plan.config.max_position_embeddings,
+        "rope_parameters": plan.config.rope_parameters,
+        "weights": {
+            "num_tensors": len(plan.tensors),
+            "num_bytes": plan.num_bytes,
+            "dtypes": sorted({DTYPE_NAMES[tensor.dtype] for tensor in plan.tensors.values()}),
+            "files": {path.name: path.stat().st_size for path in weight_files},
+            "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size),
+        },
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "costs": plan.costs(),
+        "verification": None,
+        "notes": list(plan.notes),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")},
+    }
+    if verification is not None:
+        report["verification"] = dataclasses.asdict(verification) | {"relative_error": verification.relative_error}
+    return report
+
+
+def _progress_bar(title: str, num_bytes: int, progress: bool) -> tqdm:
+    # disable=None hides the bar where stderr is not a terminal.
+    return tqdm(
+        total=num_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None if progress else True
+    )
+
+
+def dtype_bytes(dtype: torch.dtype | str) -> int:
+    """Return the bytes per number of a config's dtype."""
+    return next(FLOAT_BYTES[stored] for stored, name in DTYPE_NAMES.items() if name == _dtype_name(dtype))
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _json_value(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(number: float) -> str:
+    """Write a number with three digits and a unit prefix: 1.23 G."""
+    power = 0
+    while number >= 999.5 and power < 6:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {' kMGTPE'[power].strip()}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

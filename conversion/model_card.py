@@ -1,0 +1,98 @@
+"""The model card of a converted checkpoint, filled from what the conversion did and measured."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+if TYPE_CHECKING:
+    from .convert import Plan
+
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+def fill_model_card(plan: Plan, report: dict) -> str:
+    """Fill the template with a conversion's plan and report.
+
+    The licence and language are those that the source's own card states.
+
+    Args:
+        plan: what was converted.
+        report: what was written and measured.
+
+    Returns:
+        The card, Markdown with YAML front matter.
+    """
+    source_data = _card_data(plan.source / "README.md")
+    on_hub = plan.revision is not None
+    inherited = {name: source_data[name] for name in (*LICENSE_FIELDS, "language") if source_data.get(name)}
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=plan.name if on_hub else source_data.get("base_model"),
+        tags=["longnet", "dilated-attention", "long-context", "custom_code"],
+        **inherited,
+    )
+    pattern, costs = plan.config.pattern, report["costs"]
+    template = Template(files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        metadata=metadata.to_yaml(),
+        name=Path(plan.name).name,
+        source=f"[{plan.name}](https://huggingface.co/{plan.name})" if on_hub else f"`{Path(plan.name).name}`",
+        revision=f", revision `{plan.revision}`" if on_hub else "",
+        architecture=plan.family.architecture,
+        license=_license_sentence(inherited),
+        preset=plan.preset,
+        branches="\n".join(f"| {w:,} | {r} |" for w, r in pattern.branches),
+        head_offsets=pattern.head_offsets,
+        count_overlaps=pattern.count_overlaps,
+        dilate_queries=pattern.dilate_queries,
+        window=pattern.window,
+        trained_context=f"{plan.trained_context:,}",
+        context=f"{plan.config.max_position_embeddings:,}",
+        rope=", ".join(f"{name} {value}" for name, value in plan.config.rope_parameters.items()),
+        cost_length=f"{costs['length']:,}",
+        attention_ratio=f"{costs['dense_attention_flops'] / costs['pattern_attention_flops']:.1f}",
+        kv_ratio=f"{costs['dense_kv_bytes'] / costs['pattern_kv_bytes']:.1f}",
+        verification=_verification_sentence(report["verification"], pattern.segment_lengths[0]),
+        versions=", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    )
+
+
+def _card_data(path: Path) -> dict:
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a card is free text by anyone: absent, without front matter or broken, it tells nothing
+        return {}
+
+
+def _license_sentence(inherited: dict) -> str:
+    if "license" not in inherited:
+        return "The source's card states no licence; the terms of the source apply to these weights."
+    name = inherited.get("license_name", inherited["license"])
+    link = f" ({inherited['license_link']})" if "license_link" in inherited else ""
+    return f"As the source: {name}{link}. The code files in this repository are MIT-licensed."
+
+
+def _verification_sentence(verification: dict | None, first_segment: int) -> str:
+    if verification is None:
+        return "The conversion was run without verification."
+    compared = (
+        f"the logits of source and converted model were compared in float32 on {verification['num_tokens']} tokens "
+        f"({verification['text']}): the largest difference is {verification['max_error']:.2g}, where the largest logit "
+        f"is {verification['max_logit']:.3g}. Mean loss: source {verification['source_loss']:.4f}, converted "
+        f"{verification['target_loss']:.4f} nats per token"
+    )
+    if verification["pattern_used"]:
+        return f"Before this checkpoint was written, {compared}. Up to {first_segment:,} tokens the two are one model."
+    return (
+        f"Before this checkpoint was written, {compared}; for this the pattern was replaced by one dense branch, "
+        "because it is not the source's attention on any input. This proves the weights, not the quality: fine-tune "
+        "before use."
+    )

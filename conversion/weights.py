@@ -1,0 +1,264 @@
+"""The safetensors files of a checkpoint: what they hold, and how to copy or re-shard them byte by byte.
+
+A stored tensor is a byte range of a file, so nothing here decodes a weight: re-sharding writes new headers and copies
+ranges, bit for bit, in a few megabytes of memory whatever the size of the checkpoint.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CHUNK_BYTES = 16 * 2**20
+FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies on disk: ``num_bytes`` bytes of ``file`` from ``start`` on."""
+
+    name: str
+    file: Path
+    dtype: str  # as safetensors spells it: "BF16"
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def read_weights(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a checkpoint folder from the headers of its safetensors files.
+
+    The index, if there is one, and the headers must tell the same story.
+
+    Raises:
+        ValueError: if there are no safetensors weights, a file is missing, truncated or outside the folder, or the
+            index and the files disagree.
+    """
+    if (folder / SINGLE_NAME).exists():  # as in transformers, it wins over an index
+        return read_header(folder / SINGLE_NAME)
+    if not (folder / INDEX_NAME).exists():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        found = f"; found {others[0]}, which is not safetensors: re-save it with safe_serialization" if others else ""
+        raise ValueError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{found}")
+
+    shard_of = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise ValueError(f"{folder / INDEX_NAME} has no weight_map from tensor names to file names")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{folder / INDEX_NAME} names the shard {shard!r}, which is not a file of that folder")
+        for name, tensor in read_header(folder / shard).items():
+            if shard_of.get(name) != shard:
+                listed = f"in {shard_of[name]}" if name in shard_of else "nowhere"
+                raise ValueError(f"tensor {name} lies in {shard}, but {INDEX_NAME} lists it {listed}")
+            tensors[name] = tensor
+    if missing := sorted(shard_of.keys() - tensors.keys()):
+        raise ValueError(f"{INDEX_NAME} lists {missing[0]} in {shard_of[missing[0]]}, which does not hold it")
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        ValueError: if the file is missing or not a whole, valid safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks: sizes, ranges without overlap or gap
+            pass
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file, truncated perhaps: {error}") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[name] = StoredTensor(name, path, entry["dtype"], shape, 8 + header_bytes + start, end - start)
+    return tensors
+
+
+def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Find the stored tensor of every parameter of a model; tied parameters may share one.
+
+    Args:
+        model: any instance, on the meta device too.
+        tensors: what a checkpoint holds.
+
+    Raises:
+        ValueError: if a tensor is missing, unknown to the model, of another shape, or not floating point.
+    """
+    parameters = model.state_dict()
+    ties = {**model.all_tied_weights_keys, **{source: name for name, source in model.all_tied_weights_keys.items()}}
+    matched = {name: tensors.get(name) or tensors.get(ties.get(name)) for name in parameters}
+    architecture = type(model).__name__
+    if missing := [name for name, tensor in matched.items() if tensor is None]:
+        raise ValueError(f"the weights lack {_first_of(missing)} that {architecture} needs with this config.json")
+    if unknown := [name for name in tensors if name not in parameters]:
+        raise ValueError(f"the weights hold {_first_of(unknown)} that {architecture} lacks with this config.json")
+    for name, tensor in matched.items():
+        if tensor.shape != tuple(parameters[name].shape):
+            raise ValueError(
+                f"tensor {tensor.name} has shape {list(tensor.shape)}, but config.json says "
+                f"{list(parameters[name].shape)}"
+            )
+        if tensor.dtype not in FLOAT_BYTES:
+            raise ValueError(
+                f"tensor {tensor.name} is stored as {tensor.dtype}; only {', '.join(FLOAT_BYTES)} weights are converted"
+            )
+    return matched
+
+
+def copy_weights(
+    tensors: dict[str, StoredTensor],
+    folder: Path,
+    max_shard_size: int | str,
+    advance: Callable[[int], object] = lambda num_bytes: None,
+) -> list[Path]:
+    """Write tensors to a checkpoint folder, as whole copies of their files where those already fit.
+
+    The files are copied as they are if they hold exactly these tensors and none exceeds ``max_shard_size`` (or only
+    because of one single tensor); otherwise all tensors are laid out anew, in their order, bit for bit.
+
+    Args:
+        tensors: what to write, by name.
+        folder: an existing folder.
+        max_shard_size: bytes, or a string such as ``"5GB"`` (5 * 10^9).
+        advance: called with every number of bytes written, for progress bars.
+
+    Returns:
+        The weight files written.
+    """
+    files = sorted({tensor.file for tensor in tensors.values()})
+    layout = shard_layout(tensors, max_shard_size)
+    if files_are_kept(tensors, max_shard_size):
+        layout = {file.name: [n for n, tensor in tensors.items() if tensor.file == file] for file in files}
+        for file in files:
+            with open(file, "rb") as source, open(folder / file.name, "xb") as target:
+                copy_bytes(source, target, os.fstat(source.fileno()).st_size, advance)
+    else:
+        for shard, names in layout.items():
+            _write_shard(folder / shard, {name: tensors[name] for name in names}, advance)
+    if list(layout) != [SINGLE_NAME]:
+        index = {
+            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())},
+            "weight_map": {name: shard for shard, names in layout.items() for name in names},
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [folder / shard for shard in layout]
+
+
+def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> bool:
+    """Say whether ``copy_weights`` copies the files of these tensors as they are."""
+    for file in {tensor.file for tensor in tensors.values()}:
+        held = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
+        if held.keys() != read_header(file).keys() or len(shard_layout(held, max_shard_size)) > 1:
+            return False
+    return True
+
+
+def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> dict[str, list[str]]:
+    """Distribute tensors, in their order, over files of at most ``max_shard_size``, named as transformers does.
+
+    Raises:
+        ValueError: if ``max_shard_size`` is not a positive size.
+    """
+    try:
+        split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.num_bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'max_shard_size must be bytes or a size such as "5GB", got {max_shard_size!r}') from error
+    return split.filename_to_tensors
+
+
+def _write_shard(path: Path, tensors: dict[str, StoredTensor], advance: Callable[[int], object]) -> None:
+    # Wide dtypes first, as safetensors does itself: every tensor then starts at a multiple of its item size.
+    names = sorted(tensors, key=lambda name: -FLOAT_BYTES[tensors[name].dtype])
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        start, end = end, end + tensors[name].num_bytes
+        header[name] = {
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "xb") as target:
+        target.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            with open(tensors[name].file, "rb") as source:
+                source.seek(tensors[name].start)
+                copy_bytes(source, target, tensors[name].num_bytes, advance)
+
+
+def copy_bytes(
+    source: BinaryIO, target: BinaryIO, num_bytes: int, advance: Callable[[int], object] = lambda num_bytes: None
+) -> None:
+    """Copy the next bytes of one open file to another; file systems that can share blocks then share them.
+
+    Sharing blocks on copy, not hard links: a program that later writes into the copy must never reach the original,
+    and safetensors before 0.8 saves by truncating the existing file.
+    """
+    target.flush()
+    left, in_kernel = num_bytes, hasattr(os, "copy_file_range")
+    position = source.tell()
+    while left > 0:
+        size = min(left, CHUNK_BYTES)
+        if in_kernel:
+            try:
+                copied = os.copy_file_range(source.fileno(), target.fileno(), size, offset_src=position)
+            except OSError:  # not between these two file systems
+                in_kernel = False
+                continue
+        else:
+            source.seek(position)
+            copied = target.write(source.read(size))
+        if copied == 0:
+            raise OSError(f"{source.name} became {left} bytes shorter while it was copied")
+        position, left = position + copied, left - copied
+        advance(copied)
+
+
+def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Sum the sizes of tensors in bytes."""
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
+def _first_of(names: list[str]) -> str:
+    return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
