@@ -125,7 +125,7 @@ def eager_attention(
     Returns:
         ``(out, lse, weights)`` as ``multiset_attention``; padded queries give output 0 and lse -inf.
     """
-    # What stands in a padded row, NaN included, must not touch the others through 0 * NaN.
+    # What stands in a padded row or its gradient, NaN included, must not touch the others through 0 * NaN.
     padding = (positions < 0)[:, None, :, None]
     query, key, value = (x.masked_fill(padding, 0) for x in (query, key, value))
     count = count_reaching_branches(
@@ -137,4 +137,5 @@ def eager_attention(
         query_documents=documents,
         key_documents=documents,
     )
-    return multiset_attention(query, key, value, count, scale=scale, dropout=dropout)
+    out, lse, weights = multiset_attention(query, key, value, count, scale=scale, dropout=dropout)
+    return out.masked_fill(padding, 0), lse, weights

@@ -7,6 +7,7 @@ merging at all: the gradient of one softmax over all pieces is each piece's ordi
 """
 
 from collections.abc import Iterator
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -80,9 +81,10 @@ class _TorchAttention(torch.autograd.Function):
         out = torch.zeros(query.shape, dtype=dtype, device=query.device)
         lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
         call = _Call(pattern, is_causal, scale, dropout, seed)
+        seeds = count(seed)  # one for every piece of every document
         for rows, tokens in documents:
             document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
-            _document_forward(call, *document)
+            _document_forward(call, seeds, *document)
             if isinstance(tokens, Tensor):  # indexing copied: put the results back
                 out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
         out = out.to(query.dtype)
@@ -99,11 +101,12 @@ class _TorchAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grad_out = grad_out.contiguous()
+        seeds = count(ctx.call.seed)
         for rows, tokens in ctx.documents:
             pick = lambda x: None if x is None else x[rows, :, tokens]  # noqa: B023, E731
             document = [pick(x) for x in gradients]
             _document_backward(
-                ctx.call, *document, *(pick(x) for x in (query, key, value, out, lse, grad_out, grad_lse))
+                ctx.call, seeds, *document, *(pick(x) for x in (query, key, value, out, lse, grad_out, grad_lse))
             )
             if isinstance(tokens, Tensor):
                 for gradient, result in zip(gradients, document):
@@ -185,14 +188,16 @@ def _piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> I
             yield _View(part_query, part_key, shape, rows, q_heads, one_kv_heads)
 
 
-def _document_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+def _document_forward(
+    call: _Call, seeds: Iterator[int], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> None:
     """Fold every piece into the accumulators ``out [B, H, L, D]`` and ``lse [B, H, L]``, in place."""
     batch, num_heads, length, _ = query.shape
-    for index, view in enumerate(call.views(length, batch, num_heads, key.shape[1])):
+    for view, seed in zip(call.views(length, batch, num_heads, key.shape[1]), seeds):
         q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
         if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
             q, k, v = (x.flip(2) for x in (q, k, v))
-        kernel = _kernel(call, q, None, index)
+        kernel = _kernel(call, q, None, seed)
         piece_out, piece_lse = kernel.forward(q, k, v, view.shape != FULL)
         if view.shape == UPPER:
             piece_out, piece_lse = piece_out.flip(2), piece_lse.flip(2)
@@ -205,6 +210,7 @@ def _document_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor, ou
 
 def _document_backward(
     call: _Call,
+    seeds: Iterator[int],
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
@@ -218,14 +224,14 @@ def _document_backward(
 ) -> None:
     """Add every piece's gradients to ``grad_query``, ``grad_key`` and ``grad_value``, in place."""
     batch, num_heads, length, _ = query.shape
-    for index, view in enumerate(call.views(length, batch, num_heads, key.shape[1])):
+    for view, seed in zip(call.views(length, batch, num_heads, key.shape[1]), seeds):
         inputs = [view.of_query(query), view.of_key(key), view.of_key(value)]
         inputs += [view.of_query(x) for x in (out, lse, grad_out)]
         piece_grad_lse = None if grad_lse is None else view.of_query(grad_lse)
         if view.shape == UPPER:
             inputs = [x.flip(2) for x in inputs]
             piece_grad_lse = None if piece_grad_lse is None else piece_grad_lse.flip(2)
-        kernel = _kernel(call, inputs[0], piece_grad_lse, index)
+        kernel = _kernel(call, inputs[0], piece_grad_lse, seed)
         gradients = kernel.backward(*inputs, view.shape != FULL)
         if view.shape == UPPER:
             gradients = [x.flip(2) for x in gradients]
@@ -235,10 +241,10 @@ def _document_backward(
             total.add_(piece)
 
 
-def _kernel(call: _Call, query: Tensor, grad_lse: Tensor | None, index: int):
+def _kernel(call: _Call, query: Tensor, grad_lse: Tensor | None, seed: int):
     """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
     if call.dropout or grad_lse is not None:
-        return _PlainKernel(call.scale, call.dropout, call.seed + index, grad_lse)
+        return _PlainKernel(call.scale, call.dropout, seed, grad_lse)
     if query.device.type == "cpu":
         return _CpuFlashKernel(call.scale)
     head_dim = query.shape[-1]
