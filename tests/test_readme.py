@@ -1,0 +1,82 @@
+"""The README's code runs as it stands: Python blocks in order in one process, converter commands in a shell."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a checkpoint named llama and a `longnet-convert` on the path."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_checkpoint(folder / "llama", max_position_embeddings=128)
+    command = folder / "bin" / "longnet-convert"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m conversion "$@"\n')
+    command.chmod(0o755)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
+    for language, code in BLOCKS:
+        if language == "bash" and code.startswith("longnet-convert"):
+            run(["sh", "-ec", code], workshop)
+    script = "\n".join(code for language, code in BLOCKS if language == "python")
+    collect = "import json, sys\nprinted = []\nprint = lambda x: printed.append(str(x))\n"
+    output = run([sys.executable, "-c", f"{collect}{script}\nsys.stdout.write(json.dumps(printed))"], workshop)
+    shape, reach, text, savings, entries, cache_shape = json.loads(output)
+    assert shape == "torch.Size([1, 700, 1000])"
+    assert json.loads(reach)[-1] == 200 and json.loads(reach).count(200) == 4  # reached by four branches
+    assert text.startswith("def main(")
+    assert float(savings) > 30
+    assert entries == "11264"
+    entries_held = int(re.fullmatch(r"torch.Size\(\[1, 2, (\d+), 8\]\)", cache_shape)[1])
+    assert entries_held <= 128 + 256 // 4 + 128
+
+
+def test_the_make_targets_that_it_names_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make (\w+)`", (ROOT / "README.md").read_text())):
+        assert f"\n{target}:" in makefile, target
+
+
+def test_the_files_that_it_names_exist():
+    for name in set(
+        re.findall(r"`((?:tests|modeling_longnet|conversion|benchmarks)/[\w/.]*)`", (ROOT / "README.md").read_text())
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_picture_is_what_the_patterns_reach():
+    from modeling_longnet import DilationPattern
+
+    _, picture = BLOCKS[0]
+    rows = picture.splitlines()[2:]
+    for preset, columns in (("paper", slice(0, 44)), ("retrofit", slice(44, None))):
+        pattern = DilationPattern.preset(preset, (8, 32), (1, 4))
+        for position, row in enumerate(rows):
+            reached = pattern.reach(position, kv_head=0)
+            drawn = "".join(".ox"[reached.count(u)] for u in range(position + 1))
+            assert row[columns].rstrip() == drawn, (preset, position)
