@@ -101,7 +101,8 @@ def _choose_backend(
         return "triton"
     if backend == "triton":
         raise ValueError(f'backend="triton" cannot run this call: {refusal}; use "torch" or "auto"')
-    logger.debug("auto chose the torch backend, not triton: %s", refusal)
+    if not torch.compiler.is_compiling():  # a log call would break the graph
+        logger.debug("auto chose the torch backend, not triton: %s", refusal)
     return "torch"
 
 

@@ -6,16 +6,20 @@ merging at all: the gradient of one softmax over all pieces is each piece's ordi
 *final* out and lse.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import count
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
 from .dilation_pattern import DilationPattern
 
+
+# Saved checkpoints carry a copy of this file. Each copy registers its operators under its own module's name, so that
+# an installed package and any number of loaded checkpoints live side by side.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 # The plain kernel works on at most this many scores at a time.
 SCORES_PER_CHUNK = 2**22
@@ -48,10 +52,13 @@ def torch_attention(
     Returns:
         ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once.
     """
-    documents = _documents(query, attention_mask, cu_seqlens)
     # Drawn from the global generator so that torch.manual_seed, and a checkpoint's replay, give the same mask again.
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return _TorchAttention.apply(query, key, value, pattern, documents, is_causal, scale, dropout, seed)
+    return _attention(
+        query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths), list(pattern.dilation_rates),
+        pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries, pattern.window, is_causal, scale,
+        dropout, seed,
+    )  # fmt: skip
 
 
 def _documents(
@@ -74,51 +81,86 @@ def _documents(
     return documents
 
 
-class _TorchAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, pattern, documents, is_causal, scale, dropout, seed):
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        out = torch.zeros(query.shape, dtype=dtype, device=query.device)
-        lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
-        call = _Call(pattern, is_causal, scale, dropout, seed)
-        seeds = count(seed)  # one for every piece of every document
-        for rows, tokens in documents:
-            document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
-            _document_forward(call, seeds, *document)
-            if isinstance(tokens, Tensor):  # indexing copied: put the results back
-                out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.call, ctx.documents = call, documents
-        ctx.set_materialize_grads(False)
-        return out, lse
+@torch.library.custom_op(f"{NAMESPACE}::torch_dilated_attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pattern = DilationPattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
+    )
+    call = _Call(pattern, is_causal, scale, dropout)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
+    seeds = count(seed)  # one for every piece of every document
+    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
+        document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
+        _document_forward(call, seeds, *document)
+        if isinstance(tokens, Tensor):  # indexing copied: put the results back
+            out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
+    return out.to(query.dtype), lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        query, key, value, out, lse = ctx.saved_tensors
-        gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grad_out = grad_out.contiguous()
-        seeds = count(ctx.call.seed)
-        for rows, tokens in ctx.documents:
-            pick = lambda x: None if x is None else x[rows, :, tokens]  # noqa: B023, E731
-            document = [pick(x) for x in gradients]
-            _document_backward(
-                ctx.call, seeds, *document, *(pick(x) for x in (query, key, value, out, lse, grad_out, grad_lse))
-            )
-            if isinstance(tokens, Tensor):
-                for gradient, result in zip(gradients, document):
-                    gradient[rows, :, tokens] = result
-        return *(g.to(x.dtype) for g, x in zip(gradients, (query, key, value))), *[None] * 6
+
+@_attention.register_fake
+def _(query, key, value, *_) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::torch_dilated_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    pattern = DilationPattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
+    )
+    call = _Call(pattern, is_causal, scale, dropout)
+    gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
+    inputs = (query, key, value, out, lse, grad_out.contiguous(), grad_lse)
+    seeds = count(seed)
+    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
+        document = [x[rows, :, tokens] for x in gradients]
+        _document_backward(call, seeds, *document, *(None if x is None else x[rows, :, tokens] for x in inputs))
+        if isinstance(tokens, Tensor):
+            for gradient, result in zip(gradients, document):
+                gradient[rows, :, tokens] = result
+    grad_query, grad_key, grad_value = gradients
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+@_attention_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    query, key, value, attention_mask, cu_seqlens, *ctx.numbers = inputs
+    ctx.save_for_backward(query, key, value, *output, attention_mask, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse, attention_mask, cu_seqlens = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    gradients = _attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, attention_mask, cu_seqlens, *ctx.numbers
+    )
+    return *gradients, *[None] * (2 + len(ctx.numbers))
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Call:
     """What stays the same over all pieces of one call."""
 
-    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float, seed: int):
-        self.pattern, self.is_causal, self.scale, self.dropout, self.seed = pattern, is_causal, scale, dropout, seed
+    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float):
+        self.pattern, self.is_causal, self.scale, self.dropout = pattern, is_causal, scale, dropout
 
     def views(self, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
         """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""

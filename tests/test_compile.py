@@ -1,0 +1,70 @@
+"""torch.compile and torch.export take the operator and the model as one graph."""
+
+import pytest
+import torch
+from tiny_models import left_padding, random_tokens, tiny_model
+
+from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.dilated_attention_torch import _attention
+
+
+RETROFIT = DilationPattern.preset("retrofit", (8, 16, 32), (1, 2, 4))
+
+
+def tensors(length: int) -> list[torch.Tensor]:
+    torch.manual_seed(length)
+    return [torch.randn(2, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_the_operator_is_one_graph_that_serves_every_length(return_lse):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def attend(query, key, value):
+        return dilated_attention(query, key, value, RETROFIT, return_lse=return_lse)
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    for length in (50, 64, 77, 33):
+        inputs = tensors(length)
+        results = []
+        for function in (compiled, attend):
+            output = function(*inputs)
+            loss = sum(x.square().sum() for x in output) if return_lse else output.square().sum()
+            results.append((loss, *torch.autograd.grad(loss, inputs)))
+        torch.testing.assert_close(*results)
+    assert len(graphs) == 1
+
+
+def test_the_registered_operator_passes_opcheck():
+    query, key, value = tensors(20)
+    mask = left_padding(0, 5, length=20).bool()
+    for attention_mask in (None, mask):
+        torch.library.opcheck(
+            _attention,
+            (query, key, value, attention_mask, None, [8, 16, 32], [1, 2, 4], "interleaved", False, False, "sliding")
+            + (True, 0.5, 0.0, 0),
+        )
+
+
+def test_the_model_compiles_to_the_same_loss_and_gradients():
+    torch.compiler.reset()
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 40)
+    gradients = []
+    for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        function(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_prefill_exports_and_the_exported_program_gives_the_same_logits():
+    model, tokens = tiny_model("paper").float(), random_tokens(1, 40)
+    program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False})
+    other = random_tokens(1, 40, seed=1)
+    exported = program.module()(input_ids=other, use_cache=False).logits
+    torch.testing.assert_close(exported, model(other).logits)
