@@ -25,6 +25,7 @@ every_device = pytest.mark.parametrize(
         ("torch", "cpu"),
         pytest.param("eager", "cuda", marks=pytest.mark.gpu),
         pytest.param("torch", "cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     ],
 )
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -46,6 +47,7 @@ every_pattern = pytest.mark.parametrize(
         pytest.param(replace(RETROFIT, dilate_queries=True, window="segment"), id="segments-once"),
         pytest.param(UNEVEN, id="uneven"),
         pytest.param(SPARSE, id="sparse"),
+        pytest.param(DilationPattern((64,), (1,)), id="ordinary"),
     ],
 )
 causal_or_not = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -457,7 +459,7 @@ def test_the_mean_over_dropout_draws_is_the_undropped_output(backend, pattern):
     dropped, lse = dilated_attention(query, key, value, pattern, dropout=0.3, backend=backend, return_lse=True)
     out, undropped_lse = dilated_attention(query[:1], key[:1], value[:1], pattern, backend=backend, return_lse=True)
     standard_error = dropped.std(dim=0) / draws**0.5
-    # Position 0 of an uncovered head has no spread at all; 2560 elements stay within 5 standard errors.
+    # One of 2560 elements strays beyond 5 standard errors once in 700 seeds; this seed is fixed.
     assert ((dropped.mean(dim=0) - out[0]).abs() <= 5 * standard_error + 1e-5).all()
     assert (dropped.std(dim=0)[out[0] != 0] > 0).all()
     assert_close(lse, undropped_lse.expand_as(lse))
@@ -482,11 +484,7 @@ def test_dropout_draws_anew_for_every_row_document_and_head(backend, layout):
     first, second, options = (0, 0, slice(0, 30)), (1, 0, slice(0, 30)), {}
     x = one.repeat(2, 1, 1, 1)
     if layout == "padded":
-        x, first, second = (
-            F.pad(x, (0, 0, 0, 2)),
-            (0, 0, slice(0, 30)),
-            (1, 0, slice(0, 30)),
-        )
+        x = F.pad(x, (0, 0, 0, 2))
         options["attention_mask"] = torch.ones(2, 32).long().index_fill(1, torch.tensor([30, 31]), 0)
     if layout == "packed":
         x, first, second = one.repeat(1, 1, 2, 1), (0, 0, slice(0, 30)), (0, 0, slice(30, 60))
@@ -640,6 +638,11 @@ PACKED = {"query": (1, 4, 6, 8), "key": (1, 2, 6, 8), "value": (1, 2, 6, 8)}
         pytest.param(tensors(dropout=-0.1), ["dropout", "-0.1"], id="dropout-negative"),
         pytest.param(tensors(dropout=1.5), ["dropout", "1.5"], id="dropout-too-large"),
         pytest.param(tensors(dropout=float("nan")), ["dropout", "nan"], id="dropout-nan"),
+        # Fused kernels scale the -inf of masked scores: 0 and below give NaN there.
+        pytest.param(tensors(scale=0.0), ["scale", "positive", "0.0"], id="scale-zero"),
+        pytest.param(tensors(scale=-0.5), ["scale", "positive", "-0.5"], id="scale-negative"),
+        pytest.param(tensors(scale=float("nan")), ["scale", "positive", "nan"], id="scale-nan"),
+        pytest.param(tensors(scale=float("inf")), ["scale", "finite", "inf"], id="scale-infinite"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_numbers(arguments, fragments):
