@@ -12,11 +12,11 @@ from .convert import convert_checkpoint, plan_conversion
 
 
 DESCRIPTION = """\
-Convert a dense Llama checkpoint to LongNet's dilated attention. The weights keep
-their names and bits; with the default preset the converted model has the source's
-logits on every input up to its first segment length, which is verified before
-TARGET appears. TARGET loads with trust_remote_code=True where this package is not
-installed.
+Convert a dense Llama checkpoint to LongNet's dilated attention. The weights
+keep their names and bits; with the default preset the converted model has the
+source's logits on every input up to its first segment length, which is verified
+before TARGET appears. TARGET loads with trust_remote_code=True where this
+package is not installed.
 """
 
 EPILOG = """\
@@ -109,13 +109,11 @@ def main(argv: list[str] | None = None) -> int:
             planning = options.keys() - {"target", "overwrite", "verify"}
             print(plan_conversion(**{name: options[name] for name in planning}).describe())
             return 0
-        report = convert_checkpoint(**options, progress=not quiet)
+        convert_checkpoint(**options, progress=not quiet)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", debug)
     except Exception as error:
         return _fail(str(error) or type(error).__name__, debug)
-    if not quiet:
-        print(_summary(options["target"], report))
     return 0
 
 
@@ -124,16 +122,6 @@ def _fail(message: str, debug: bool) -> int:
         raise
     print(f"longnet-convert: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
-
-
-def _summary(target: str, report: dict) -> str:
-    verification = report["verification"]
-    if verification is None:
-        return f"wrote      {target} (not verified)"
-    return (
-        f"verified   largest difference of logits {verification['max_error']:.2g} over "
-        f"{verification['num_tokens']} tokens\nwrote      {target}"
-    )
 
 
 def _integers(text: str) -> list[int]:

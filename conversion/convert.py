@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ from .families import Family, find_family
 from .model_card import fill_model_card
 from .verify import MAX_TOKENS, Verification, compare_logits, dense_length, skeleton, verification_tokens
 from .weights import (
-    FLOAT_BYTES,
+    DTYPES,
     StoredTensor,
     copy_bytes,
     copy_weights,
@@ -76,7 +77,6 @@ LOADABLE_AS = (
     LongNetForTokenClassification,
     LongNetForQuestionAnswering,
 )
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Plan:
         """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
         config, length = self.config, self.context
         num_kv_heads = config.num_key_value_heads
-        entry_bytes = 2 * config.head_dim * num_kv_heads * config.num_hidden_layers * dtype_bytes(config.dtype)
+        entry_bytes = 2 * config.head_dim * num_kv_heads * config.num_hidden_layers * _dtype(config.dtype).itemsize
         dense = DilationPattern((length,), (1,))
         costs = {"length": length}
         for name, pattern in (("pattern", config.pattern), ("dense", dense)):
@@ -159,7 +159,8 @@ class Plan:
             f"attention  {_short(flops)}FLOP, dense {_short(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
             f"KV cache   {_short(kv)}B, dense {_short(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
         ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        notes = (textwrap.fill(f"note       {note}", width=80, subsequent_indent=" " * 11) for note in self.notes)
+        return "\n".join([*lines, *notes])
 
 
 def convert_checkpoint(
@@ -229,6 +230,8 @@ def convert_checkpoint(
         report = _report(plan, folder, weight_files, verification)
         (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(fill_model_card(plan, report), encoding="utf-8")
+    if progress:
+        print(f"verified   {_outcome(verification)}\nwrote      {target}")
     return report
 
 
@@ -253,7 +256,13 @@ def plan_conversion(
     tensors = read_weights(folder)
     # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    match_weights(skeleton(family.model_class, source_config), tensors)
+    try:
+        source_model = skeleton(family.model_class, source_config)
+    except Exception as error:  # a KeyError for an unknown activation, and the like
+        raise ValueError(
+            f"config.json does not describe a {family.architecture} that can be built: {error!r}"
+        ) from error
+    match_weights(source_model, tensors)
     shard_layout(tensors, max_shard_size)
 
     trained = _trained_context(source_config)
@@ -265,13 +274,16 @@ def plan_conversion(
     position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
     reference_config = source_config
     if rope_parameters is not None:
-        reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+        try:
+            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+        except ValueError as error:
+            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
         reference_config.max_position_embeddings = position_embeddings
     dtypes = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_bytes
-    dtype = source_config.dtype or DTYPE_NAMES[dtypes.most_common(1)[0][0]]
-    longnet_fields = _without_generation_settings(family.longnet_fields(source_config)) | {
+    dtype = _dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
+    longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": rope,
         "max_position_embeddings": position_embeddings,
         "dtype": dtype,
@@ -382,13 +394,6 @@ def _rope_parameters(config: LlamaConfig, override: dict | None, trained: int) -
     return rope
 
 
-def _without_generation_settings(fields: dict) -> dict:
-    """Drop generation settings that old checkpoints keep in config.json; transformers refuses to save them there."""
-    own = {field.name for field in dataclasses.fields(LongNetConfig)}
-    settings = vars(GenerationConfig()).keys() - own
-    return {name: value for name, value in fields.items() if name not in settings}
-
-
 def _notes(
     folder: Path, fields: dict, config: LongNetConfig, trained: int, dtypes: Counter, rope_parameters: dict | None
 ) -> list[str]:
@@ -403,10 +408,11 @@ def _notes(
         notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
     if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:
         notes.append(
-            f"{_count(num_kv_heads, 'KV head')} cannot cover all offsets of rate {unread[-1]}: far keys are missed"
+            f"rate {unread[-1]} has more offsets than the model has KV heads ({num_kv_heads}): no head reads the far "
+            "tokens at the other offsets"
         )
-    if len(dtypes) > 1 or DTYPE_NAMES[next(iter(dtypes))] != _dtype_name(config.dtype):
-        stored = ", ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+    stored = ", ".join(_dtype_name(DTYPES[dtype]) for dtype in dtypes)
+    if stored != _dtype_name(config.dtype):
         notes.append(f"weights are stored as {stored}; config.json says {_dtype_name(config.dtype)}")
     if fields.get("auto_map"):
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' Llama")
@@ -438,8 +444,9 @@ def _carry_files(plan: Plan, folder: Path) -> None:
             with open(path, "rb") as source, open(carried, "xb") as target:
                 copy_bytes(source, target, path.stat().st_size)
     if not (folder / "generation_config.json").exists():
-        # What transformers itself would make of the source's config.json.
-        GenerationConfig.from_model_config(plan.source_config).save_pretrained(folder)
+        # Old checkpoints keep such settings in config.json, where transformers no longer writes them.
+        fields = read_json(plan.source / "config.json")
+        GenerationConfig.from_model_config(fields).save_pretrained(folder)
 
 
 def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
@@ -472,6 +479,15 @@ def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
     )
 
 
+def _outcome(verification: Verification | None) -> str:
+    if verification is None:
+        return "no, as asked"
+    outcome = f"logits differ by at most {verification.max_error:.2g} on {verification.num_tokens} tokens"
+    if verification.num_not_finite:
+        outcome += f"; {verification.num_not_finite:,} are not finite in either model: look for NaN weights"
+    return outcome
+
+
 def _report(plan: Plan, folder: Path, weight_files: list[Path], verification: Verification | None) -> dict:
     config = (folder / "config.json").read_bytes()
     report = {
@@ -483,7 +499,7 @@ def _report(plan: Plan, folder: Path, weight_files: list[Path], verification: Ve
         "weights": {
             "num_tensors": len(plan.tensors),
             "num_bytes": plan.num_bytes,
-            "dtypes": sorted({DTYPE_NAMES[tensor.dtype] for tensor in plan.tensors.values()}),
+            "dtypes": sorted({_dtype_name(DTYPES[tensor.dtype]) for tensor in plan.tensors.values()}),
             "files": {path.name: path.stat().st_size for path in weight_files},
             "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size),
         },
@@ -506,9 +522,8 @@ def _progress_bar(title: str, num_bytes: int, progress: bool) -> tqdm:
     )
 
 
-def dtype_bytes(dtype: torch.dtype | str) -> int:
-    """Return the bytes per number of a config's dtype."""
-    return next(FLOAT_BYTES[stored] for stored, name in DTYPE_NAMES.items() if name == _dtype_name(dtype))
+def _dtype(name: torch.dtype | str) -> torch.dtype:
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 def _dtype_name(dtype: torch.dtype | str) -> str:

@@ -37,7 +37,7 @@ class Family:
         return {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
 
 
-# What identifies the source, its code or the library that wrote it, and generation settings (they have their own file).
+# What identifies the source, its code or the library that wrote it; and layer_types, which would all say the same.
 _NOT_CARRIED = {"model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "layer_types"}
 
 FAMILIES = (Family(LlamaForCausalLM, LlamaConfig),)

@@ -89,6 +89,8 @@ def _verification_sentence(verification: dict | None, first_segment: int) -> str
         f"is {verification['max_logit']:.3g}. Mean loss: source {verification['source_loss']:.4f}, converted "
         f"{verification['target_loss']:.4f} nats per token"
     )
+    if verification["num_not_finite"]:
+        compared += f"; {verification['num_not_finite']:,} logits are not finite in either"
     if verification["pattern_used"]:
         return f"Before this checkpoint was written, {compared}. Up to {first_segment:,} tokens the two are one model."
     return (

@@ -6,6 +6,7 @@ so a checkpoint far larger than the machine's memory can be verified.
 """
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from modeling_longnet import DilationPattern
 
-from .weights import StoredTensor, match_weights
+from .weights import StoredTensor, match_weights, read_tensor
 
 
 MAX_TOKENS = 512
@@ -188,13 +188,14 @@ def _borrowed_weights(
         module: {name: stored[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)}
         for path, module in model.named_modules()
     }
-    sizes = (sum(math.prod(tensor.shape) for tensor in own.values()) for own in owned.values())
-    buffer = torch.empty(max(sizes), dtype=torch.float32)
+    longest = max(sum(math.prod(tensor.shape) for tensor in own.values()) for own in owned.values())
+    largest = max(tensor.num_bytes for tensor in stored.values())
+    lender = _Lender(torch.empty(longest, dtype=torch.float32), torch.empty(largest, dtype=torch.uint8), advance)
     hooks = []
     for module, own in owned.items():
         if own:
-            hooks.append(module.register_forward_pre_hook(partial(_lend, buffer, own, advance)))
-            hooks.append(module.register_forward_hook(_take_back))
+            hooks.append(module.register_forward_pre_hook(partial(lender.lend, own)))
+            hooks.append(module.register_forward_hook(lender.take_back))
     try:
         yield
     finally:
@@ -202,23 +203,27 @@ def _borrowed_weights(
             hook.remove()
 
 
-def _lend(
-    buffer: Tensor,
-    own: dict[str, StoredTensor],
-    advance: Callable[[int], object],
-    module: nn.Module,
-    arguments: tuple,
-) -> None:
-    lent = 0
-    for name, tensor in own.items():
-        with safe_open(tensor.file, framework="pt") as file:
-            stored = file.get_tensor(tensor.name)
-        weight = buffer[lent : lent + stored.numel()].view(stored.shape).copy_(stored)
-        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-        lent += stored.numel()
-        advance(tensor.num_bytes)
+@dataclass(frozen=True)
+class _Lender:
+    """Two buffers that hold the weights of one module at a time."""
 
+    weights: Tensor  # float32
+    stored: Tensor  # bytes as in the file
+    advance: Callable[[int], object]
 
-def _take_back(module: nn.Module, arguments: tuple, output) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    def lend(self, own: dict[str, StoredTensor], module: nn.Module, arguments: tuple) -> None:
+        lent = 0
+        for name, tensor in own.items():
+            size = math.prod(tensor.shape)
+            weight = self.weights[lent : lent + size].view(tensor.shape)
+            weight.copy_(read_tensor(tensor, self.stored))
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+            lent += size
+            self.advance(tensor.num_bytes)
+
+    def take_back(self, module: nn.Module, arguments: tuple, output) -> None:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        # glibc before 2.38 hardly reuses the aligned blocks that torch frees: without this, memory grows by the layer.
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)

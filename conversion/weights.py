@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHUNK_BYTES = 16 * 2**20
-FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,29 @@ def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> d
                 f"tensor {tensor.name} has shape {list(tensor.shape)}, but config.json says "
                 f"{list(parameters[name].shape)}"
             )
-        if tensor.dtype not in FLOAT_BYTES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"tensor {tensor.name} is stored as {tensor.dtype}; only {', '.join(FLOAT_BYTES)} weights are converted"
+                f"tensor {tensor.name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} weights are converted"
             )
     return matched
+
+
+def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
+    """Read a tensor from its file.
+
+    Args:
+        tensor: what to read.
+        buffer: ``[at least tensor.num_bytes]`` uint8 on CPU, overwritten.
+
+    Returns:
+        ``[*tensor.shape]`` in the stored dtype, a view of ``buffer``.
+    """
+    stored = buffer[: tensor.num_bytes]
+    with open(tensor.file, "rb") as file:
+        file.seek(tensor.start)
+        if file.readinto(stored.numpy()) != tensor.num_bytes:
+            raise OSError(f"{tensor.file} ends inside tensor {tensor.name}")
+    return stored.view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def copy_weights(
@@ -138,7 +158,7 @@ def copy_weights(
         tensors: what to write, by name.
         folder: an existing folder.
         max_shard_size: bytes, or a string such as ``"5GB"`` (5 * 10^9).
-        advance: called with every number of bytes written, for progress bars.
+        advance: called with every number of bytes of weights written, for progress bars.
 
     Returns:
         The weight files written.
@@ -149,7 +169,10 @@ def copy_weights(
         layout = {file.name: [n for n, tensor in tensors.items() if tensor.file == file] for file in files}
         for file in files:
             with open(file, "rb") as source, open(folder / file.name, "xb") as target:
-                copy_bytes(source, target, os.fstat(source.fileno()).st_size, advance)
+                header_bytes = min(tensor.start for tensor in tensors.values() if tensor.file == file)
+                copy_bytes(source, target, header_bytes)
+                source.seek(header_bytes)
+                copy_bytes(source, target, os.fstat(source.fileno()).st_size - header_bytes, advance)
     else:
         for shard, names in layout.items():
             _write_shard(folder / shard, {name: tensors[name] for name in names}, advance)
@@ -191,7 +214,7 @@ def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) ->
 
 def _write_shard(path: Path, tensors: dict[str, StoredTensor], advance: Callable[[int], object]) -> None:
     # Wide dtypes first, as safetensors does itself: every tensor then starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: -FLOAT_BYTES[tensors[name].dtype])
+    names = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         start, end = end, end + tensors[name].num_bytes

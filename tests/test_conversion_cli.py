@@ -1,0 +1,195 @@
+"""The command longnet-convert: help that fits a terminal, one line per failure, progress for people."""
+
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import edit_json, make_checkpoint
+
+from conversion import convert_checkpoint
+from conversion.cli import build_parser, main
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shared") / "source"
+    make_checkpoint(folder)
+    return folder
+
+
+def run(*arguments, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "conversion", *map(str, arguments)], capture_output=True, text=True, **settings
+    )
+
+
+def test_a_conversion_prints_its_plan_and_outcome_and_nothing_on_stderr(source, tmp_path):
+    target = tmp_path / "target"
+    options = [
+        "--context",
+        "128",
+        "--segment-lengths",
+        "32,128",
+        "--dilation-rates",
+        "1,2",
+        "--max-shard-size",
+        "20KB",
+    ]
+    rope = ["--rope", '{"rope_type": "linear", "factor": 2.0}']
+    result = run(source, target, *options, *rope)
+    assert (result.returncode, result.stderr) == (0, "")
+    for line in (
+        "segments   32, 128",
+        "rates      1, 2",
+        "RoPE       linear, theta 10000, factor 2",
+        "at 128 tokens:",
+    ):
+        assert line in result.stdout.splitlines()
+    assert "verified   logits differ by at most" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"wrote      {target}"
+    config = json.loads((target / "config.json").read_text())
+    assert (config["segment_lengths"], config["dilation_rates"]) == ([32, 128], [1, 2])
+    assert config["max_position_embeddings"] == 128
+    assert config["rope_parameters"]["factor"] == 2.0
+    assert (target / "model.safetensors.index.json").exists()
+
+
+def test_a_failure_is_one_line_on_stderr_and_status_1(tmp_path):
+    offline = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    result = run("org/absent", tmp_path / "target", env=offline)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    expected = "longnet-convert: error: org/absent is neither a folder nor a model that the Hub hands out: "
+    assert result.stderr.startswith(expected)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_hub_model_is_converted_from_the_cache_and_named_in_the_card(source, tmp_path):
+    repo = tmp_path / "hub" / "models--org--tiny-llama"
+    snapshot = repo / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abcd")
+    (repo / "blobs").mkdir()
+    for path in source.iterdir():
+        (repo / "blobs" / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    result = run("org/tiny-llama", tmp_path / "target", env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    report = json.loads((tmp_path / "target" / "conversion_report.json").read_text())
+    assert report["source"] == {"name": "org/tiny-llama", "revision": "0123abcd", "architecture": "LlamaForCausalLM"}
+    card = (tmp_path / "target" / "README.md").read_text()
+    assert "base_model: org/tiny-llama" in card
+    assert "https://huggingface.co/org/tiny-llama" in card
+    weights = tmp_path / "target" / "model.safetensors"
+    assert weights.is_file() and not weights.is_symlink()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bars_show_on_a_terminal_only(source, tmp_path, monkeypatch):
+    for stderr, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert main([str(source), str(tmp_path / f"target{shown}")]) == 0
+        assert ("writing weights: 100%" in stderr.getvalue()) == shown
+        assert ("verifying logits: 100%" in stderr.getvalue()) == shown
+
+
+FAILURES = {
+    "no arguments": ([], "the following arguments are required: SOURCE, TARGET"),
+    "unknown option": (["{source}", "{target}", "--fast"], "unrecognized arguments: --fast"),
+    "not integers": (["{source}", "{target}", "--segment-lengths", "32;64"], "'32;64' is not a list of integers"),
+    "not JSON": (["{source}", "{target}", "--rope", "yarn"], "'yarn' is not JSON"),
+    "not a JSON object": (["{source}", "{target}", "--rope", "[4]"], "'[4]' is not a JSON object"),
+    "bad preset": (["{source}", "{target}", "--preset", "sparse"], "preset must be one of"),
+    "not nested": (["{source}", "{target}", "--segment-lengths", "32,48", "--dilation-rates", "1,2"],
+                   "does not divide the next one, 48"),
+    "no source": (["{target}/absent", "{target}"], "is not a folder"),
+    "target exists": (["{source}", "{source}"], "exists already; choose another target or pass overwrite (--overwrite)"),
+    "dry run of no source": (["{target}/absent", "{target}", "--dry-run"], "is not a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_every_failure_is_one_line_with_status_1(source, tmp_path, capsys, case):
+    arguments, message = FAILURES[case]
+    arguments = [part.format(source=source, target=tmp_path / "target") for part in arguments]
+    try:
+        status = main(arguments)
+    except SystemExit as exit:  # argparse's own way out
+        status = exit.code
+    assert status == 1
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("longnet-convert: error: ")
+    assert message in printed.err
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_read_only_place_is_one_line_too(source, capsys):
+    assert main([str(source), "/proc/target", "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1
+    assert "/proc/.target.partial" in printed.err
+
+
+def test_debug_shows_the_traceback(source, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        main([str(tmp_path / "absent"), str(tmp_path / "target"), "--debug"])
+
+
+def test_an_interrupt_leaves_nothing_and_says_so(source, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.convert.copy_weights", interrupt)
+    assert main([str(source), str(tmp_path / "target"), "--quiet"]) == 1
+    assert capsys.readouterr().err == "longnet-convert: error: interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path, capsys):
+    assert main([str(source), str(tmp_path / "target"), "--dry-run", "--context", "1024"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "segments   64, 128, 256, 512, 1,024" in printed
+    assert any(line.startswith("KV cache ") for line in printed)
+    assert any(line.startswith("attention ") for line in printed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet_prints_nothing(source, tmp_path, capsys):
+    assert main([str(source), str(tmp_path / "target"), "--quiet", "--no-verify"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert json.loads((tmp_path / "target" / "conversion_report.json").read_text())["verification"] is None
+
+
+def test_overwrite_replaces_the_target(source, tmp_path):
+    arguments = [str(source), str(tmp_path / "target"), "--quiet", "--no-verify"]
+    assert main([*arguments, "--segment-lengths", "32,64"]) == 0
+    assert main([*arguments, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["segment_lengths"] == [64, 128, 256]
+
+
+def test_plan_and_help_fit_80_columns(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(Path("notable"), num_key_value_heads=1)
+    edit_json(Path("notable/config.json"), auto_map={"AutoModelForCausalLM": "code.Model"}, dtype="bfloat16")
+    assert main(["notable", "target", "--dry-run", "--preset", "paper"]) == 0
+    plan = capsys.readouterr().out
+    assert plan.count("note ") == 4
+    for text in (plan, build_parser().format_help()):
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_names_every_option_of_convert_checkpoint():
+    options = {action.dest for action in build_parser()._actions} - {"help", "dry_run", "debug", "quiet"}
+    assert options == set(inspect.signature(convert_checkpoint).parameters) - {"progress"}

@@ -1,0 +1,646 @@
+"""Converting checkpoints: the converted model is the source, the target appears whole or not at all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CONTEXT, ROPE, edit_json, make_checkpoint
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import conversion.convert
+import conversion.weights
+from conversion import convert_checkpoint
+from conversion.convert import plan_conversion
+from modeling_longnet import DilationPattern, LongNetForCausalLM
+
+
+QUIET = {"progress": False}
+
+VARIANTS = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "sharded": {"max_shard_size": "20KB"},
+    "tied and sharded": {"tie_word_embeddings": True, "max_shard_size": "20KB"},
+    "one KV head per query head": {"num_key_value_heads": 4},
+    "one KV head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide heads": {"head_dim": 24},
+    **{f"RoPE {name}": {"rope": name} for name in ROPE if name != "default"},
+}
+
+
+@pytest.fixture(scope="module")
+def shared_source(tmp_path_factory) -> Path:
+    """A source that tests read but never write to."""
+    folder = tmp_path_factory.mktemp("shared") / "source"
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def source(shared_source, tmp_path) -> Path:
+    """A source of the test's own, with room for the target next to it."""
+    folder = tmp_path / "source"
+    shutil.copytree(shared_source, folder)
+    return folder
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert x.dtype == theirs[name].dtype
+        assert torch.equal(x.view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_converted_logits_equal_the_sources_at_every_length_up_to_the_first_segment(tmp_path, variant):
+    make_checkpoint(tmp_path / "source", **VARIANTS[variant])
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "source").eval()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
+    assert isinstance(ours, LongNetForCausalLM)
+    first_segment = ours.config.segment_lengths[0]
+    assert first_segment == (16 if "original_max_position_embeddings" in theirs.config.rope_parameters else CONTEXT)
+    assert ours.config.segment_lengths[-1] >= ours.config.max_position_embeddings or "dynamic" in variant
+    tokens = torch.randint(288, (2, first_segment), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length in range(1, first_segment + 1):
+            expected = theirs(tokens[:, :length]).logits
+            torch.testing.assert_close(ours(tokens[:, :length]).logits, expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 1
+    assert report["verification"]["num_tokens"] == first_segment
+    assert report["verification"]["relative_error"] < 1e-5
+    assert_same_bits(stored_tensors(tmp_path / "target"), stored_tensors(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_weights_keep_their_bits_whether_files_are_copied_or_laid_out_anew(tmp_path, dtype, max_shard_size):
+    make_checkpoint(tmp_path / "source", dtype=dtype)
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_shard_size=max_shard_size, **QUIET)
+    assert_same_bits(stored_tensors(tmp_path / "target"), stored_tensors(tmp_path / "source"))
+    files = sorted(path.name for path in (tmp_path / "target").glob("*.safetensors"))
+    if max_shard_size == "5GB":
+        assert files == ["model.safetensors"]
+        original = (tmp_path / "source" / "model.safetensors").read_bytes()
+        assert (tmp_path / "target" / "model.safetensors").read_bytes() == original
+    else:
+        assert len(files) > 2
+        largest_tensor = 288 * 32 * dtype.itemsize
+        header = 4000
+        assert all(size <= max(20_000, largest_tensor) + header for size in report["weights"]["files"].values())
+    assert report["weights"]["files_unchanged"] == (max_shard_size == "5GB")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == dtype
+
+
+def test_mixed_dtypes_laid_out_anew_stay_readable_and_are_noted(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:31].repeat(2)[:32].bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert_checkpoint(source, tmp_path / "target", max_shard_size="20KB", **QUIET)
+    assert_same_bits(stored_tensors(tmp_path / "target"), stored_tensors(source))
+    assert any(note.startswith("weights are stored as") for note in report["notes"])
+
+
+def test_writing_into_the_targets_weights_leaves_the_source_alone(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    before = (source / "model.safetensors").read_bytes()
+    with open(tmp_path / "target" / "model.safetensors", "r+b") as file:
+        file.write(b"overwritten in place")
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_copying_falls_back_to_reading_where_the_kernel_cannot(source, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("not between these file systems")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(conversion.weights, "CHUNK_BYTES", 1000)
+    convert_checkpoint(source, tmp_path / "copied", **QUIET)
+    convert_checkpoint(source, tmp_path / "anew", max_shard_size="20KB", **QUIET)
+    assert_same_bits(stored_tensors(tmp_path / "copied"), stored_tensors(source))
+    assert_same_bits(stored_tensors(tmp_path / "anew"), stored_tensors(source))
+
+
+def test_old_checkpoints_lose_only_their_stored_rope_frequencies(source, tmp_path):
+    expected = load_file(source / "model.safetensors")
+    stored = expected | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    edit_json(
+        source / "config.json",
+        rope_parameters=None,
+        rope_theta=5000.0,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        torch_dtype="float32",
+        temperature=0.5,
+    )
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert_same_bits(stored_tensors(tmp_path / "target"), expected)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert ours.config.rope_parameters == {
+        "rope_type": "linear",
+        "rope_theta": 5000.0,
+        "factor": 2.0,
+        "type": "linear",
+    }
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        theirs = LlamaForCausalLM.from_pretrained(source)
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_generation_settings_of_an_old_config_move_to_their_own_file(source, tmp_path):
+    (source / "generation_config.json").unlink()
+    edit_json(source / "config.json", temperature=0.5, do_sample=True)
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert "temperature" not in json.loads((tmp_path / "target" / "config.json").read_text())
+    theirs = LlamaForCausalLM.from_pretrained(source).generation_config
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target").generation_config
+    for settings in (theirs, ours):
+        assert (settings.temperature, settings.do_sample, settings.eos_token_id) == (0.5, True, 1)
+
+
+def test_tokenizer_template_generation_config_and_licence_are_carried_byte_for_byte(source, tmp_path):
+    (source / "LICENSE.txt").write_text("terms")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (source / "tokenizer_code.py").write_text("raise SystemExit('code of the source must not travel')")
+    (source / "optimizer.bin").write_bytes(b"not asked for")
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    target = files_of(tmp_path / "target")
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+        "generation_config.json",
+        "LICENSE.txt",
+    ):
+        assert target[name] == (source / name).read_bytes()
+    assert not {"tokenizer_code.py", "optimizer.bin"} & target.keys()
+    chat = [{"role": "user", "content": "Call me Ishmael."}]
+    theirs = AutoTokenizer.from_pretrained(source).apply_chat_template(chat)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").apply_chat_template(chat)["input_ids"] == theirs
+
+
+def test_the_converted_checkpoint_generates_beyond_the_sources_context(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    prompt = torch.arange(100)[None] % 288
+    settings = {"max_new_tokens": 8, "do_sample": False, "temperature": None, "eos_token_id": None, "pad_token_id": 1}
+    cached = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    uncached = model.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **settings)
+    assert cached.shape == (1, 108)
+    assert torch.equal(cached, uncached)
+
+
+LOAD_WITHOUT_PACKAGE = """
+import sys, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+target, expected = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(target)
+assert tokenizer.chat_template and tokenizer("Call me Ishmael.")["input_ids"]
+model = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
+with torch.no_grad():
+    torch.testing.assert_close(model(torch.arange(40)[None]).logits, torch.load(expected), rtol=0, atol=1e-5)
+assert type(AutoModel.from_pretrained(target, trust_remote_code=True)).__name__ == "LongNetModel"
+heads = AutoModelForSequenceClassification.from_pretrained(target, trust_remote_code=True)
+assert type(heads).__name__ == "LongNetForSequenceClassification"
+assert "modeling_longnet" not in sys.modules and "conversion" not in sys.modules
+"""
+
+
+def test_target_loads_in_a_process_that_lacks_the_package(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(source)(torch.arange(40)[None]).logits
+    torch.save(logits, tmp_path / "expected.pt")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, tmp_path / "target", tmp_path / "expected.pt"],
+        cwd=tmp_path,
+        env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def planned(source: Path, **options) -> tuple:
+    plan = plan_conversion(source, **options)
+    pattern = plan.config.pattern
+    return pattern.segment_lengths, pattern.dilation_rates, plan.config.max_position_embeddings
+
+
+def test_default_pattern_doubles_the_trained_context_until_the_context_is_covered(source):
+    assert planned(source) == ((64, 128, 256), (1, 2, 4), 256)
+    assert planned(source, max_position_embeddings=1000) == ((64, 128, 256, 512, 1024), (1, 2, 4, 8, 16), 1000)
+    assert planned(source, max_position_embeddings=50) == ((64,), (1,), 50)
+    assert planned(source, segment_lengths=[32, 96]) == ((32, 96), (1, 3), 96)
+    assert planned(source, segment_lengths=[32, 64], dilation_rates=[1, 4]) == ((32, 64), (1, 4), 64)
+    edit_json(source / "config.json", max_position_embeddings=10_000)
+    assert planned(source) == ((4096, 8192, 16384), (1, 2, 4), 16384)
+    edit_json(source / "config.json", max_position_embeddings=131072, rope_parameters=ROPE["llama3"])
+    lengths, rates, context = planned(source)
+    assert (lengths[0], lengths[-1], rates[-1], context) == (16, 131072, 8192, 131072)
+
+
+def test_presets_set_the_patterns_rules(source):
+    for preset in ("paper", "torchscale", "retrofit"):
+        assert plan_conversion(source, preset=preset).config.pattern == DilationPattern.preset(
+            preset, (64, 128, 256), (1, 2, 4)
+        )
+
+
+def test_a_pattern_that_is_not_dense_on_short_inputs_is_verified_through_one_that_is(source, tmp_path):
+    report = convert_checkpoint(source, tmp_path / "target", preset="paper", **QUIET)
+    assert report["verification"]["relative_error"] < 1e-5
+    assert not report["verification"]["pattern_used"]
+    assert any("fine-tune before use" in note for note in report["notes"])
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert ours.config.pattern.count_overlaps
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        difference = ours(tokens).logits - LlamaForCausalLM.from_pretrained(source)(tokens).logits
+    assert difference.abs().max() > 0.1
+
+
+def test_new_rope_is_completed_from_the_source_and_verified_against_llama_with_the_same_rope(source, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    report = convert_checkpoint(source, tmp_path / "target", rope_parameters=yarn, **QUIET)
+    expected = {**yarn, "rope_theta": 10000.0, "original_max_position_embeddings": CONTEXT}
+    assert report["rope_parameters"] == expected
+    assert report["verification"]["relative_error"] < 1e-5
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    theirs = LlamaForCausalLM.from_pretrained(source, rope_parameters=expected, max_position_embeddings=256)
+    untouched = LlamaForCausalLM.from_pretrained(source)
+    tokens = torch.arange(CONTEXT)[None]
+    with torch.no_grad():
+        logits = ours(tokens).logits
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+        assert (logits - untouched(tokens).logits).abs().max() > 0.1
+
+
+def test_dynamic_rope_keeps_stretching_from_the_trained_context(tmp_path):
+    make_checkpoint(tmp_path / "source", rope="dynamic")
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=256, **QUIET)
+    assert report["pattern"]["segment_lengths"][-1] == 256
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert ours.config.max_position_embeddings == CONTEXT
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "source")
+    hidden, positions = torch.zeros(1, 200, 32), torch.arange(200)[None]
+    for mine, original in zip(ours.model.rotary_emb(hidden, positions), theirs.model.rotary_emb(hidden, positions)):
+        torch.testing.assert_close(mine, original, rtol=0, atol=1e-4)
+
+
+def test_report_and_card_say_what_was_done_and_measured(source, tmp_path):
+    (source / "README.md").write_text("---\nlicense: llama3.2\nlanguage: [en]\n---\n# A model\n")
+    report = convert_checkpoint(source, tmp_path / "target", **QUIET)
+    target = tmp_path / "target"
+    assert json.loads((target / "conversion_report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["config_sha256"] == hashlib.sha256((target / "config.json").read_bytes()).hexdigest()
+    size = (target / "model.safetensors").stat().st_size
+    assert report["weights"]["files"] == {"model.safetensors": size}
+    assert report["versions"]["torch"] == torch.__version__
+    pattern = DilationPattern.preset("retrofit", (64, 128, 256), (1, 2, 4))
+    assert report["costs"]["pattern_attention_flops"] == 2 * pattern.attention_flops(256, 4, 8, num_kv_heads=2)
+    assert report["costs"]["pattern_kv_bytes"] == pattern.cache_entries(256) * 2 * 8 * 2 * 2 * 4
+    assert report["costs"]["dense_kv_bytes"] == 256 * 2 * 8 * 2 * 2 * 4
+
+    card = ModelCard.load(target / "README.md")
+    assert card.data.license == "llama3.2"
+    assert card.data.language == ["en"]
+    assert card.data.library_name == "transformers"
+    assert "longnet" in card.data.tags
+    assert "| 128 | 2 |" in card.text
+    assert f"{report['verification']['max_error']:.2g}" in card.text
+    assert "As the source: llama3.2" in card.text
+    assert "$" not in card.text
+
+
+@pytest.mark.parametrize("card", [None, "# no front matter", "---\nlicense: [oops\n---\n"])
+def test_a_source_without_a_readable_card_gives_a_card_that_claims_no_licence(source, tmp_path, card):
+    if card is not None:
+        (source / "README.md").write_text(card)
+    convert_checkpoint(source, tmp_path / "target", verify=False, **QUIET)
+    card = ModelCard.load(tmp_path / "target" / "README.md")
+    assert card.data.license is None
+    assert "states no licence" in card.text
+    assert "without verification" in card.text
+
+
+def test_weights_that_are_not_finite_are_converted_and_reported(source, tmp_path, capsys):
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert_checkpoint(source, tmp_path / "target")
+    assert report["verification"]["num_not_finite"] > 0
+    assert "look for NaN weights" in capsys.readouterr().out
+
+
+def test_without_a_tokenizer_the_logits_are_compared_on_spread_tokens(tmp_path):
+    make_checkpoint(tmp_path / "source", tokenizer=False)
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    assert report["verification"]["text"].startswith("spread token ids")
+    assert report["verification"]["num_tokens"] == CONTEXT
+
+
+# Failures. Each spoils a good source; the message must name what is wrong.
+
+
+def spoil_tensors(source: Path, change) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_sharded(source: Path) -> None:
+    shutil.rmtree(source)
+    make_checkpoint(source, max_shard_size="20KB")
+
+
+def edit_index(source: Path, change) -> None:
+    make_sharded(source)
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def point_shard_outside(source: Path) -> None:
+    edit_index(source, lambda names: names.update({"model.norm.weight": "../other.safetensors"}))
+
+
+def link_shard_to_itself(source: Path) -> None:
+    make_sharded(source)
+    shard = source / "model-00002-of-00006.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard.name)
+
+
+def swap_weights_for_bin(source: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+
+
+def config(**fields):
+    return lambda source: edit_json(source / "config.json", **fields)
+
+
+def tensors(change):
+    return lambda source: spoil_tensors(source, change)
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+BAD_SOURCES = {
+    "no config": (lambda source: (source / "config.json").unlink(), "config.json is missing"),
+    "broken config": (lambda source: truncate(source / "tokenizer.json") or (source / "config.json").write_text("{"),
+                      "config.json is not valid JSON"),
+    "config is a list": (lambda source: (source / "config.json").write_text("[]"), "must hold a JSON object, got list"),
+    "other family": (config(architectures=["MistralForCausalLM"], model_type="mistral"),
+                     "MistralForCausalLM (model_type 'mistral'), which is not supported; supported: LlamaForCausalLM"),
+    "headless": (config(architectures=["LlamaModel"]), "the source is LlamaModel"),
+    "nameless": (config(architectures=None), "the source is no architecture"),
+    "LongNet already": (config(model_type="longnet"), "LongNet checkpoint already"),
+    "quantized": (config(quantization_config={"quant_method": "gptq"}), "weights are quantized (gptq)"),
+    "bad config value": (config(hidden_size="wide"), "config.json is not a valid LlamaConfig"),
+    "bad activation": (config(hidden_act="nosuch"), "config.json does not describe a LlamaForCausalLM"),
+    "heads do not divide": (config(num_attention_heads=5), "config.json is not a valid LlamaConfig"),
+    "no weights": (lambda source: (source / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+    "pickled weights": (swap_weights_for_bin, "found pytorch_model.bin, which is not safetensors"),
+    "adapter": (lambda source: (source / "config.json").rename(source / "adapter_config.json"), "is an adapter"),
+    "truncated": (lambda source: truncate(source / "model.safetensors"), "not a valid safetensors file"),
+    "not safetensors": (lambda source: (source / "model.safetensors").write_bytes(b"PK" * 50),
+                        "not a valid safetensors file"),
+    "missing tensor": (tensors(lambda x: x.pop(Q_PROJ)), f"lack the tensor {Q_PROJ}"),
+    "missing tensors": (tensors(lambda x: [x.pop(name) for name in list(x) if ".1." in name]), "lack 9 tensors"),
+    "no output head": (tensors(lambda x: x.pop("lm_head.weight")), "lack the tensor lm_head.weight"),
+    "extra tensor": (tensors(lambda x: x.update({"score.weight": torch.ones(2)})), "hold the tensor score.weight"),
+    "more layers than config": (config(num_hidden_layers=1), "hold 9 tensors (model.layers.1."),
+    "biases unannounced": (tensors(lambda x: x.update({Q_PROJ.replace("weight", "bias"): torch.ones(32)})),
+                           "hold the tensor model.layers.0.self_attn.q_proj.bias"),
+    "wrong shape": (tensors(lambda x: x.update({Q_PROJ: torch.ones(32, 31)})),
+                    f"{Q_PROJ} has shape [32, 31], but config.json says [32, 32]"),
+    "wrong dtype": (tensors(lambda x: x.update({Q_PROJ: torch.ones(32, 32, dtype=torch.int8)})),
+                    f"{Q_PROJ} is stored as I8; only F64, F32, F16, BF16"),
+    "missing shard": (lambda source: make_sharded(source) or (source / "model-00002-of-00006.safetensors").unlink(),
+                      "model-00002-of-00006.safetensors is missing"),
+    "cyclic link": (link_shard_to_itself, "model-00002-of-00006.safetensors is missing"),
+    "shard outside": (point_shard_outside, "names the shard '../other.safetensors'"),
+    "tensor not indexed": (lambda source: edit_index(source, lambda names: names.pop(Q_PROJ)), "lists it nowhere"),
+    "tensor elsewhere": (lambda source: edit_index(source, lambda names: names.update(
+        {Q_PROJ: names["model.norm.weight"]})), f"tensor {Q_PROJ} lies in"),
+    "tensor nowhere": (lambda source: edit_index(source, lambda names: names.update(
+        {"ghost": names["model.norm.weight"]})), "lists ghost in"),
+    "index without map": (lambda source: make_sharded(source) or edit_json(
+        source / "model.safetensors.index.json", weight_map=None), "has no weight_map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_a_bad_source_is_refused_before_anything_is_written(source, tmp_path, case):
+    spoil, message = BAD_SOURCES[case]
+    spoil(source)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError) as refusal:
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert message in str(refusal.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BAD_OPTIONS = {
+    "preset": ({"preset": "sparse"}, "preset must be one of"),
+    "rates alone": ({"dilation_rates": [1, 2]}, "dilation_rates [1, 2] need segment_lengths"),
+    "numbers differ": ({"segment_lengths": [64, 128], "dilation_rates": [1]}, "give one rate per segment"),
+    "no default rates": ({"segment_lengths": [64, 100]}, "give dilation_rates"),
+    "no segments": ({"segment_lengths": []}, "segment_lengths is empty"),
+    "not nested": ({"segment_lengths": [64, 96], "dilation_rates": [1, 2]}, "does not divide the next one, 96"),
+    "context": ({"max_position_embeddings": 0}, "max_position_embeddings must be a positive integer, got 0"),
+    "rope type": ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type among default, linear"),
+    "rope without type": ({"rope_parameters": {"factor": 2.0}}, "rope_type among"),
+    "rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters do not fit"),
+    "rope with a word": ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "number as factor, got '4'"),
+    "shard size": ({"max_shard_size": "5 apples"}, "max_shard_size must be bytes or a size"),
+    "source": ({"source": "no/such/folder"}, "no/such/folder is not a folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_is_refused_before_anything_is_written(source, tmp_path, case):
+    options, message = BAD_OPTIONS[case]
+    with pytest.raises(ValueError) as refusal:
+        convert_checkpoint(**({"source": source, "target": tmp_path / "target"} | options), **QUIET)
+    assert message in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_existing_target_is_kept_unless_overwritten(source, tmp_path):
+    target = tmp_path / "target"
+    convert_checkpoint(source, target, segment_lengths=[32, 64], **QUIET)
+    (target / "notes.txt").write_text("of the old checkpoint")
+    before = files_of(target)
+    with pytest.raises(ValueError, match="exists already; choose another target or pass overwrite"):
+        convert_checkpoint(source, target, **QUIET)
+    assert files_of(target) == before
+    convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert json.loads((target / "config.json").read_text())["segment_lengths"] == [64, 128, 256]
+    assert not (target / "notes.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_overwriting_works_where_folders_cannot_be_exchanged(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    convert_checkpoint(source, target, segment_lengths=[32, 64], **QUIET)
+    monkeypatch.setattr("conversion.atomic_folder._exchange", lambda one, other: False)
+    convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert json.loads((target / "config.json").read_text())["segment_lengths"] == [64, 128, 256]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_only_checkpoints_are_overwritten(source, tmp_path):
+    precious = tmp_path / "target"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        convert_checkpoint(source, precious, overwrite=True, **QUIET)
+    assert files_of(precious) == {"thesis.tex": b"years of work"}
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        convert_checkpoint(source, precious / "thesis.tex", overwrite=True, **QUIET)
+
+
+@pytest.mark.parametrize("place", [".", "inside", "..", "link"])
+def test_source_and_target_must_lie_apart(source, tmp_path, place):
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "config.json").write_text("{}")  # the parent would pass for a checkpoint
+    target = tmp_path / "link" if place == "link" else source / place
+    before = files_of(source)
+    with pytest.raises(ValueError, match="must not be or contain one another"):
+        convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert files_of(source) == before
+
+
+def test_two_conversions_to_one_target_do_not_mix(source, tmp_path):
+    partial = tmp_path / ".target.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing"):
+            convert_checkpoint(source, tmp_path / "target", **QUIET)
+    finally:
+        os.close(descriptor)
+    (partial / "rest_of_a_killed_run").write_text("")
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert not (tmp_path / "target" / "rest_of_a_killed_run").exists()
+
+
+def test_a_disk_without_room_is_noticed_before_writing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100_000, 90_000, 10_000))
+    with pytest.raises(ValueError, match="10 kB free, but the weights need 136 kB"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_wrong_logits_refuse_the_target(source, tmp_path, monkeypatch):
+    def copy_with_one_wrong_number(tensors, folder, *args):
+        files = conversion.weights.copy_weights(tensors, folder, *args)
+        weights = load_file(files[0])
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 0.1
+        save_file(weights, files[0], metadata={"format": "pt"})
+        return files
+
+    monkeypatch.setattr(conversion.convert, "copy_weights", copy_with_one_wrong_number)
+    with pytest.raises(ValueError, match="logits differ from the source's by .* nothing was written"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# Runs one conversion after another, each killed one file-system change later than the one before, and prints after each
+# what is at the target: a digest of all its files, or nothing.
+KILL_AT_EVERY_CHANGE = """
+import hashlib, os, pathlib, shutil, signal, sys
+from conversion import convert_checkpoint
+
+os.fsync = lambda descriptor: None  # guards against power cuts, not kills, and takes most of the time
+
+source, target, old = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:]
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(repr([(str(p.relative_to(folder)), p.read_bytes()) for p in files]).encode()).hexdigest()
+
+def kill_self_before(change):
+    seen = 0
+    def count(event, arguments):
+        nonlocal seen
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if event == "open":
+            changes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if changes and str(target.parent) in str(arguments):
+            seen += 1
+            if seen == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+change, status = 0, None
+while status != 0:
+    change += 1
+    shutil.rmtree(target, ignore_errors=True)
+    if old:
+        shutil.copytree(old[0], target)
+    child = os.fork()
+    if child == 0:
+        kill_self_before(change)
+        convert_checkpoint(source, target, overwrite=bool(old), verify=False, progress=False)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
+    print(digest(target) if target.exists() else "nothing")
+print(*sorted(path.name for path in target.parent.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_at_any_moment_leaves_what_was_there_or_a_finished_checkpoint(
+    shared_source, tmp_path_factory, overwrite
+):
+    old = tmp_path_factory.mktemp("old") / "checkpoint"
+    target = tmp_path_factory.mktemp("killed") / "target"
+    convert_checkpoint(shared_source, old, segment_lengths=[32, 64], verify=False, **QUIET)
+    run = subprocess.run(
+        [sys.executable, "-c", KILL_AT_EVERY_CHANGE, shared_source, target, *([old] if overwrite else [])],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    *states, left = run.stdout.splitlines()
+    finished = states[-1]
+    switch = states.index(finished)
+    assert len(states) > 20
+    assert set(states[switch:]) == {finished}
+    assert len(set(states[:switch])) == 1
+    assert states[0] != "nothing" if overwrite else states[0] == "nothing"
+    assert states[0] != finished
+    assert left == "target"
