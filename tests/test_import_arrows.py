@@ -80,7 +80,7 @@ def _catches_import_error(handler: ast.ExceptHandler) -> bool:
 
 def siblings(name: str, files: dict[str, Path]) -> set[str]:
     """Name the files that one file of a package imports."""
-    return {found.module for found in imports(files[name]) if found.level == 1}
+    return {found.module for found in imports(files[name]) if found.level == 1} & set(files)
 
 
 def everything_behind(name: str, files: dict[str, Path]) -> set[str]:
