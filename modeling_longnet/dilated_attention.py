@@ -47,7 +47,7 @@ def dilated_attention(
             its own output is 0.
         cu_seqlens: ``[n + 1]`` integer starts of packed documents, and last L; needs B == 1. Packed documents never
             see each other.
-        scale: factor on the scores, ``1 / sqrt(D)`` if None.
+        scale: positive factor on the scores, ``1 / sqrt(D)`` if None.
         dropout: probability of dropping an attention weight, ``0 <= dropout < 1``.
         backend: ``"eager"`` (dense masks, the reference), ``"torch"`` (plain PyTorch, linear memory), ``"triton"``
             (fused CUDA kernels) or ``"auto"`` (the fastest that supports the call). A backend asked for by name runs
@@ -66,10 +66,12 @@ def dilated_attention(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if attention_mask is not None:
         attention_mask = attention_mask != 0
 
-    backend = _choose_backend(backend, query, key, value, pattern, dropout)
+    backend = _choose_backend(backend, query, key, value, pattern, attention_mask, cu_seqlens, dropout)
     if backend == "eager":
         positions, documents = _positions(query, attention_mask, cu_seqlens)
         out, lse, _ = eager_attention(
@@ -90,13 +92,23 @@ def dilated_attention(
 
 
 def _choose_backend(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern, dropout: float
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: DilationPattern,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout: float,
 ) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend in ("eager", "torch"):
         return backend
     refusal = triton_refusal(query, key, value, pattern, dropout)
+    whole = attention_mask is None and cu_seqlens is None and query.dtype != torch.float32
+    if backend == "auto" and refusal is None and whole and pattern.is_ordinary(query.shape[2]):
+        refusal = "on this input the pattern is ordinary attention, for which PyTorch's own kernels are the fastest"
     if refusal is None:
         return "triton"
     if backend == "triton":

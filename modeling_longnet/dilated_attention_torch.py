@@ -12,6 +12,7 @@ from itertools import count
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
 from .dilation_pattern import DilationPattern
@@ -23,6 +24,8 @@ NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 # The plain kernel works on at most this many scores at a time.
 SCORES_PER_CHUNK = 2**22
+# cuDNN plans every new shape anew and refuses single rows: small pieces are left to FlashAttention.
+CUDNN_MIN_ROWS = 256
 # Fused CUDA kernels put the batch into a grid dimension of at most 65,535.
 BLOCKS_PER_CALL = 2**15
 
@@ -54,11 +57,14 @@ def torch_attention(
     """
     # Drawn from the global generator so that torch.manual_seed, and a checkpoint's replay, give the same mask again.
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return _attention(
-        query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths), list(pattern.dilation_rates),
-        pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries, pattern.window, is_causal, scale,
-        dropout, seed,
-    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _attention(
+            query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths),
+            list(pattern.dilation_rates), pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries,
+            pattern.window, is_causal, scale, dropout, seed,
+        )  # fmt: skip
+    call = _Call(pattern, is_causal, scale, dropout, seed)
+    return _TorchAttention.apply(query, key, value, attention_mask, cu_seqlens, call)
 
 
 def _documents(
@@ -81,6 +87,24 @@ def _documents(
     return documents
 
 
+class _TorchAttention(torch.autograd.Function):
+    """The operator outside torch.compile, where a registered operator would add a millisecond of bookkeeping."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, attention_mask, cu_seqlens, call):
+        out, lse = _forward(query, key, value, attention_mask, cu_seqlens, call)
+        ctx.save_for_backward(query, key, value, out, lse, attention_mask, cu_seqlens)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
+        return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.call), None, None, None
+
+
 @torch.library.custom_op(f"{NAMESPACE}::torch_dilated_attention", mutates_args=())
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
@@ -90,17 +114,8 @@ def _attention(
     pattern = DilationPattern(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
     )
-    call = _Call(pattern, is_causal, scale, dropout)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
-    lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
-    seeds = count(seed)  # one for every piece of every document
-    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
-        document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
-        _document_forward(call, seeds, *document)
-        if isinstance(tokens, Tensor):  # indexing copied: put the results back
-            out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
-    return out.to(query.dtype), lse
+    call = _Call(pattern, is_causal, scale, dropout, seed)
+    return _forward(query, key, value, attention_mask, cu_seqlens, call)
 
 
 @_attention.register_fake
@@ -119,18 +134,8 @@ def _attention_backward(
     pattern = DilationPattern(
         tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
     )
-    call = _Call(pattern, is_causal, scale, dropout)
-    gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
-    inputs = (query, key, value, out, lse, grad_out.contiguous(), grad_lse)
-    seeds = count(seed)
-    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
-        document = [x[rows, :, tokens] for x in gradients]
-        _document_backward(call, seeds, *document, *(None if x is None else x[rows, :, tokens] for x in inputs))
-        if isinstance(tokens, Tensor):
-            for gradient, result in zip(gradients, document):
-                gradient[rows, :, tokens] = result
-    grad_query, grad_key, grad_value = gradients
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    call = _Call(pattern, is_causal, scale, dropout, seed)
+    return _backward(grad_out, grad_lse, query, key, value, out, lse, attention_mask, cu_seqlens, call)
 
 
 @_attention_backward.register_fake
@@ -138,29 +143,31 @@ def _(grad_out, grad_lse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     query, key, value, attention_mask, cu_seqlens, *ctx.numbers = inputs
     ctx.save_for_backward(query, key, value, *output, attention_mask, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, attention_mask, cu_seqlens = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = _attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, attention_mask, cu_seqlens, *ctx.numbers
-    )
+def _operator_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
+    gradients = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
     return *gradients, *[None] * (2 + len(ctx.numbers))
 
 
-_attention.register_autograd(_backward, setup_context=_save_for_backward)
+_attention.register_autograd(_operator_backward, setup_context=_setup_context)
 
 
 class _Call:
     """What stays the same over all pieces of one call."""
 
-    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float):
-        self.pattern, self.is_causal, self.scale, self.dropout = pattern, is_causal, scale, dropout
+    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float, seed: int):
+        self.pattern, self.is_causal, self.scale, self.dropout, self.seed = pattern, is_causal, scale, dropout, seed
+
+    def is_one_piece(self, query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+        """Whether the reach is the whole input, as in ordinary attention, so that nothing needs views and merging."""
+        whole = attention_mask is None and cu_seqlens is None and query.numel() > 0
+        return whole and self.pattern.is_ordinary(query.shape[2])
 
     def views(self, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
         """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""
@@ -169,6 +176,57 @@ class _Call:
                 kv_heads = [g for g, s in enumerate(offsets) if s == offset]
                 for piece in reach_pieces(self.pattern, i, offset, length, self.is_causal):
                     yield from _piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor]:
+    if call.is_one_piece(query, attention_mask, cu_seqlens):
+        return _kernel(call, query, key, None, call.seed).forward(query, key, value, call.is_causal)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
+    seeds = count(call.seed)  # one for every piece of every document
+    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
+        document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
+        _document_forward(call, seeds, *document)
+        if isinstance(tokens, Tensor):  # indexing copied: put the results back
+            out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
+    return out.to(query.dtype), lse
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out = grad_out.contiguous()
+    if call.is_one_piece(query, attention_mask, cu_seqlens):
+        kernel = _kernel(call, query, key, grad_lse, call.seed)
+        gradients = kernel.backward(query, key, value, out, lse, grad_out, call.is_causal)
+        return tuple(gradient.to(query.dtype) for gradient in gradients)
+    gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
+    inputs = (query, key, value, out, lse, grad_out, grad_lse)
+    seeds = count(call.seed)
+    for rows, tokens in _documents(query, attention_mask, cu_seqlens):
+        document = [x[rows, :, tokens] for x in gradients]
+        _document_backward(call, seeds, *document, *(None if x is None else x[rows, :, tokens] for x in inputs))
+        if isinstance(tokens, Tensor):
+            for gradient, result in zip(gradients, document):
+                gradient[rows, :, tokens] = result
+    return tuple(gradient.to(query.dtype) for gradient in gradients)
 
 
 class _View:
@@ -239,7 +297,7 @@ def _document_forward(
         q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
         if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
             q, k, v = (x.flip(2) for x in (q, k, v))
-        kernel = _kernel(call, q, None, seed)
+        kernel = _kernel(call, q, k, None, seed)
         piece_out, piece_lse = kernel.forward(q, k, v, view.shape != FULL)
         if view.shape == UPPER:
             piece_out, piece_lse = piece_out.flip(2), piece_lse.flip(2)
@@ -273,7 +331,7 @@ def _document_backward(
         if view.shape == UPPER:
             inputs = [x.flip(2) for x in inputs]
             piece_grad_lse = None if piece_grad_lse is None else piece_grad_lse.flip(2)
-        kernel = _kernel(call, inputs[0], piece_grad_lse, seed)
+        kernel = _kernel(call, *inputs[:2], piece_grad_lse, seed)
         gradients = kernel.backward(*inputs, view.shape != FULL)
         if view.shape == UPPER:
             gradients = [x.flip(2) for x in gradients]
@@ -283,7 +341,7 @@ def _document_backward(
             total.add_(piece)
 
 
-def _kernel(call: _Call, query: Tensor, grad_lse: Tensor | None, seed: int):
+def _kernel(call: _Call, query: Tensor, key: Tensor, grad_lse: Tensor | None, seed: int):
     """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
     if call.dropout or grad_lse is not None:
         return _PlainKernel(call.scale, call.dropout, seed, grad_lse)
@@ -292,6 +350,9 @@ def _kernel(call: _Call, query: Tensor, grad_lse: Tensor | None, seed: int):
     head_dim = query.shape[-1]
     if query.device.type == "cuda" and head_dim % 8 == 0 and _rows_are_aligned(query):
         if query.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256:
+            large = min(query.shape[2], key.shape[2]) >= CUDNN_MIN_ROWS and head_dim <= 128
+            if large and torch.cuda.get_device_capability(query.device) >= (9, 0):
+                return _CudaCudnnKernel(call.scale)
             return _CudaFlashKernel(call.scale)
         if query.dtype == torch.float32:
             return _CudaEfficientKernel(call.scale)
@@ -317,6 +378,26 @@ class _CpuFlashKernel:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, is_causal, scale=self.scale
         )
+
+
+class _CudaCudnnKernel:
+    """cuDNN's attention, half precision: the fastest on Hopper and later."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, is_causal, scale=self.scale
+        )[:2]
+        return out, lse.view(q.shape[:3])
+
+    def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        no_state = torch.empty((), dtype=torch.int64, device=q.device)
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            grad_out, q, k, v, out, lse.contiguous()[..., None], no_state, no_state, None, None, None,
+            q.shape[2], k.shape[2], 0.0, is_causal, scale=self.scale,
+        )  # fmt: skip
 
 
 class _CudaFlashKernel:
