@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from transformers.utils import logging
 
-from .convert import convert_checkpoint, plan_conversion
+from .convert import convert_checkpoint
+from .plan import plan_conversion
 
 
 DESCRIPTION = """\

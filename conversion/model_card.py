@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 if TYPE_CHECKING:
-    from .convert import Plan
+    from .plan import Plan
 
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -54,7 +54,7 @@ def fill_model_card(plan: Plan, report: dict) -> str:
         count_overlaps=pattern.count_overlaps,
         dilate_queries=pattern.dilate_queries,
         window=pattern.window,
-        trained_context=f"{plan.trained_context:,}",
+        trained=plan.trained,
         context=f"{plan.config.max_position_embeddings:,}",
         rope=", ".join(f"{name} {value}" for name, value in plan.config.rope_parameters.items()),
         cost_length=f"{costs['length']:,}",

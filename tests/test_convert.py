@@ -1,5 +1,6 @@
 """Converting checkpoints: the converted model is the source, the target appears whole or not at all."""
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import conversion.convert
 import conversion.weights
 from conversion import convert_checkpoint
-from conversion.convert import plan_conversion
+from conversion.plan import plan_conversion
 from modeling_longnet import DilationPattern, LongNetForCausalLM
 
 
@@ -360,6 +361,36 @@ def test_without_a_tokenizer_the_logits_are_compared_on_spread_tokens(tmp_path):
     report = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
     assert report["verification"]["text"].startswith("spread token ids")
     assert report["verification"]["num_tokens"] == CONTEXT
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux with glibc: /proc/self/clear_refs to measure the peak, malloc_trim to start low")
+    make_checkpoint(
+        tmp_path / "source",
+        dtype=torch.bfloat16,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        vocab_size=4096,
+    )
+    size = (tmp_path / "source" / "model.safetensors").stat().st_size
+    assert size > 190e6
+
+    def memory(line: str) -> int:
+        status = dict(entry.split(":") for entry in Path("/proc/self/status").read_text().splitlines())
+        return int(status[line].split()[0]) * 1024
+
+    for options, allowed in (({"verify": False}, 20e6), ({"verify": True}, 100e6)):
+        trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = memory("VmRSS")
+        convert_checkpoint(
+            tmp_path / "source", tmp_path / "target", max_shard_size="50MB", overwrite=True, **options, **QUIET
+        )
+        assert memory("VmHWM") - before < allowed
 
 
 # Failures. Each spoils a good source; the message must name what is wrong.

@@ -1,0 +1,346 @@
+"""What a conversion will do: the source read and checked, the pattern chosen, the costs counted; nothing written."""
+
+import dataclasses
+import re
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+
+from .families import Family, find_family
+from .verify import dense_length, skeleton
+from .weights import (
+    DTYPES,
+    StoredTensor,
+    files_are_kept,
+    match_weights,
+    read_json,
+    read_weights,
+    shard_layout,
+    total_bytes,
+)
+
+
+# The undilated branch covers the trained context, but no more than this: it sets the cost of every token.
+LONGEST_LOCAL_SEGMENT = 4096
+DEFAULT_STRETCH = 4
+
+
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do, known before a byte is written.
+
+    Args:
+        source: folder of the source checkpoint.
+        name: the source as the user gave it.
+        revision: commit of a source from the Hub, else None.
+        family: what the source is.
+        source_config: the source's config.
+        tensors: the stored tensors to write.
+        config: the target's config.
+        preset: name of the pattern's rules.
+        trained_context: tokens the source was trained for, before any RoPE scaling stretched it.
+        reference_config: the source's config with the target's RoPE, whose logits the target must have.
+        max_shard_size: as given to ``convert_checkpoint``.
+        notes: what the user should know.
+    """
+
+    source: Path
+    name: str
+    revision: str | None
+    family: Family
+    source_config: LlamaConfig
+    tensors: dict[str, StoredTensor]
+    config: LongNetConfig
+    preset: str
+    trained_context: int
+    reference_config: LlamaConfig
+    max_shard_size: int | str
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return total_bytes(self.tensors.values())
+
+    @property
+    def context(self) -> int:
+        """The length that the pattern and the costs are planned for."""
+        return max(self.config.max_position_embeddings, self.config.pattern.segment_lengths[-1])
+
+    @property
+    def trained(self) -> str:
+        """The trained context in words."""
+        stretched = self.source_config.max_position_embeddings
+        stretch = f", stretched to {stretched:,} by its RoPE" if stretched > self.trained_context else ""
+        return f"{self.trained_context:,} tokens{stretch}"
+
+    def costs(self) -> dict[str, int]:
+        """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
+        config, length = self.config, self.context
+        num_kv_heads = config.num_key_value_heads
+        entry_bytes = 2 * config.head_dim * num_kv_heads * config.num_hidden_layers * _dtype(config.dtype).itemsize
+        dense = DilationPattern((length,), (1,))
+        costs = {"length": length}
+        for name, pattern in (("pattern", config.pattern), ("dense", dense)):
+            per_layer = pattern.attention_flops(
+                length, config.num_attention_heads, config.head_dim, num_kv_heads=num_kv_heads
+            )
+            costs[f"{name}_attention_flops"] = per_layer * config.num_hidden_layers
+            costs[f"{name}_kv_bytes"] = pattern.cache_entries(length) * entry_bytes
+        return costs
+
+    def describe(self) -> str:
+        """Say in a few lines, at most 80 columns each, what will be converted to what, and what it costs."""
+        pattern, rope, costs = self.config.pattern, self.config.rope_parameters, self.costs()
+        files = len({tensor.file for tensor in self.tensors.values()})
+        if files_are_kept(self.tensors, self.max_shard_size):
+            weights = f"{_count(files, 'file')}, copied unchanged"
+        else:
+            shards = len(shard_layout(self.tensors, self.max_shard_size))
+            weights = f"{_count(files, 'file')} laid out anew as {shards}, bits unchanged"
+        stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
+        flops, dense_flops = costs["pattern_attention_flops"], costs["dense_attention_flops"]
+        kv, dense_kv = costs["pattern_kv_bytes"], costs["dense_kv_bytes"]
+        lines = [
+            f"source     {self.name}",
+            f"           {self.family.architecture}, {short_number(self.num_bytes)}B of weights in {weights}",
+            f"trained    {self.trained}",
+            f"preset     {self.preset}",
+            f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
+            f"rates      {', '.join(map(str, pattern.dilation_rates))}",
+            f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}",
+            f"at {self.context:,} tokens:",
+            f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
+            f"KV cache   {short_number(kv)}B, dense {short_number(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
+        ]
+        notes = (textwrap.fill(f"note       {note}", width=80, subsequent_indent=" " * 11) for note in self.notes)
+        return "\n".join([*lines, *notes])
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    preset: str = "retrofit",
+    segment_lengths: list[int] | tuple[int, ...] | None = None,
+    dilation_rates: list[int] | tuple[int, ...] | None = None,
+    rope_parameters: dict | None = None,
+    max_position_embeddings: int | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Plan:
+    """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
+
+    Args and errors are those of ``convert_checkpoint``.
+    """
+    folder, revision = _source_folder(source)
+    fields = read_json(folder / "config.json")
+    family = find_family(fields)
+    source_config = family.read_config(fields)
+    tensors = read_weights(folder)
+    # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    try:
+        source_model = skeleton(family.model_class, source_config)
+    except Exception as error:  # a KeyError for an unknown activation, and the like
+        raise ValueError(
+            f"config.json does not describe a {family.architecture} that can be built: {error!r}"
+        ) from error
+    match_weights(source_model, tensors)
+    shard_layout(tensors, max_shard_size)
+
+    trained = _trained_context(source_config)
+    pattern, context = _choose_pattern(
+        source_config, trained, preset, segment_lengths, dilation_rates, max_position_embeddings
+    )
+    rope = _rope_parameters(source_config, rope_parameters, trained)
+    # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
+    position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
+    reference_config = source_config
+    if rope_parameters is not None:
+        try:
+            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+        except ValueError as error:
+            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
+        reference_config.max_position_embeddings = position_embeddings
+    dtypes = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.num_bytes
+    dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
+    longnet_fields = family.longnet_fields(source_config) | {
+        "rope_parameters": rope,
+        "max_position_embeddings": position_embeddings,
+        "dtype": dtype,
+        **pattern_fields(pattern),
+    }
+    config = LongNetConfig(**longnet_fields)
+    config.architectures = [LongNetForCausalLM.__name__]
+    match_weights(skeleton(LongNetForCausalLM, config), tensors)
+    return Plan(
+        source=folder,
+        name=str(source),
+        revision=revision,
+        family=family,
+        source_config=source_config,
+        tensors=tensors,
+        config=config,
+        preset=preset,
+        trained_context=trained,
+        reference_config=reference_config,
+        max_shard_size=max_shard_size,
+        notes=tuple(_notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters)),
+    )
+
+
+def _source_folder(source: str | Path) -> tuple[Path, str | None]:
+    """Return the folder of a source and, for a Hub source, its commit."""
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is an adapter; merge it into its base model and convert that")
+        return folder.absolute(), None
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or folder.exists():
+        raise ValueError(f"the source {source} is not a folder")
+    try:
+        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES]
+        snapshot = Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # whatever the network, the Hub's answer or its cache come up with
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{source} is neither a folder nor a model that the Hub hands out: {reason}") from error
+    return snapshot, snapshot.name
+
+
+def _trained_context(config: LlamaConfig) -> int:
+    """Return the length the source was trained for before any RoPE scaling stretched it."""
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    return min(config.max_position_embeddings, original or config.max_position_embeddings)
+
+
+def _choose_pattern(
+    config: LlamaConfig,
+    trained: int,
+    preset: str,
+    segment_lengths: list[int] | tuple[int, ...] | None,
+    dilation_rates: list[int] | tuple[int, ...] | None,
+    context: int | None,
+) -> tuple[DilationPattern, int]:
+    """Return the pattern and the target's context."""
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
+        raise ValueError(f"max_position_embeddings must be a positive integer, got {context!r}")
+    if segment_lengths is None:
+        if dilation_rates is not None:
+            raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
+        local = min(trained, LONGEST_LOCAL_SEGMENT)
+        context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
+        last = local
+        while last < context:
+            last *= 2
+        return DilationPattern.geometric(local, last, preset=preset), context
+    if dilation_rates is None:
+        first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
+        if any(w % first for w in segment_lengths):
+            raise ValueError(
+                f"segment_lengths {list(segment_lengths)} are not multiples of the first, so there are no default "
+                "rates w_i / w_0; give dilation_rates"
+            )
+        dilation_rates = [w // first for w in segment_lengths]
+    pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
+
+
+def _rope_parameters(config: LlamaConfig, override: dict | None, trained: int) -> dict:
+    """Return the target's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
+    if override is None:
+        rope = dict(config.rope_parameters)
+        if "factor" in rope and rope["factor"] is None:
+            rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+        return rope
+    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
+    if not isinstance(override, dict) or override.get("rope_type") not in known:
+        raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
+    rope = {"rope_theta": config.rope_parameters["rope_theta"], **override}
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope.setdefault("original_max_position_embeddings", trained)
+    if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):
+        raise ValueError(f"rope_parameters need a number as factor, got {rope['factor']!r}")
+    return rope
+
+
+def _notes(
+    folder: Path,
+    fields: dict,
+    config: LongNetConfig,
+    source_context: int,
+    dtypes: Counter,
+    rope_parameters: dict | None,
+) -> list[str]:
+    """Say what may surprise, one line each."""
+    notes = []
+    pattern, num_kv_heads = config.pattern, config.num_key_value_heads
+    if dense_length(pattern) == 0:
+        notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
+    elif config.max_position_embeddings > source_context and rope_parameters is None:
+        notes.append(f"positions beyond {source_context:,} are new to the model: tune it there")
+    if config.rope_parameters["rope_type"] == "dynamic":
+        notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
+    if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:
+        notes.append(
+            f"rate {unread[-1]} has more offsets than the model has KV heads ({num_kv_heads}): no head reads the far "
+            "tokens at the other offsets"
+        )
+    stored = ", ".join(dtype_name(DTYPES[dtype]) for dtype in dtypes)
+    if stored != dtype_name(config.dtype):
+        notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
+    if fields.get("auto_map"):
+        notes.append("the source's own code (auto_map) was not used: it is read as transformers' Llama")
+    if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
+        notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
+    return notes
+
+
+def pattern_fields(pattern: DilationPattern) -> dict:
+    """Return a pattern's fields as ``LongNetConfig`` takes and JSON holds them."""
+    fields = dataclasses.asdict(pattern)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _dtype(name: torch.dtype | str) -> torch.dtype:
+    return getattr(torch, name) if isinstance(name, str) else name
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Write a dtype as config.json does: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def short_number(number: float) -> str:
+    """Write a number with three digits and a unit prefix: 1.23 G."""
+    power = 0
+    while number >= 999.5 and power < 6:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {' kMGTPE'[power].strip()}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
