@@ -146,12 +146,15 @@ def _document(
 
 
 @triton.jit
-def _tile(tile, offset, rate, tokens, period, tiles_per_period, TILE: tl.constexpr):
+def _tile(tile, offset, rate, tokens, period, tiles_per_period, LAST_FIRST: tl.constexpr, TILE: tl.constexpr):
     """Place a tile: the base of its progression, its first and last position, and how many rows it has."""
     base = tile // tiles_per_period * period
     limit = base + tl.minimum(tokens - base, period)
     base += offset
-    first = base + tile % tiles_per_period * TILE * rate
+    tile %= tiles_per_period
+    if LAST_FIRST:  # late causal queries meet the most keys: starting with them leaves the short work for the end
+        tile = tiles_per_period - 1 - tile
+    first = base + tile * TILE * rate
     count = tl.minimum(_count_before(limit, first, rate), TILE)
     return base, first, first + (count - 1) * rate, count
 
@@ -172,12 +175,12 @@ def _tile_mask(count, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.co
 
 
 @triton.jit
-def _load_block(
+def _load_rows(
     ptr, stride, rows_ptr, start, base, rate, first, stop,
     MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load the terms ``first + 0 ... BLOCK - 1`` of a progression, zeros from term ``stop`` on: ``[BLOCK, D]``."""
+    """Load the terms ``first + 0 ... BLOCK - 1`` of a progression; MASKED: zeros from term ``stop`` on."""
     index = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     if INDEXED:
@@ -188,16 +191,38 @@ def _load_block(
         ptr += (start + base + tl.cast(first, tl.int64) * rate) * stride
         step = tl.cast(rate, tl.int64) * stride if WIDE else rate * stride
         pointers = ptr + ((index * step)[:, None] + columns[None, :])
-    if HEAD_DIM == BLOCK_D:
-        if MASKED:
-            return tl.load(pointers, mask=(first + index < stop)[:, None], other=0.0)
-        else:
-            return tl.load(pointers)
-    else:
-        mask = columns[None, :] < HEAD_DIM
-        if MASKED:
-            mask = mask & (first + index < stop)[:, None]
+    if MASKED:
+        mask = (first + index < stop)[:, None]
+        if HEAD_DIM < BLOCK_D:
+            mask = mask & (columns < HEAD_DIM)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _load_block(
+    source, rows_ptr, start, base, rate, first, stop,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Load the terms ``first + 0 ... BLOCK - 1`` of a progression: ``[BLOCK, D]``.
+
+    Args:
+        source: pointer to the head's first row, stride of the rows, descriptor, batch index and head. The descriptor
+            sees a tensor as ``[B, heads, residue, term, D]``, where row = rate * term + residue.
+    """
+    ptr, stride, descriptor, batch, head = source
+    if TMA:
+        origin = start + base
+        block = descriptor.load([batch, head, origin % rate, origin // rate + first, 0])
+        return block.reshape(BLOCK, BLOCK_D)
+    else:
+        return _load_rows(
+            ptr, stride, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK
+        )
 
 
 @triton.jit
@@ -211,14 +236,14 @@ def _met(base, rate, first, stop, band_start, band_end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fwd_block(
-    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate, first, stop,
+    acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate, first, stop,
     band_start, band_end, scale2,
-    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the running softmax of a query tile."""
     k = _load_block(
-        k_ptr, stride_kl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+        k_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N
     )  # [BLOCK_N, D]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     # With a positive scale the largest score is the scaled largest product: the scaling then folds into the exponent.
@@ -235,7 +260,7 @@ def _fwd_block(
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
     v = _load_block(
-        v_ptr, stride_vl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+        v_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N
     )  # [BLOCK_N, D]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, new_peak
@@ -243,9 +268,9 @@ def _fwd_block(
 
 @triton.jit
 def _fwd_progression(
-    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+    acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
     start_first, start_last, end_first, end_last, band_start, band_end, scale2,
-    INDEXED: tl.constexpr, WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add everything that a query tile meets in one progression of keys."""
@@ -254,30 +279,30 @@ def _fwd_progression(
     )  # fmt: skip
     for block in range(head, tail):
         acc, total, peak = _fwd_block(
-            acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            False, INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            False, INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     for edge in range(head + blocks - tail):
         block = tl.where(edge < head, edge, edge - head + tail)
         acc, total, peak = _fwd_block(
-            acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            True, INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     return acc, total, peak
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_desc, v_desc, cu_seqlens_ptr, rows_ptr, counts_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_ob, stride_oh, stride_ol,
     scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
     NUM_BRANCHES: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     BLOCKED: tl.constexpr, DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr,
     SEGMENTED: tl.constexpr, SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr,
-    WIDE: tl.constexpr, POSITIVE_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of queries to the keys of NUM_BRANCHES branches.
@@ -296,7 +321,7 @@ def fwd_kernel(
     )  # fmt: skip
     query_offset = _offset(kv_head, query_rate, NUM_KV_HEADS, BLOCKED) if DILATE else 0
     query_base, x_first, x_last, count = _tile(
-        tile, query_offset, query_rate, tokens, period, tiles_per_period, BLOCK_M
+        tile, query_offset, query_rate, tokens, period, tiles_per_period, DILATE and SIDE == BEFORE, BLOCK_M
     )  # fmt: skip
     if count <= 0:
         return
@@ -311,6 +336,8 @@ def fwd_kernel(
     out_ptr += batch * stride_ob + query_head.to(tl.int64) * stride_oh
     k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kg
     v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vg
+    k_source = (k_ptr, stride_kl, k_desc, tl.program_id(2), kv_head)
+    v_source = (v_ptr, stride_vl, v_desc, tl.program_id(2), kv_head)
     lse_ptr += (batch * tl.num_programs(1) + query_head) * length
     q = tl.load(q_ptr + (rows * stride_ql)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
     out_ptrs = out_ptr + (rows * stride_ol)[:, None] + columns[None, :]
@@ -339,17 +366,17 @@ def fwd_kernel(
                     low = segment * window
                     high = low + tl.minimum(window, tokens - low)
                     acc, total, peak = _fwd_progression(
-                        acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, low + offset, rate,
+                        acc, total, peak, q, k_source, v_source, rows_ptr, start, low + offset, rate,
                         tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
                         tl.minimum(end_last, high), band_start, band_end, scale2,
-                        INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                        INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                     )  # fmt: skip
             else:
                 acc, total, peak = _fwd_progression(
-                    acc, total, peak, q, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start,
+                    acc, total, peak, q, k_source, v_source, rows_ptr, start,
                     query_base if DILATE else offset, rate, start_first, start_last, end_first, end_last,
                     band_start, band_end, scale2,
-                    INDEXED, WIDE, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                    INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                 )  # fmt: skip
 
     skipped = total == 0.0
@@ -360,12 +387,15 @@ def fwd_kernel(
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def delta_kernel(
-    out_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr,
+def stats_kernel(
+    out_ptr, do_ptr, lse_ptr, dlse_ptr, stats_ptr,
     stride_ob, stride_oh, stride_ol, stride_dob, stride_doh, stride_dol, length,
     HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``delta = rowsum(do * out) - dlse``: all that the backward of a softmax needs beside lse."""
+    """Pack what the backward of a softmax needs of each row: lse in base 2, and ``delta = rowsum(do * out) - dlse``.
+
+    One 64-bit word per row halves the narrow loads in the loops that walk over rows.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     query_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -377,27 +407,35 @@ def delta_kernel(
     do = tl.load(do_ptr + (rows * stride_dol)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(out * do, 1)
     at_row = (batch * tl.num_programs(1) + query_head) * length + rows
+    lse = tl.load(lse_ptr + at_row, mask=rows < length, other=0.0)
     if HAS_DLSE:
         # The lse of a skipped query is a constant: whatever gradient arrives there must not become nan * 0.
-        skipped = tl.load(lse_ptr + at_row, mask=rows < length, other=0.0) == float("-inf")
-        dlse = tl.load(dlse_ptr + at_row, mask=rows < length, other=0.0).to(tl.float32)
-        delta -= tl.where(skipped, 0.0, dlse)
-    tl.store(delta_ptr + at_row, delta, mask=rows < length)
+        dlse = tl.load(dlse_ptr + at_row, mask=rows < length, other=0.0)
+        delta -= tl.where(lse == float("-inf"), 0.0, dlse)
+    lse2 = (lse * LOG2E).to(tl.int32, bitcast=True).to(tl.int64)
+    delta = delta.to(tl.int32, bitcast=True).to(tl.int64)
+    tl.store(stats_ptr + at_row, (lse2 << 32) | (delta & 0xFFFFFFFF), mask=rows < length)
+
+
+@triton.jit
+def _unpack_stats(stats):
+    lse2 = (stats >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return lse2, stats.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _bwd_dq_block(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate, first, stop,
+    dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start, base, rate, first, stop,
     band_start, band_end, scale2,
-    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the gradient of a query tile."""
     k = _load_block(
-        k_ptr, stride_kl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+        k_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N
     )  # [BLOCK_N, D]
     v = _load_block(
-        v_ptr, stride_vl, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N
+        v_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N
     )  # [BLOCK_N, D]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -410,9 +448,9 @@ def _bwd_dq_block(
 
 @triton.jit
 def _bwd_dq_progression(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+    dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start, base, rate,
     start_first, start_last, end_first, end_last, band_start, band_end, scale2,
-    INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add everything that a query tile meets in one progression of keys to the tile's gradient."""
@@ -421,31 +459,31 @@ def _bwd_dq_progression(
     )  # fmt: skip
     for block in range(head, tail):
         dq = _bwd_dq_block(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            False, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            False, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     for edge in range(head + blocks - tail):
         block = tl.where(edge < head, edge, edge - head + tail)
         dq = _bwd_dq_block(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, base, rate,
+            dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            True, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     return dq
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dq_ptr, k_desc, v_desc, cu_seqlens_ptr, rows_ptr, counts_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_dob, stride_doh, stride_dol, stride_dqb, stride_dqh, stride_dql,
     scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
     NUM_BRANCHES: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     BLOCKED: tl.constexpr, DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr,
     SEGMENTED: tl.constexpr, SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr,
-    WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of one tile of queries through NUM_BRANCHES branches; unless FIRST, add it to dq.
 
@@ -462,7 +500,7 @@ def bwd_dq_kernel(
     )  # fmt: skip
     query_offset = _offset(kv_head, query_rate, NUM_KV_HEADS, BLOCKED) if DILATE else 0
     query_base, x_first, x_last, count = _tile(
-        tile, query_offset, query_rate, tokens, period, tiles_per_period, BLOCK_M
+        tile, query_offset, query_rate, tokens, period, tiles_per_period, DILATE and SIDE == BEFORE, BLOCK_M
     )  # fmt: skip
     if count <= 0:
         return
@@ -479,11 +517,12 @@ def bwd_dq_kernel(
     dq_ptr += batch * stride_dqb + query_head.to(tl.int64) * stride_dqh
     k_ptr += batch * stride_kb + kv_head.to(tl.int64) * stride_kg
     v_ptr += batch * stride_vb + kv_head.to(tl.int64) * stride_vg
+    k_source = (k_ptr, stride_kl, k_desc, tl.program_id(2), kv_head)
+    v_source = (v_ptr, stride_vl, v_desc, tl.program_id(2), kv_head)
     at_row = (batch * tl.num_programs(1) + query_head) * length + rows
     q = tl.load(q_ptr + (rows * stride_ql)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
     do = tl.load(do_ptr + (rows * stride_dol)[:, None] + columns[None, :], mask=in_tile, other=0.0)  # [BLOCK_M, D]
-    lse2 = tl.load(lse_ptr + at_row, mask=valid, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + at_row, mask=valid, other=0.0)
+    lse2, delta = _unpack_stats(tl.load(stats_ptr + at_row, mask=valid, other=0))
 
     scale2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -501,16 +540,16 @@ def bwd_dq_kernel(
                     low = segment * window
                     high = low + tl.minimum(window, tokens - low)
                     dq = _bwd_dq_progression(
-                        dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start, low + offset,
+                        dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start, low + offset,
                         rate, tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
                         tl.minimum(end_last, high), band_start, band_end, scale2,
-                        INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                        INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                     )  # fmt: skip
             else:
                 dq = _bwd_dq_progression(
-                    dq, q, do, lse2, delta, k_ptr, v_ptr, stride_kl, stride_vl, rows_ptr, start,
+                    dq, q, do, lse2, delta, k_source, v_source, rows_ptr, start,
                     query_base if DILATE else offset, rate, start_first, start_last, end_first, end_last,
-                    band_start, band_end, scale2, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                    band_start, band_end, scale2, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                 )  # fmt: skip
 
     dq *= scale
@@ -522,42 +561,42 @@ def bwd_dq_kernel(
 
 @triton.jit
 def _bwd_dkdv_block(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate, first, stop,
+    dk, dv, k, v, q_source, do_source, stats_ptr, rows_ptr, start, base, rate, first, stop,
     band_start, band_end, scale2,
-    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one block of queries to the gradients of a key tile; scores are transposed: keys are rows."""
     q = _load_block(
-        q_ptr, stride_ql, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M
+        q_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M
     )  # [BLOCK_M, D]
     do = _load_block(
-        do_ptr, stride_dol, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M
+        do_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M
     )  # [BLOCK_M, D]
-    rows = _rows(rows_ptr, start, base, rate, first, stop, INDEXED, BLOCK_M)
-    if MASKED:
-        valid = first + tl.arange(0, BLOCK_M) < stop
-        lse2 = tl.load(lse_ptr + rows, mask=valid, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + rows, mask=valid, other=0.0)
+    index = tl.arange(0, BLOCK_M)
+    if INDEXED:
+        stats_ptrs = stats_ptr + _rows(rows_ptr, start, base, rate, first, stop, True, BLOCK_M)
     else:
-        lse2 = tl.load(lse_ptr + rows) * LOG2E
-        delta = tl.load(delta_ptr + rows)
+        stats_ptrs = stats_ptr + (start + base + tl.cast(first, tl.int64) * rate) + index * rate
+    stats = tl.load(stats_ptrs, mask=first + index < stop, other=0) if MASKED else tl.load(stats_ptrs)  # [BLOCK_M]
+    lse2, delta = _unpack_stats(stats)
+    # Both products that need no softmax first: the tensor cores then have work while the softmax runs.
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p = tl.exp2(s * scale2 - lse2[None, :])
     if MASKED:
         p = tl.where(_met(base, rate, first, stop, band_start, band_end, BLOCK_M), p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit
 def _bwd_dkdv_progression(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+    dk, dv, k, v, q_source, do_source, stats_ptr, rows_ptr, start, base, rate,
     start_first, start_last, end_first, end_last, band_start, band_end, scale2,
-    INDEXED: tl.constexpr, WIDE: tl.constexpr,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add everything that a key tile meets in one progression of queries to the tile's gradients."""
@@ -566,31 +605,32 @@ def _bwd_dkdv_progression(
     )  # fmt: skip
     for block in range(head, tail):
         dk, dv = _bwd_dkdv_block(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+            dk, dv, k, v, q_source, do_source, stats_ptr, rows_ptr, start, base, rate,
             first + block * BLOCK_M, stop, band_start, band_end, scale2,
-            False, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            False, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     for edge in range(head + blocks - tail):
         block = tl.where(edge < head, edge, edge - head + tail)
         dk, dv = _bwd_dkdv_block(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_ql, stride_dol, rows_ptr, start, base, rate,
+            dk, dv, k, v, q_source, do_source, stats_ptr, rows_ptr, start, base, rate,
             first + block * BLOCK_M, stop, band_start, band_end, scale2,
-            True, INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            True, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
         )  # fmt: skip
     return dk, dv
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, rows_ptr, counts_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, q_desc, do_desc, cu_seqlens_ptr, rows_ptr, counts_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kg, stride_kl, stride_vb, stride_vg, stride_vl,
     stride_dob, stride_doh, stride_dol, stride_dkb, stride_dkg, stride_dkl, stride_dvb, stride_dvg, stride_dvl,
     scale, length, num_documents, search_steps, period, tiles_per_period, windows, previous_windows, rates,
     FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCKED: tl.constexpr,
     DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr, SEGMENTED: tl.constexpr,
     SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of a branch's keys and values; unless FIRST, add them to dk and dv.
 
@@ -606,7 +646,7 @@ def bwd_dkdv_kernel(
         rate * BLOCK_N, PACKED, INDEXED,
     )  # fmt: skip
     offset = _offset(kv_head, rate, NUM_KV_HEADS, BLOCKED)
-    key_base, x_first, x_last, count = _tile(tile, offset, rate, tokens, period, tiles_per_period, BLOCK_N)
+    key_base, x_first, x_last, count = _tile(tile, offset, rate, tokens, period, tiles_per_period, False, BLOCK_N)
     if count <= 0:
         return
 
@@ -634,24 +674,26 @@ def bwd_dkdv_kernel(
         for query_head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
             q_head_ptr = q_ptr + batch * stride_qb + tl.cast(query_head, tl.int64) * stride_qh
             do_head_ptr = do_ptr + batch * stride_dob + tl.cast(query_head, tl.int64) * stride_doh
+            q_source = (q_head_ptr, stride_ql, q_desc, tl.program_id(2), query_head)
+            do_source = (do_head_ptr, stride_dol, do_desc, tl.program_id(2), query_head)
             at_head = (batch * tl.num_programs(1) * GROUP + query_head) * length
             if SEGMENTED:
                 for segment in range(start_first // window, (end_last - 1) // window + 1):
                     low = segment * window
                     high = low + tl.minimum(window, tokens - low)
                     dk, dv = _bwd_dkdv_progression(
-                        dk, dv, k, v, q_head_ptr, do_head_ptr, lse_ptr + at_head, delta_ptr + at_head,
-                        stride_ql, stride_dol, rows_ptr, start, low + offset, query_rate,
+                        dk, dv, k, v, q_source, do_source, stats_ptr + at_head, rows_ptr, start, low + offset,
+                        query_rate,
                         tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
                         tl.minimum(end_last, high), band_start, band_end, scale2,
-                        INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+                        INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
                     )  # fmt: skip
             else:
                 dk, dv = _bwd_dkdv_progression(
-                    dk, dv, k, v, q_head_ptr, do_head_ptr, lse_ptr + at_head, delta_ptr + at_head,
-                    stride_ql, stride_dol, rows_ptr, start, key_base if DILATE else 0, query_rate,
+                    dk, dv, k, v, q_source, do_source, stats_ptr + at_head, rows_ptr, start,
+                    key_base if DILATE else 0, query_rate,
                     start_first, start_last, end_first, end_last, band_start, band_end, scale2,
-                    INDEXED, WIDE, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+                    INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
                 )  # fmt: skip
 
     dk *= scale

@@ -1,8 +1,8 @@
 """The fused backend: launchers, gradients and registration of the Triton kernels.
 
 The inputs are read where they lie, whatever their strides, padding or packing; nothing of their size is copied. Beside
-the results only lse and delta (``[B, H, L]`` float32) and, for padded rows, one index per token are allocated. Dense
-queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
+the results only lse, one word per query for the backward and, for padded rows, one index per token are allocated.
+Dense queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
 lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order: two
 runs give the same bits.
 """
@@ -19,8 +19,9 @@ from .dilation_pattern import DilationPattern
 
 try:
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from .dilated_attention_kernels import bwd_dkdv_kernel, bwd_dq_kernel, delta_kernel, fwd_kernel
+    from .dilated_attention_kernels import bwd_dkdv_kernel, bwd_dq_kernel, fwd_kernel, stats_kernel
 except ImportError:  # triton_refusal says so before anything here is needed
     triton = None
 
@@ -36,20 +37,25 @@ BEFORE, AFTER, BOTH = range(3)  # the kernels' names for the sides of a query or
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: rows it owns or loads as queries (m) and as keys (n), warps, and pipeline depth."""
+    """How a kernel is cut: rows it owns or loads as queries (m) and as keys (n), warps, pipeline depth.
+
+    ``tma``: blocks are fetched by Hopper's copy engine where it can read the tensors, which saves address registers.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 class Launch(NamedTuple):
     """Branches that one launch serves, and the progression that places its tiles.
 
     ``previous_windows`` holds the window that the branch before has covered already, 0 if nothing is. ``period`` is
-    the distance after which the tiles' progression starts anew, ``rate`` its step. ``first``: the launch writes every
-    row and need not look at what was there.
+    the distance after which the tiles' progression starts anew, ``rate`` its step; ``loop_rate`` is the step of the
+    one that the loops walk through, 0 if there are several. ``segmented``: the loops' progression starts anew in each
+    segment. ``first``: the launch writes every row and need not look at what was there.
     """
 
     windows: tuple[int, ...]
@@ -57,6 +63,7 @@ class Launch(NamedTuple):
     rates: tuple[int, ...]
     period: int
     rate: int
+    loop_rate: int
     segmented: bool
     first: bool
 
@@ -124,19 +131,21 @@ def query_launches(pattern: DilationPattern) -> list[Launch]:
     Dense queries meet all branches in one launch. Dilated queries are different rows in each branch, so each takes
     one; the smallest rate goes first, because with rate 1 it writes every row.
     """
+    rows = _rows_of_branches(pattern)
     if not pattern.dilate_queries:
-        windows, previous_windows, rates = zip(*_rows_of_branches(pattern))
+        windows, previous_windows, rates = zip(*rows)
+        loop_rate = rates[0] if len(rates) == 1 else 0
         segmented = any(w % r for w, r in zip(windows, rates))
-        return [Launch(windows, previous_windows, rates, ENDLESS, 1, segmented, True)]
+        return [Launch(windows, previous_windows, rates, ENDLESS, 1, loop_rate, segmented, True)]
 
     launches = []
-    for window, previous_window, rate in _rows_of_branches(pattern):
+    for window, previous_window, rate in rows:
         # Rows of different segments form one progression only if the rate divides the segment length. Segments are
         # kept apart in any case where they bound the keys, so that a tile never straddles two.
         period = window if pattern.window == "segment" or window % rate else ENDLESS
         segmented = pattern.window == "sliding" and window % rate != 0
         first = rate == 1 and not launches
-        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, segmented, first))
+        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, rate, segmented, first))
     return launches
 
 
@@ -146,9 +155,10 @@ def key_launches(pattern: DilationPattern) -> list[Launch]:
     for window, previous_window, rate in _rows_of_branches(pattern):
         bounded = pattern.window == "segment" and pattern.dilate_queries
         period = window if bounded or window % rate else ENDLESS
+        loop_rate = rate if pattern.dilate_queries else 1
         segmented = pattern.window == "sliding" and pattern.dilate_queries and window % rate != 0
         first = rate == 1 and not launches
-        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, segmented, first))
+        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, loop_rate, segmented, first))
     return launches
 
 
@@ -169,20 +179,54 @@ def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, 
     return Documents(None, None, None)
 
 
-def _tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Choose how to cut a kernel."""
-    if dtype == torch.float32:
+def _tiles(kernel: str, query: Tensor, pattern: DilationPattern) -> Tiles:
+    """Choose how to cut a kernel; tuned on an H200, the rest fits the shared memory of Ampere and Ada."""
+    head_dim, dense = query.shape[-1], not pattern.dilate_queries
+    if query.dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 4, 1)
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0):
+        if head_dim > 128:
+            return {"fwd": Tiles(64, 32, 4, 1), "dq": Tiles(32, 32, 4, 1), "dkdv": Tiles(32, 32, 4, 1)}[kernel]
+        if head_dim > 64:
+            return {"fwd": Tiles(64, 32, 4, 2), "dq": Tiles(64, 32, 4, 1), "dkdv": Tiles(32, 64, 4, 1)}[kernel]
+        return {"fwd": Tiles(64, 64, 4, 2), "dq": Tiles(64, 32, 4, 2), "dkdv": Tiles(32, 64, 4, 2)}[kernel]
     if head_dim > 128:
         return {"fwd": Tiles(64, 32, 4, 2), "dq": Tiles(64, 32, 8, 1), "dkdv": Tiles(32, 64, 8, 1)}[kernel]
     if head_dim > 64:
-        return {"fwd": Tiles(128, 64, 8, 3), "dq": Tiles(128, 64, 8, 2), "dkdv": Tiles(64, 128, 8, 2)}[kernel]
-    return {"fwd": Tiles(128, 64, 4, 3), "dq": Tiles(128, 64, 4, 3), "dkdv": Tiles(64, 128, 4, 3)}[kernel]
+        # Dense queries loop long enough to live with one program per processor; the short loops of dilated ones
+        # need a second program to hide each other's start and end.
+        fwd = Tiles(128, 64, 8, 3) if dense else Tiles(64, 64, 4, 3, tma=True)
+        dkdv = Tiles(32, 64, 4, 4 if dense else 3, tma=True)
+        return {"fwd": fwd, "dq": Tiles(128, 64, 8, 3), "dkdv": dkdv}[kernel]
+    fwd = Tiles(64, 64, 4, 3, tma=not dense)
+    dkdv = Tiles(64, 64, 4, 3 if dense else 2, tma=True)
+    return {"fwd": fwd, "dq": Tiles(64, 64, 4, 3), "dkdv": dkdv}[kernel]
+
+
+def _descriptor(x: Tensor, rate: int, block: int):
+    """Describe ``[B, heads, L, D]`` as ``[B, heads, residue, term, D]``, where row = rate * term + residue."""
+    batch, heads, length, head_dim = x.shape
+    stride_b, stride_h, stride_l, _ = x.stride()
+    return TensorDescriptor(
+        x, [batch, heads, rate, length // rate, head_dim], [stride_b, stride_h, stride_l, rate * stride_l, 1],
+        [1, 1, 1, block, max(16, triton.next_power_of_2(head_dim))],
+    )  # fmt: skip
+
+
+def _describable(looped: Sequence[Tensor], rate: int) -> bool:
+    """Say whether descriptors fit: rows in whole rounds of ``rate``, everything aligned to 16 bytes."""
+    return rate > 0 and all(
+        x.shape[2] % rate == 0
+        and x.data_ptr() % 16 == 0
+        and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+        for x in looped
+    )
 
 
 def _launch(
     kernel, tiles: Tiles, tile: int, launch: Launch, heads: int, tensors: Sequence[Tensor], strided: Sequence[Tensor],
-    documents: Documents, key: Tensor, group: int, pattern: DilationPattern, sides: tuple[int, int], scale: float,
+    looped: Sequence[Tensor], documents: Documents, key: Tensor, group: int, pattern: DilationPattern,
+    sides: tuple[int, int], scale: float,
     **constants,
 ) -> None:  # fmt: skip
     """Launch a kernel over the tiles of its progression, the heads and the batch.
@@ -192,6 +236,7 @@ def _launch(
         heads: query heads or KV heads, whichever own the tiles.
         tensors: the kernel's leading pointers.
         strided: the ``[B, heads, L, D]`` tensors whose strides it takes, in its order.
+        looped: those of them that its loops walk through.
         constants: compile-time arguments that only this kernel has.
     """
     batch, num_kv_heads, length, head_dim = key.shape
@@ -206,9 +251,12 @@ def _launch(
         slots = periods * tiles_per_period + rest // span + 2 * num_documents
     strides = [stride for x in strided for stride in x.stride()[:3]]
     widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(x.stride(2) for x in strided)
+    tma = tiles.tma and documents.rows is None and _describable(looped, launch.loop_rate)
+    block = tiles.block_m + tiles.block_n - tile
+    descriptors = [_descriptor(x, launch.loop_rate, block) if tma else None for x in looped]
     with torch.cuda.device_of(key):
         kernel[(slots, heads, batch)](
-            *tensors, documents.cu_seqlens, documents.rows, documents.counts, *strides,
+            *tensors, *descriptors, documents.cu_seqlens, documents.rows, documents.counts, *strides,
             scale, length, num_documents, num_documents.bit_length(), launch.period, tiles_per_period,
             launch.windows, launch.previous_windows, launch.rates,
             FIRST=launch.first,
@@ -224,6 +272,7 @@ def _launch(
             PACKED=documents.cu_seqlens is not None,
             INDEXED=documents.rows is not None,
             WIDE=widest >= 2**31,
+            TMA=tma,
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=tiles.block_m,
@@ -283,11 +332,11 @@ def _attention(
         return out, lse
 
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
-    tiles = _tiles("fwd", head_dim, query.dtype)
+    tiles = _tiles("fwd", query, pattern)
     for launch in launches:
         _launch(
             fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
-            (query, key, value, out), documents, key, num_heads // key.shape[1], pattern,
+            (query, key, value, out), (key, value), documents, key, num_heads // key.shape[1], pattern,
             _sides(pattern, is_causal, from_key=False), scale,
             NUM_BRANCHES=len(launch.rates), POSITIVE_SCALE=scale > 0,
         )  # fmt: skip
@@ -321,27 +370,28 @@ def _attention_backward(
     if query.numel() == 0:
         return dq, dk, dv
 
-    delta = torch.empty_like(lse)
+    stats = torch.empty_like(lse, dtype=torch.int64)
     block = 64
     with torch.cuda.device_of(query):
-        delta_kernel[(triton.cdiv(length, block), num_heads, batch)](
-            out, do, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *do.stride()[:3], length,
+        stats_kernel[(triton.cdiv(length, block), num_heads, batch)](
+            out, do, lse, None if dlse is None else dlse.contiguous(), stats,
+            *out.stride()[:3], *do.stride()[:3], length,
             HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=block,
         )  # fmt: skip
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
-    tiles = _tiles("dq", head_dim, query.dtype)
+    tiles = _tiles("dq", query, pattern)
     for launch in for_queries:
         _launch(
-            bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, lse, delta, dq),
-            (query, key, value, do, dq), documents, key, group, pattern,
+            bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, stats, dq),
+            (query, key, value, do, dq), (key, value), documents, key, group, pattern,
             _sides(pattern, is_causal, from_key=False), scale, NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
-    tiles = _tiles("dkdv", head_dim, query.dtype)
+    tiles = _tiles("dkdv", query, pattern)
     for launch in for_keys:
         _launch(
-            bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, lse, delta, dk, dv),
-            (query, key, value, do, dk, dv), documents, key, group, pattern,
+            bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, stats, dk, dv),
+            (query, key, value, do, dk, dv), (query, do), documents, key, group, pattern,
             _sides(pattern, is_causal, from_key=True), scale,
         )  # fmt: skip
     return dq, dk, dv
