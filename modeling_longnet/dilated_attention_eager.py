@@ -94,10 +94,11 @@ def multiset_attention(
     total = weights.sum(-1, keepdim=True)
     # A query that reaches a key has total >= 1 (its best key weighs 1): the clamp only turns 0 / 0 into 0.
     lse = torch.where(total > 0, total.clamp_min(1.0).log() + maximum, float("-inf"))
-    weights = (weights / total.clamp_min(1.0)).to(query.dtype)
+    weights = (weights / total.clamp_min(1.0)).to(query.dtype).flatten(1, 2)  # [B, H, Lq, Lk]
 
-    out = F.dropout(weights, dropout) @ value[:, :, None]  # [B, G, H/G, Lq, D]
-    return out.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), weights.flatten(1, 2)
+    dropped = F.dropout(weights, dropout).unflatten(1, groups.shape[1:3])
+    out = dropped @ value[:, :, None]  # [B, G, H/G, Lq, D]
+    return out.flatten(1, 2), lse.squeeze(-1).flatten(1, 2), weights
 
 
 def eager_attention(

@@ -281,7 +281,8 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
 
     def __init__(self, config, *args, **kwargs):
         config.validate()  # fields edited after construction are checked here
-        super().__init__(config, *args, **kwargs)
+        # Not super(): the Llama class that comes next would build its own layers first.
+        LlamaPreTrainedModel.__init__(self, config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as ``transformers`` does; the checkpoint carries the code, and loads as any of the LongNet classes."""

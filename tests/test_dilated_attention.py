@@ -313,7 +313,9 @@ def test_heads_whose_offset_lies_beyond_the_segment_give_zero(backend):
 def test_lower_precision_errs_at_most_twice_as_much_as_the_reference(backend, device, pattern, dtype):
     """Against float64 on the same rounded inputs: ``eager`` against the plain formula in that dtype, others against it.
 
-    The extra term is one rounding of the largest number: errors are maxima over few elements.
+    The extra term is what rounding alone explains: errors are maxima over few elements. The final result is rounded
+    once; in float32, where the sums are no more precise than the result, each of 90 terms may add its own rounding,
+    which a random walk takes to about sqrt(90) of them.
     """
     options = random_call(pattern, 90, padding=((1,) * 90, (0,) * 8 + (1,) * 82)).options(device)
     call = random_call(pattern, 90, head_dim=16)
@@ -329,7 +331,8 @@ def test_lower_precision_errs_at_most_twice_as_much_as_the_reference(backend, de
     for name, tensor in expected.items():
         assert actual[name].dtype == (torch.float32 if name == "lse" else dtype), name
         assert torch.equal(actual[name].isfinite(), tensor.isfinite()), name
-        rounding = torch.finfo(dtype).eps * tensor.nan_to_num(neginf=0).abs().max()
+        roundings = 90**0.5 if dtype == torch.float32 else 1
+        rounding = roundings * torch.finfo(dtype).eps * tensor.nan_to_num(neginf=0).abs().max()
         error, reference_error = (
             (x.double() - tensor).nan_to_num(0).abs().max() for x in (actual[name], yardstick[name])
         )

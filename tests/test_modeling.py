@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_longnet import (
     LongNetForCausalLM,
@@ -20,7 +21,7 @@ from modeling_longnet import (
     LongNetModel,
 )
 from modeling_longnet.dilation_pattern import PRESETS
-from modeling_longnet.modeling_longnet import LongNetRotaryEmbedding
+from modeling_longnet.modeling_longnet import LongNetDecoderLayer, LongNetRotaryEmbedding
 
 
 ROPE_TYPES = {
@@ -168,6 +169,30 @@ def test_eager_returns_the_attention_weights_of_the_pattern():
             for position in (0, 7, 8, 17, 39):
                 reached = weights[0, head, position].nonzero().flatten().tolist()
                 assert reached == model.config.pattern.reach(position, head // 2)
+
+
+def test_attention_weights_take_part_in_the_graph():
+    model = tiny_model("retrofit", attn_implementation="eager")
+    output = model(random_tokens(1, 20), output_attentions=True)
+    output.attentions[0].retain_grad()
+    output.logits[0, -1, 0].backward()
+    assert output.attentions[0].grad.abs().max() > 0
+
+
+def test_no_class_builds_layers_that_it_throws_away(monkeypatch):
+    built = []
+    monkeypatch.setattr(LongNetDecoderLayer, "__init__", count_calls(LongNetDecoderLayer.__init__, built))
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", count_calls(LlamaDecoderLayer.__init__, built))
+    tiny_model()
+    assert len(built) == 2 * 2  # two layers, each a LongNetDecoderLayer that calls Llama's constructor
+
+
+def count_calls(function, calls: list):
+    def counted(*args, **kwargs):
+        calls.append(function)
+        return function(*args, **kwargs)
+
+    return counted
 
 
 def test_hidden_states_are_returned_for_every_layer():
