@@ -148,8 +148,11 @@ def _document(
 @triton.jit
 def _tile(tile, offset, rate, tokens, period, tiles_per_period, LAST_FIRST: tl.constexpr, TILE: tl.constexpr):
     """Place a tile: the base of its progression, its first and last position, and how many rows it has."""
-    base = tile // tiles_per_period * period
-    limit = base + tl.minimum(tokens - base, period)
+    turn = tile // tiles_per_period
+    # Packed documents have spare tiles, for which base would not fit into 32 bits.
+    exists = turn <= tl.maximum(tokens - 1, 0) // period
+    base = tl.where(exists, turn * period, 0)
+    limit = tl.where(exists, base + tl.minimum(tokens - base, period), 0)
     base += offset
     tile %= tiles_per_period
     if LAST_FIRST:  # late causal queries meet the most keys: starting with them leaves the short work for the end
@@ -238,7 +241,7 @@ def _met(base, rate, first, stop, band_start, band_end, BLOCK: tl.constexpr):
 def _fwd_block(
     acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate, first, stop,
     band_start, band_end, scale2,
-    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    MASKED: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the running softmax of a query tile."""
@@ -246,16 +249,12 @@ def _fwd_block(
         k_source, rows_ptr, start, base, rate, first, stop, MASKED, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N
     )  # [BLOCK_N, D]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    # With a positive scale the largest score is the scaled largest product: the scaling then folds into the exponent.
-    if not POSITIVE_SCALE:
-        s *= scale2
     if MASKED:
         s = tl.where(_met(base, rate, first, stop, band_start, band_end, BLOCK_N), s, float("-inf"))
-    top = tl.max(s, 1)
-    new_peak = tl.maximum(peak, top * scale2 if POSITIVE_SCALE else top)
+    new_peak = tl.maximum(peak, tl.max(s, 1) * scale2)  # the scale is positive: it folds into the exponent
     # A row that has met nothing yet has peak -inf, and -inf - -inf is nan.
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    p = tl.exp2((s * scale2 if POSITIVE_SCALE else s) - shift[:, None])
+    p = tl.exp2(s * scale2 - shift[:, None])
     decay = tl.exp2(peak - shift)
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
@@ -270,7 +269,7 @@ def _fwd_block(
 def _fwd_progression(
     acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
     start_first, start_last, end_first, end_last, band_start, band_end, scale2,
-    INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr,
+    INDEXED: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add everything that a query tile meets in one progression of keys."""
@@ -281,14 +280,14 @@ def _fwd_progression(
         acc, total, peak = _fwd_block(
             acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            False, INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            False, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     for edge in range(head + blocks - tail):
         block = tl.where(edge < head, edge, edge - head + tail)
         acc, total, peak = _fwd_block(
             acc, total, peak, q, k_source, v_source, rows_ptr, start, base, rate,
             first + block * BLOCK_N, stop, band_start, band_end, scale2,
-            True, INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            True, INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
     return acc, total, peak
 
@@ -302,7 +301,7 @@ def fwd_kernel(
     NUM_BRANCHES: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     BLOCKED: tl.constexpr, DISJOINT: tl.constexpr, DILATE: tl.constexpr, SLIDING: tl.constexpr,
     SEGMENTED: tl.constexpr, SIDE: tl.constexpr, LAST_SIDE: tl.constexpr, PACKED: tl.constexpr, INDEXED: tl.constexpr,
-    WIDE: tl.constexpr, TMA: tl.constexpr, POSITIVE_SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile of queries to the keys of NUM_BRANCHES branches.
@@ -369,18 +368,19 @@ def fwd_kernel(
                         acc, total, peak, q, k_source, v_source, rows_ptr, start, low + offset, rate,
                         tl.maximum(start_first, low), tl.maximum(start_last, low), tl.minimum(end_first, high),
                         tl.minimum(end_last, high), band_start, band_end, scale2,
-                        INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                        INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                     )  # fmt: skip
             else:
                 acc, total, peak = _fwd_progression(
                     acc, total, peak, q, k_source, v_source, rows_ptr, start,
                     query_base if DILATE else offset, rate, start_first, start_last, end_first, end_last,
                     band_start, band_end, scale2,
-                    INDEXED, WIDE, TMA, POSITIVE_SCALE, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+                    INDEXED, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
                 )  # fmt: skip
 
     skipped = total == 0.0
-    out = acc / tl.where(skipped, 1.0, total)[:, None]
+    total = tl.where(skipped, 1.0, total)
+    out = acc / total[:, None]
     lse = tl.where(skipped, float("-inf"), (peak + tl.log2(total)) * LN2)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_tile)
     tl.store(lse_ptr + rows, lse, mask=tl.arange(0, BLOCK_M) < count)

@@ -114,7 +114,8 @@ def triton_attention(
         pattern: the branches and their rules.
         attention_mask: ``[B, L]`` bool, None if all tokens are real.
         cu_seqlens: ``[n + 1]`` integer for packed documents in one row, or None.
-        is_causal, scale: as in ``dilated_attention``.
+        is_causal: whether queries see only the past.
+        scale: positive factor on the scores.
 
     Returns:
         ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once; lse is float32, natural log.
@@ -249,7 +250,8 @@ def _launch(
     else:
         num_documents = len(documents.cu_seqlens) - 1
         slots = periods * tiles_per_period + rest // span + 2 * num_documents
-    strides = [stride for x in strided for stride in x.stride()[:3]]
+    # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
+    strides = [stride for x in strided for stride in (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))]
     widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(x.stride(2) for x in strided)
     tma = tiles.tma and documents.rows is None and _describable(looped, launch.loop_rate)
     block = tiles.block_m + tiles.block_n - tile
@@ -338,7 +340,7 @@ def _attention(
             fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
             (query, key, value, out), (key, value), documents, key, num_heads // key.shape[1], pattern,
             _sides(pattern, is_causal, from_key=False), scale,
-            NUM_BRANCHES=len(launch.rates), POSITIVE_SCALE=scale > 0,
+            NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
     return out, lse
 

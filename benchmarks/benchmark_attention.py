@@ -1,0 +1,270 @@
+"""How fast is the fused dilated attention, and from which length on does it beat the best dense kernels?
+
+Checks every timed pattern against the eager backend in float64 first and stops if one is wrong. Then times forward,
+and forward + backward, beside cuDNN's and FlashAttention's dense causal attention on the same tensors, and writes a
+dated CSV and a crossover plot, losses included. Milliseconds are medians over device events. Useful FLOPs are those
+of ``DilationPattern.attention_flops`` (dense: half the square). Dense rows beyond ``--dense-limit`` tokens are
+extrapolated by the square of the length and say so.
+
+    PYTHONPATH=. python benchmarks/benchmark_attention.py
+    PYTHONPATH=. python benchmarks/benchmark_attention.py --plot benchmarks/results/attention_<date>.csv
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.dilated_attention_triton import triton_attention
+
+
+FIRST_SEGMENT = 2048
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PRESETS = ("paper", "retrofit")
+COLUMNS = (
+    "attention", "pass", "length", "batch", "heads", "kv_heads", "head_dim", "layout", "ms", "tflops", "extra_mib",
+    "extrapolated",
+)  # fmt: skip
+
+
+def geometric_pattern(length: int, preset: str) -> DilationPattern:
+    """Return branches doubling from FIRST_SEGMENT up to the length; short inputs keep the first branch."""
+    return DilationPattern.geometric(FIRST_SEGMENT, max(FIRST_SEGMENT, length), preset=preset)
+
+
+def fused(pattern: DilationPattern, **layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    layout = {"attention_mask": None, "cu_seqlens": None, **layout}
+    return lambda q, k, v: triton_attention(q, k, v, pattern, is_causal=True, scale=q.shape[-1] ** -0.5, **layout)[0]
+
+
+def dense(kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attend(query, key, value):
+        with sdpa_kernel(DENSE[kernel]):
+            grouped = query.shape[1] != key.shape[1]
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    return attend
+
+
+def random_tensors(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> list[Tensor]:
+    """Draw q, k, v and do as a model holds them: heads inside tokens, seen as ``[B, H, L, D]``."""
+    return [
+        torch.randn(batch, length, n, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def check(head_dim: int) -> None:
+    """Stop unless every timed pattern is right, output and gradients."""
+    for preset in PRESETS:
+        pattern = DilationPattern.geometric(256, 1024, preset=preset)
+        *inputs, do = random_tensors(1, 2048, 4, 2, head_dim)
+
+        def results(attention, dtype, inputs=inputs, do=do):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+            out = attention(*leaves)
+            return [out, *torch.autograd.grad(out, leaves, do.to(dtype))]
+
+        ours = results(fused(pattern), torch.bfloat16)
+        exact = results(lambda q, k, v, p=pattern: dilated_attention(q, k, v, p, backend="eager"), torch.float64)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), ours, exact):
+            error = ((a.double() - b).norm() / b.norm()).item()
+            if not error < 1e-2:
+                raise SystemExit(
+                    f"{preset}, head_dim {head_dim}: {name} is off by {error:.1e}; not timing wrong kernels"
+                )
+            print(f"checked {preset} D={head_dim} {name}: relative error {error:.1e}", flush=True)
+
+
+def median_ms(call: Callable[[], object], budget_ms: float) -> float:
+    """Time single calls by device events until the budget is spent, three at least, after a warm-up."""
+    for _ in range(2):
+        call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget_ms and len(times) < 100):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def extra_mib(call: Callable[[], object], results_mib: float) -> float:
+    """Measure the peak of one call beyond what lives already and beyond its own results."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20 - results_mib
+
+
+def measure(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tensors: list[Tensor],
+    forward_flops: float,
+    budget_ms: float,
+) -> list[dict]:
+    """Time forward, and forward + backward (2.5 times the forward's FLOPs more)."""
+    *inputs, do = tensors
+    mib = [x.numel() * x.element_size() / 2**20 for x in tensors]
+    lse = 4 * do[..., 0].numel() / 2**20
+    leaves = [x.detach().requires_grad_() for x in inputs]
+
+    def forward():
+        with torch.no_grad():
+            attention(*inputs)
+
+    def forward_backward():
+        torch.autograd.grad(attention(*leaves), leaves, do)
+
+    rows = []
+    for name, call, flops, results in (
+        ("forward", forward, forward_flops, mib[3] + lse),
+        ("forward+backward", forward_backward, 3.5 * forward_flops, sum(mib) + lse),
+    ):
+        ms = median_ms(call, budget_ms)
+        rows.append(
+            {
+                "pass": name,
+                "ms": ms,
+                "tflops": flops / ms / 1e9,
+                "extra_mib": extra_mib(call, results),
+                "extrapolated": 0,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in (10, 11, 12, 13, 14, 15, 17, 20)])
+    parser.add_argument("--dense-limit", type=int, default=2**17, help="longest input that dense kernels really run")
+    parser.add_argument("--budget-ms", type=float, default=300.0, help="device time per median")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--plot", type=Path, help="only draw the plot of this CSV")
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.plot)
+        return
+
+    for head_dim in arguments.head_dims:
+        check(head_dim)
+    card = torch.cuda.get_device_name()
+    stamp = datetime.now(UTC).strftime("%Y-%m-%d")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"attention_{card.replace(' ', '-')}_{stamp}.csv"
+    with path.open("w", newline="") as file:
+        import triton
+
+        file.write(f"# {card}, torch {torch.__version__}, triton {triton.__version__}, bf16, causal, medians\n")
+        file.write(f"# python {' '.join(sys.argv)}\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+
+        def record(rows, name, length, heads, kv_heads, head_dim, batch=1, layout="plain"):
+            for row in rows:
+                row |= {
+                    "attention": name, "length": length, "batch": batch, "heads": heads, "kv_heads": kv_heads,
+                    "head_dim": head_dim, "layout": layout,
+                }  # fmt: skip
+                row |= {key: f"{row[key]:.4g}" for key in ("ms", "tflops", "extra_mib")}
+                writer.writerow(row)
+                file.flush()
+                print(*(row[column] for column in COLUMNS), sep="\t", flush=True)
+
+        budget = arguments.budget_ms
+        shapes = [
+            (length, arguments.heads, arguments.heads, d) for d in arguments.head_dims for length in arguments.lengths
+        ]
+        shapes += [(2**15, 32, 8, 128), (2**15, 14, 2, 64)]  # Llama-3 8B, Qwen2.5 0.5B
+        longest_dense: dict[tuple, tuple[int, list[dict]]] = {}
+        for length, heads, kv_heads, head_dim in shapes:
+            tensors = random_tensors(1, length, heads, kv_heads, head_dim)
+            for preset in PRESETS:
+                pattern = geometric_pattern(length, preset)
+                flops = pattern.attention_flops(length, heads, head_dim, num_kv_heads=kv_heads)
+                record(measure(fused(pattern), tensors, flops, budget), preset, length, heads, kv_heads, head_dim)
+            for kernel in DENSE:
+                key = (kernel, heads, kv_heads, head_dim)
+                if length <= arguments.dense_limit:
+                    rows = measure(dense(kernel), tensors, 2 * heads * head_dim * length * (length + 1), budget)
+                    longest_dense[key] = (length, [dict(row) for row in rows])
+                elif key in longest_dense:
+                    measured, rows = longest_dense[key]
+                    rows = [row | {"ms": row["ms"] * (length / measured) ** 2, "extrapolated": 1} for row in rows]
+                else:
+                    continue
+                record(rows, f"dense {kernel}", length, heads, kv_heads, head_dim)
+            del tensors
+
+        # Padding and packing, without copies: eight rows padded on the left by up to half, the same documents packed.
+        heads, head_dim, length, batch = arguments.heads, arguments.head_dims[0], 2**13, 8
+        counts = [length - length // 2 * row // batch for row in range(batch)]
+        mask = torch.arange(length, device="cuda") >= length - torch.tensor(counts, device="cuda")[:, None]
+        cu_seqlens = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
+        for preset in PRESETS:
+            pattern = geometric_pattern(length, preset)
+            flops = sum(pattern.attention_flops(count, heads, head_dim) for count in counts)
+            tensors = random_tensors(batch, length, heads, heads, head_dim)
+            rows = measure(fused(pattern, attention_mask=mask), tensors, flops, budget)
+            record(rows, preset, length, heads, heads, head_dim, batch, "padded")
+            tensors = random_tensors(1, sum(counts), heads, heads, head_dim)
+            rows = measure(fused(pattern, cu_seqlens=cu_seqlens), tensors, flops, budget)
+            record(rows, preset, sum(counts), heads, heads, head_dim, 1, "packed")
+    print(f"wrote {path}")
+    plot(path)
+
+
+def plot(path: Path) -> None:
+    """Draw milliseconds over length, one panel per head_dim, from the CSV's plain rows."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is not installed; draw later with --plot {path}")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open() as file:
+        title = next(file).removeprefix("# ").strip()
+        next(file)
+        rows = [row for row in csv.DictReader(file) if row["layout"] == "plain" and row["pass"] == "forward+backward"]
+    heads = max({row["heads"] for row in rows}, key=lambda h: sum(row["heads"] == h for row in rows))
+    rows = [row for row in rows if row["heads"] == heads]
+    head_dims = sorted({int(row["head_dim"]) for row in rows}, reverse=True)
+    figure, panels = pyplot.subplots(1, len(head_dims), figsize=(6 * len(head_dims), 4.5), squeeze=False)
+    for panel, head_dim in zip(panels[0], head_dims):
+        for name in dict.fromkeys(row["attention"] for row in rows):
+            line = [row for row in rows if row["attention"] == name and int(row["head_dim"]) == head_dim]
+            lengths, times = [int(row["length"]) for row in line], [float(row["ms"]) for row in line]
+            (drawn,) = panel.loglog(lengths, times, marker="o", label=name, base=2)
+            guessed = [i for i, row in enumerate(line) if row["extrapolated"] == "1"]
+            panel.plot(
+                [lengths[i] for i in guessed], [times[i] for i in guessed], "o", markersize=9, markerfacecolor="white",
+                color=drawn.get_color(),
+            )  # fmt: skip
+        panel.set(title=f"H={heads}, D={head_dim}, forward + backward", xlabel="tokens", ylabel="ms")
+        panel.grid(True, which="both", alpha=0.3)
+        panel.legend()
+    figure.suptitle(f"{title}; hollow = extrapolated by the square", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"wrote {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The fused kernels against the oracle: on the GPU, and without one through Triton's interpreter."""
+
+import os
+import random
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from math import inf, lcm
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from strategies import Call
+from torch.nn.functional import scaled_dot_product_attention
+
+from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.dilated_attention_triton import key_launches, query_launches, triton_attention, triton_refusal
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ("paper", "torchscale", "retrofit")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def random_pattern(rng: random.Random, first_segment: int, nested: bool) -> DilationPattern:
+    """Draw nested branches whose tiles are whole, or any branches at all."""
+    rules = {"dilate_queries": rng.random() < 0.5, "window": rng.choice(["segment", "sliding"])}
+    if nested:
+        dilation_rates, segment_lengths = [rng.choice([1, 1, 1, 2])], [2 * first_segment]
+        for _ in range(rng.randint(0, 3)):
+            dilation_rates.append(dilation_rates[-1] * rng.choice([1, 2, 2, 3]))
+            segment_lengths.append(lcm(segment_lengths[-1], dilation_rates[-1]) * rng.randint(1, 2))
+        return DilationPattern(segment_lengths, dilation_rates, count_overlaps=rng.random() < 0.4, **rules)
+    branches = rng.randint(1, 4)
+    return DilationPattern(
+        [rng.randint(1, 6 * first_segment) for _ in range(branches)],
+        [rng.randint(1, 9) for _ in range(branches)],
+        head_offsets=rng.choice(["interleaved", "blocked"]),
+        **rules,
+    )
+
+
+def random_call(seed: int, max_length: int, first_segment: int, head_dims: tuple[int, ...]) -> Call:
+    """Draw a call of any layout: plain, padded (holes too) or packed."""
+    rng = random.Random(seed)
+    layout = rng.choice(["plain", "plain", "padded", "packed"])
+    batch = 1 if layout == "packed" else rng.randint(1, 2)
+    length, num_kv_heads = rng.randint(1, max_length), rng.randint(1, 3)
+    padding = boundaries = None
+    if layout == "padded":
+        share = rng.random() * 1.5  # from almost all padding to none
+        padding = tuple(tuple(int(rng.random() < share) for _ in range(length)) for _ in range(batch))
+    if layout == "packed":
+        boundaries = (0, *sorted(rng.randint(0, length) for _ in range(rng.randint(0, 5))), length)
+    return Call(
+        pattern=random_pattern(rng, first_segment, nested=rng.random() < 0.6),
+        batch=batch,
+        num_heads=num_kv_heads * rng.choice([1, 1, 2, 3]),
+        num_kv_heads=num_kv_heads,
+        length=length,
+        head_dim=rng.choice(head_dims),
+        is_causal=rng.random() < 0.6,
+        scale=rng.choice([None, 0.3, 1.5]),
+        padding=padding,
+        boundaries=boundaries,
+        seed=seed,
+    )
+
+
+def results(attention, call: Call, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Return output, lse and the gradients of a loss that weighs both, all in the dtype they come in."""
+    query, key, value = call.tensors(dtype, device)
+    # What the allocator hands out next holds nan: an element that nobody writes shows.
+    del_me = [torch.full_like(x, torch.nan) for x in (query, query, key, value)]
+    del del_me
+    out, lse = attention(query, key, value)
+    do, dlse = call.cotangents(dtype, device)
+    loss = (out * do.to(out.dtype)).sum() + (lse.where(lse > -inf, 0) * dlse.to(lse.dtype)).sum()
+    dq, dk, dv = torch.autograd.grad(loss, (query, key, value))
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def fused(call: Call, device: str):
+    options = call.options(device)
+    scale = call.head_dim**-0.5 if options["scale"] is None else options["scale"]
+    mask = options["attention_mask"]
+    return lambda query, key, value: triton_attention(
+        query, key, value, call.pattern, is_causal=call.is_causal, attention_mask=None if mask is None else mask != 0,
+        cu_seqlens=options["cu_seqlens"], scale=scale,
+    )  # fmt: skip
+
+
+def check_against_oracle(call: Call, dtype: torch.dtype, device: str) -> None:
+    """Fail unless the kernels are within twice the error of the eager formula in the same dtype, bit for bit twice."""
+    options = call.options(device)
+    ours = results(fused(call, device), call, dtype, device)
+    again = results(fused(call, device), call, dtype, device)
+    # The oracle sees the rounded numbers.
+    rounded = [x.detach().double().requires_grad_() for x in call.tensors(dtype, device)]
+    out, lse = oracle.dilated_attention(*rounded, **options, **call.rules())
+    do, dlse = (x.double() for x in call.cotangents(dtype, device))
+    loss = (out * do).sum() + (lse.where(lse > -inf, 0) * dlse).sum()
+    exact = {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), torch.autograd.grad(loss, rounded)))}
+    eager = results(
+        lambda q, k, v: dilated_attention(q, k, v, call.pattern, backend="eager", return_lse=True, **options),
+        call, dtype, device,
+    )  # fmt: skip
+    assert torch.equal(ours["lse"] == -inf, exact["lse"] == -inf)
+    for name, true in exact.items():
+        assert torch.equal(ours[name], again[name]), f"{name} differs between two runs: {call}"
+        true = true.detach().nan_to_num(neginf=0)
+        error, eager_error = (
+            (x[name].detach().double().nan_to_num(nan=inf, neginf=0) - true).abs().max().item() if true.numel() else 0
+            for x in (ours, eager)
+        )
+        allowed = 2 * eager_error + 1e-5 * max(1.0, true.abs().max().item() if true.numel() else 0)
+        assert error <= allowed, f"{name} is off by {error}, allowed {allowed}: {call}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "seed, head_dim, dtype",
+    [(seed, head_dim, "bf16") for seed, head_dim in enumerate((16, 32, 64, 64, 80, 96, 128, 128, 256))]
+    + [(20, 64, "fp16"), (21, 128, "fp16"), (22, 64, "fp32"), (23, 128, "fp32"), (24, 40, "bf16")],
+)
+def test_kernels_err_no_more_than_twice_as_much_as_eager(seed, head_dim, dtype):
+    check_against_oracle(random_call(seed, 400, 64, (head_dim,)), DTYPES[dtype], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_with_whole_tiles(preset, is_causal, head_dim):
+    pattern = DilationPattern.geometric(128, 512, preset=preset)
+    call = Call(pattern, 1, 4, 2, 512, head_dim, is_causal=is_causal)
+    check_against_oracle(call, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_segments_that_the_rate_does_not_divide_in_float32():
+    """A case that one loop over masked and unmasked blocks got wrong on Hopper, differently each time."""
+    pattern = DilationPattern((64, 192, 576, 1152), (1, 3, 9, 36), count_overlaps=False, window="sliding")
+    call = Call(pattern, 1, 3, 3, 238, 128, is_causal=False, boundaries=(0, 40, 41, 150, 238))
+    check_against_oracle(call, torch.float32, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_operators_pass_opcheck(preset):
+    pattern = DilationPattern.geometric(64, 256, preset=preset)
+    query, key, value = Call(pattern, 1, 4, 2, 256, 64).tensors(torch.bfloat16, "cuda")
+    from modeling_longnet import dilated_attention_triton as module
+
+    numbers = (
+        list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets, pattern.count_overlaps,
+        pattern.dilate_queries, pattern.window, True, 0.125,
+    )  # fmt: skip
+    torch.library.opcheck(module._attention, (query, key, value, None, None, *numbers))
+    q, k, v = (x.detach() for x in (query, key, value))
+    out, lse = module._attention(q, k, v, None, None, *numbers)
+    torch.library.opcheck(module._attention_backward, (out, lse, q, k, v, out, lse, None, None, *numbers))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_compiles_once_for_all_lengths(preset):
+    from modeling_longnet import dilated_attention_triton as module
+
+    pattern = DilationPattern.geometric(64, 256, preset=preset)
+
+    def attend(query, key, value):
+        out, _ = triton_attention(
+            query, key, value, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=0.125
+        )
+        return out * 2
+
+    def step(function, length):
+        tensors = Call(pattern, 1, 4, 2, length, 64).tensors(torch.bfloat16, "cuda")
+        out = function(*tensors)
+        return out, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+    def variants():
+        kernels = (module.fwd_kernel, module.bwd_dq_kernel, module.bwd_dkdv_kernel)
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
+    step(compiled, 512)
+    before = variants()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (256, 768, 1024):
+            for ours, plain in zip(step(compiled, length), step(attend, length)):
+                assert torch.equal(ours, plain)
+    assert variants() == before
+
+
+@pytest.mark.gpu
+def test_offsets_past_32_bits():
+    """The last segment of 2^32 elements equals the same segment alone, forward and backward."""
+    if torch.cuda.mem_get_info()[0] < 90e9:
+        pytest.skip("needs 90 GB of free GPU memory")
+    length, heads, head_dim, tail = 2**21, 16, 128, 4096
+    pattern = DilationPattern((1024, 4096), (1, 4))
+    tensors = [torch.randn(1, length, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+    def run(tensors):
+        query, key, value, do = (x.transpose(1, 2) for x in tensors)
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        out, _ = triton_attention(
+            *leaves, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=head_dim**-0.5
+        )
+        return [x[:, :, -tail:] for x in (out, *torch.autograd.grad(out, leaves, do))]
+
+    for whole, alone in zip(run(tensors), run([x[:, -tail:] for x in tensors])):
+        assert torch.equal(whole, alone)
+
+
+@pytest.mark.gpu
+def test_rates_whose_tiles_span_more_than_32_bits():
+    length, rate, heads, head_dim = 2**20, 2**15, 16, 128
+    pattern = DilationPattern((length,), (rate,))
+    query, key, value = (
+        torch.randn(1, length, heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    )
+    # An odd length keeps the copy engine out, whose descriptors need no wide offsets.
+    query, key, value = (x[:, :, :-1] for x in (query, key, value))
+    out, lse = triton_attention(
+        query, key, value, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=head_dim**-0.5
+    )
+    for head in range(heads):
+        q, k, v = (x[:, head : head + 1, head::rate].float() for x in (query, key, value))
+        expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.testing.assert_close(out[:, head : head + 1, head::rate].float(), expected, atol=2e-2, rtol=2e-2)
+        assert (lse[:, head] > -inf).sum() == q.shape[2]
+
+
+@pytest.mark.gpu
+def test_refusals_name_the_reason():
+    query = torch.zeros(1, 2, 8, 16, device="cuda", dtype=torch.bfloat16)
+    pattern = DilationPattern((4,), (1,))
+
+    def refusal(query=query, pattern=pattern, dropout=0.0):
+        return triton_refusal(query, query, query, pattern, dropout)
+
+    assert refusal() is None
+    assert "float64" in refusal(query.double())
+    assert "dropout=0.1" in refusal(dropout=0.1)
+    assert "up to 256, got 264" in refusal(query.new_zeros(1, 1, 8, 264))
+    assert "got 2097152" in refusal(pattern=DilationPattern((2**22,), (2**21,)))
+
+
+def test_cpu_tensors_are_refused():
+    query = torch.zeros(1, 2, 8, 16)
+    reason = triton_refusal(query, query, query, DilationPattern((4,), (1,)), 0.0)
+    assert reason in ("triton is not installed", "the fused kernels need a CUDA device, the inputs are on cpu")
+
+
+def test_dense_queries_meet_all_branches_in_one_launch():
+    (launch,) = query_launches(DilationPattern.geometric(4, 16, preset="retrofit"))
+    assert (launch.windows, launch.previous_windows, launch.rates) == ((4, 8, 16), (0, 4, 8), (1, 2, 4))
+    assert launch.first and launch.rate == 1
+
+
+@pytest.mark.parametrize("plan", [query_launches, key_launches])
+def test_only_a_branch_that_keeps_every_row_may_write_first(plan):
+    launches = plan(DilationPattern((16, 8, 4), (4, 2, 1)))
+    assert [(launch.windows, launch.rates, launch.first) for launch in launches] == [
+        ((4,), (1,), True), ((8,), (2,), False), ((16,), (4,), False)
+    ]  # fmt: skip
+    assert not any(launch.first for launch in plan(DilationPattern((4, 8), (2, 4))))
+
+
+@pytest.mark.parametrize("plan", [query_launches, key_launches])
+def test_progressions_start_anew_where_the_rate_does_not_divide_the_segment(plan):
+    (launch,) = plan(DilationPattern((16,), (6,), window="sliding"))
+    assert launch.period == 16 and launch.segmented
+    (launch,) = plan(DilationPattern((18,), (6,), window="sliding"))
+    assert launch.period > 2**30 and not launch.segmented
+
+
+def _interpreter_refusal() -> str | None:
+    try:
+        version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4) and version("triton") < "3.7":
+        return f"the interpreter of triton {version('triton')} does not know numpy {version('numpy')}"
+    return None
+
+
+@pytest.mark.skipif(_interpreter_refusal() is not None, reason=str(_interpreter_refusal()))
+@pytest.mark.parametrize("part", range(2))
+def test_kernel_logic_in_the_interpreter(part):
+    """The same kernels, run by Triton's interpreter on the CPU in float32."""
+    folders = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
+    run = subprocess.run([sys.executable, __file__, str(part)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own
+    torch.set_num_threads(1)
+    for seed in range(100 + 8 * int(sys.argv[1]), 108 + 8 * int(sys.argv[1])):
+        check_against_oracle(random_call(seed, 120, 12, (8, 16, 20)), torch.float32, "cpu")
