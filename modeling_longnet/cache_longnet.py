@@ -164,17 +164,17 @@ class LongNetCacheLayer(CacheLayerMixin):
 
 
 class LongNetCache(Cache):
-    """KV cache of a LongNet model: constant memory once the longest segment is full.
+    """KV cache of a LongNet model: constant memory once the longest segment is full (but for ``dense_layers``).
 
     Theorem: decoding through this cache, one token or any chunk at a time, equals the full forward pass.
 
     Args:
-        config: a ``LongNetConfig``; its pattern and number of layers count.
+        config: a ``LongNetConfig``; the patterns of its layers count.
         offloading: keep the layers in CPU memory and fetch them one ahead (CUDA only).
     """
 
     def __init__(self, config, offloading: bool = False):
-        layers = [LongNetCacheLayer(config.pattern) for _ in range(config.num_hidden_layers)]
+        layers = [LongNetCacheLayer(config.layer_pattern(i)) for i in range(config.num_hidden_layers)]
         super().__init__(layers=layers, offloading=offloading)
 
     def next_positions(self, attention_mask: Tensor | None, batch: int, num_tokens: int, device) -> Tensor:

@@ -17,6 +17,9 @@ PATTERN_FIELDS = (
     "window",
 )
 
+# Longer than any document: one such undilated branch is ordinary attention.
+UNBOUNDED = 2**62
+
 
 @strict
 class LongNetConfig(LlamaConfig):
@@ -32,12 +35,15 @@ class LongNetConfig(LlamaConfig):
         count_overlaps: whether a key reached by m branches counts m times.
         dilate_queries: whether a branch serves only the queries that it keeps.
         window: ``"segment"`` or ``"sliding"``.
+        dense_layers: indices of layers that keep ordinary attention instead of the pattern (and an unbounded cache).
+        layers_without_rope: indices of layers that use no rotary embedding (SmolLM3).
         qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
         attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
         **kwargs: any field of ``transformers.LlamaConfig``.
 
     Raises:
-        ValueError: if the pattern is malformed, a pattern field is misspelt, or the head counts do not fit.
+        ValueError: if the pattern is malformed, a field of LongNet's own is misspelt, a layer index does not exist, or
+            the head counts do not fit.
     """
 
     model_type = "longnet"
@@ -48,18 +54,22 @@ class LongNetConfig(LlamaConfig):
     count_overlaps: bool = True
     dilate_queries: bool = True
     window: str = "segment"
+    dense_layers: list[int] | tuple[int, ...] = ()
+    layers_without_rope: list[int] | tuple[int, ...] = ()
     qk_norm: bool = False
     attention_output_bias: bool | None = None
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
-            if close := difflib.get_close_matches(name, PATTERN_FIELDS, n=1, cutoff=0.8):
+            own = (*PATTERN_FIELDS, "dense_layers", "layers_without_rope")
+            if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
                 raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
         self.segment_lengths = tuple(self.segment_lengths)
         self.dilation_rates = tuple(self.dilation_rates)
+        self.dense_layers = tuple(self.dense_layers)
+        self.layers_without_rope = tuple(self.layers_without_rope)
         super().__post_init__(**kwargs)
-        self._check_heads()
-        _ = self.pattern  # raises if the fields make no pattern
+        self._check()
 
     @property
     def pattern(self) -> DilationPattern:
@@ -69,13 +79,26 @@ class LongNetConfig(LlamaConfig):
         fields["dilation_rates"] = tuple(self.dilation_rates)
         return DilationPattern(**fields)
 
+    def layer_pattern(self, layer_index: int) -> DilationPattern:
+        """Return the pattern of one layer: ``pattern``, or ordinary attention for ``dense_layers``."""
+        if layer_index in self.dense_layers:
+            return DilationPattern((UNBOUNDED,), (1,))
+        return self.pattern
+
     def validate_architecture(self):
         """Check the fields against one another; runs at construction, and again on ``validate()`` and on saving."""
         super().validate_architecture()
-        self._check_heads()
-        _ = self.pattern
+        self._check()
 
-    def _check_heads(self) -> None:
+    def _check(self) -> None:
+        _ = self.pattern  # raises if the fields make no pattern
+        for name in ("dense_layers", "layers_without_rope"):
+            for index in getattr(self, name):
+                if not 0 <= index < self.num_hidden_layers:
+                    raise ValueError(
+                        f"{name} names layer {index}, but the {self.num_hidden_layers} layers are numbered from 0 to "
+                        f"{self.num_hidden_layers - 1}"
+                    )
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

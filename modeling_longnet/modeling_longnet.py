@@ -137,7 +137,7 @@ def _backend_forward(backend: str):
         layout: TokenLayout,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        pattern = module.config.pattern
+        pattern = module.config.layer_pattern(module.layer_idx)
         if backend == "eager":  # the only one that has weights to show
             out, _, weights = eager_attention(
                 query, key, value, pattern, positions=layout.positions, documents=layout.documents,
@@ -220,7 +220,8 @@ class LongNetAttention(LlamaAttention):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, H, T, D], [B, G, T, D]
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.layer_idx not in self.config.layers_without_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
 
         if past_key_values is not None:
@@ -229,7 +230,7 @@ class LongNetAttention(LlamaAttention):
             keys, values = past_key_values.update(key, value, self.layer_idx, positions=layout.positions)
         if past_key_values is not None and continues:
             out, weights = cached_attention(
-                query, keys, values, self.config.pattern, query_positions=layout.positions,
+                query, keys, values, cache.pattern, query_positions=layout.positions,
                 key_positions=cache.attended_positions, scale=self.scaling, dropout=dropout,
                 return_weights=self.config._attn_implementation == "eager",
             )  # fmt: skip

@@ -57,6 +57,16 @@ def test_decoding_in_any_chunks_equals_the_full_forward(preset, chunks, paddings
     torch.testing.assert_close(cached[mask.bool()], full[mask.bool()], **CLOSE)
 
 
+def test_dense_layers_keep_everything_and_decode_exactly():
+    model = tiny_model("paper", dense_layers=(1,))
+    tokens, mask = random_tokens(2, 120), left_padding(0, 9, length=120)
+    with torch.no_grad():
+        full = model(tokens, attention_mask=mask, use_cache=False).logits
+        cached, cache = decode(model, tokens, mask, [50] + [1] * 70)
+    torch.testing.assert_close(cached[mask.bool()], full[mask.bool()], **CLOSE)
+    assert [layer.keys.shape[2] for layer in cache.layers][1] == 120 > 2 * cache.layers[0].keys.shape[2]
+
+
 def test_right_padding_inside_chunks_takes_no_position():
     model, tokens = tiny_model("retrofit"), random_tokens(2, 60)
     mask = torch.ones(2, 60, dtype=torch.long)

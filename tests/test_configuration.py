@@ -20,7 +20,7 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pattern_survives_saving_and_loading(preset, tmp_path):
-    config = tiny_config(preset, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
+    config = tiny_config(preset, dense_layers=[1], rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is LongNetConfig
@@ -38,6 +38,9 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"count_overlaps": False, "segment_lengths": [8, 16, 36]}, "16 does not divide the next one, 36"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"segment_lenghts": [8, 16, 32]}, "'segment_lenghts'; did you mean 'segment_lengths'"),
+        ({"dense_layers": [0, 2]}, "dense_layers names layer 2, but the 2 layers are numbered from 0 to 1"),
+        ({"layers_without_rope": [-1]}, "layers_without_rope names layer -1"),
+        ({"dense_layer": [0]}, "'dense_layer'; did you mean 'dense_layers'"),
         ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),
     ],
 )

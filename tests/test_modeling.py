@@ -21,7 +21,7 @@ from modeling_longnet import (
     LongNetModel,
 )
 from modeling_longnet.dilation_pattern import PRESETS
-from modeling_longnet.modeling_longnet import LongNetDecoderLayer, LongNetRotaryEmbedding
+from modeling_longnet.modeling_longnet import LongNetDecoderLayer, LongNetRotaryEmbedding, locate_tokens
 
 
 ROPE_TYPES = {
@@ -79,6 +79,37 @@ def test_gradients_are_llamas_up_to_the_first_segment_length():
     llama(tokens, labels=tokens).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), llama.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_dense_layers_keep_ordinary_attention():
+    tokens = random_tokens(2, 100)
+    with torch.no_grad():
+        dense = tiny_model("paper", dense_layers=(0, 1))
+        # Beyond the first segment the rotary angles are exact where Llama's are rounded to float32.
+        torch.testing.assert_close(dense(tokens).logits, llama_twin(dense)(tokens).logits, rtol=1e-3, atol=1e-4)
+        mixed, sparse = tiny_model("paper", dense_layers=(1,)), tiny_model("paper")
+        hidden = [model.model(tokens, output_hidden_states=True).hidden_states for model in (dense, mixed, sparse)]
+        torch.testing.assert_close(hidden[1][1], hidden[2][1])  # layer 0 follows the pattern
+        attended = dense.model.layers[1](hidden[1][1], **layer_inputs(dense, tokens))
+        torch.testing.assert_close(mixed.model.norm(attended), hidden[1][2], **CLOSE)
+
+
+def test_layers_without_rope_do_not_see_positions():
+    tokens = random_tokens(1, 20)
+    positions = torch.arange(20)[None]
+    no_rope, rope = tiny_model("retrofit", layers_without_rope=(0, 1)), tiny_model("retrofit")
+    with torch.no_grad():  # stretching all positions changes rotary angles, and nothing else
+        stretched = [model(tokens, position_ids=positions * 3, use_cache=False, cu_seq_lens_q=torch.tensor([0, 20]))
+                     for model in (no_rope, rope)]  # fmt: skip
+        torch.testing.assert_close(stretched[0].logits, no_rope(tokens).logits)
+        assert (stretched[1].logits - rope(tokens).logits).abs().max() > 0.1
+
+
+def layer_inputs(model: LongNetForCausalLM, tokens: torch.Tensor) -> dict:
+    """What the model hands to each of its layers for unpadded tokens."""
+    layout = locate_tokens(tokens.shape, tokens.device, None, None, None, None)
+    rotary = model.model.rotary_emb(torch.zeros(1, dtype=model.dtype), layout.positions)
+    return {"position_embeddings": rotary, "layout": layout}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
