@@ -20,7 +20,9 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_pattern_survives_saving_and_loading(preset, tmp_path):
-    config = tiny_config(preset, dense_layers=[1], rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
+    config = tiny_config(
+        preset, dense_layers=[1], rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is LongNetConfig
