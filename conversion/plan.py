@@ -31,7 +31,6 @@ from .weights import (
 LONGEST_LOCAL_SEGMENT = 4096
 DEFAULT_STRETCH = 4
 
-
 CARRIED_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -273,7 +272,7 @@ def _rope_parameters(config: LlamaConfig, override: dict | None, trained: int) -
     """Return the target's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
     if override is None:
         rope = dict(config.rope_parameters)
-        if "factor" in rope and rope["factor"] is None:
+        if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None:
             rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
         return rope
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))

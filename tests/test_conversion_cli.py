@@ -40,13 +40,14 @@ def test_a_conversion_prints_its_plan_and_outcome_and_nothing_on_stderr(source, 
         "--max-shard-size",
         "20KB",
     ]
-    rope = ["--rope", '{"rope_type": "linear", "factor": 2.0}']
+    # transformers logs a warning that 4 is not 128 / 64; here it must not
+    rope = ["--rope", '{"rope_type": "yarn", "factor": 4.0}']
     result = run(source, target, *options, *rope)
     assert (result.returncode, result.stderr) == (0, "")
     for line in (
         "segments   32, 128",
         "rates      1, 2",
-        "RoPE       linear, theta 10000, factor 2",
+        "RoPE       yarn, theta 10000, factor 4",
         "at 128 tokens:",
     ):
         assert line in result.stdout.splitlines()
@@ -55,7 +56,7 @@ def test_a_conversion_prints_its_plan_and_outcome_and_nothing_on_stderr(source, 
     config = json.loads((target / "config.json").read_text())
     assert (config["segment_lengths"], config["dilation_rates"]) == ([32, 128], [1, 2])
     assert config["max_position_embeddings"] == 128
-    assert config["rope_parameters"]["factor"] == 2.0
+    assert config["rope_parameters"]["factor"] == 4.0
     assert (target / "model.safetensors.index.json").exists()
 
 
@@ -133,6 +134,15 @@ def test_every_failure_is_one_line_with_status_1(source, tmp_path, capsys, case)
     assert printed.err.startswith("longnet-convert: error: ")
     assert message in printed.err
     assert not (tmp_path / "target").exists()
+
+
+def test_a_message_of_several_lines_becomes_one(tmp_path, capsys):
+    make_checkpoint(tmp_path / "source")
+    edit_json(tmp_path / "source" / "config.json", hidden_size="wide")
+    capsys.readouterr()
+    assert main([str(tmp_path / "source"), str(tmp_path / "target")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "hidden_size" in line
 
 
 def test_a_read_only_place_is_one_line_too(source, capsys):

@@ -1,6 +1,7 @@
 """Converting checkpoints: the converted model is the source, the target appears whole or not at all."""
 
 import ctypes
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import conversion.convert
 import conversion.weights
 from conversion import convert_checkpoint
 from conversion.plan import plan_conversion
+from conversion.weights import copy_weights, read_header
 from modeling_longnet import DilationPattern, LongNetForCausalLM
 
 
@@ -73,13 +76,13 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_converted_logits_equal_the_sources_at_every_length_up_to_the_first_segment(tmp_path, variant):
     make_checkpoint(tmp_path / "source", **VARIANTS[variant])
-    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=4 * CONTEXT, **QUIET)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "source").eval()
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
     assert isinstance(ours, LongNetForCausalLM)
     first_segment = ours.config.segment_lengths[0]
     assert first_segment == (16 if "original_max_position_embeddings" in theirs.config.rope_parameters else CONTEXT)
-    assert ours.config.segment_lengths[-1] >= ours.config.max_position_embeddings or "dynamic" in variant
+    assert ours.config.segment_lengths[-1] == 4 * CONTEXT
     tokens = torch.randint(288, (2, first_segment), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for length in range(1, first_segment + 1):
@@ -118,6 +121,20 @@ def test_mixed_dtypes_laid_out_anew_stay_readable_and_are_noted(source, tmp_path
     report = convert_checkpoint(source, tmp_path / "target", max_shard_size="20KB", **QUIET)
     assert_same_bits(stored_tensors(tmp_path / "target"), stored_tensors(source))
     assert any(note.startswith("weights are stored as") for note in report["notes"])
+
+
+def test_tensors_laid_out_anew_start_at_multiples_of_their_item_size(tmp_path):
+    stored = {"a": torch.ones(3).bfloat16(), "b": torch.arange(2.0), "c": torch.arange(5.0).double()}
+    for name, x in stored.items():
+        save_file({name: x}, tmp_path / f"{name}.safetensors")
+    tensors = {}
+    for name in stored:
+        tensors |= read_header(tmp_path / f"{name}.safetensors")
+    tensors["a again"] = dataclasses.replace(tensors["a"], name="a again")  # no file holds exactly these
+    (path,) = copy_weights(tensors, tmp_path, "5GB")
+    assert_same_bits(load_file(path), stored | {"a again": stored["a"]})
+    for tensor in read_header(path).values():
+        assert tensor.start % {"BF16": 2, "F32": 4, "F64": 8}[tensor.dtype] == 0
 
 
 def test_writing_into_the_targets_weights_leaves_the_source_alone(source, tmp_path):
@@ -299,6 +316,13 @@ def test_new_rope_is_completed_from_the_source_and_verified_against_llama_with_t
         assert (logits - untouched(tokens).logits).abs().max() > 0.1
 
 
+def test_new_rope_stretches_from_the_length_before_the_old_one(tmp_path):
+    make_checkpoint(tmp_path / "source", rope="llama3")
+    yarn = {"rope_type": "yarn", "factor": 8.0}
+    plan = plan_conversion(tmp_path / "source", rope_parameters=yarn)
+    assert plan.config.rope_parameters == {**yarn, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+
+
 def test_dynamic_rope_keeps_stretching_from_the_trained_context(tmp_path):
     make_checkpoint(tmp_path / "source", rope="dynamic")
     report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=256, **QUIET)
@@ -451,6 +475,7 @@ BAD_SOURCES = {
     "config is a list": (lambda source: (source / "config.json").write_text("[]"), "must hold a JSON object, got list"),
     "other family": (config(architectures=["MistralForCausalLM"], model_type="mistral"),
                      "MistralForCausalLM (model_type 'mistral'), which is not supported; supported: LlamaForCausalLM"),
+    "other code": (config(model_type="deci"), "LlamaForCausalLM (model_type 'deci'), which is not supported"),
     "headless": (config(architectures=["LlamaModel"]), "the source is LlamaModel"),
     "nameless": (config(architectures=None), "the source is no architecture"),
     "LongNet already": (config(model_type="longnet"), "LongNet checkpoint already"),
@@ -587,7 +612,7 @@ def test_two_conversions_to_one_target_do_not_mix(source, tmp_path):
 
 
 def test_a_disk_without_room_is_noticed_before_writing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(100_000, 90_000, 10_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(ValueError, match="10 kB free, but the weights need 136 kB"):
         convert_checkpoint(source, tmp_path / "target", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

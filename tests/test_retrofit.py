@@ -107,6 +107,16 @@ def test_gradients_flow_as_in_the_longnet_model():
         )
 
 
+def test_a_models_own_scaling_of_scores_is_kept():
+    model = make_model()
+    twin = longnet_twin(model, PATTERN)
+    for layer in (*model.model.layers, *twin.model.layers):
+        layer.self_attn.scaling = 0.05
+    ids = tokens(1, 40)
+    with retrofit(model, PATTERN), torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_equal_the_rows_alone(side):
     model = make_model()
