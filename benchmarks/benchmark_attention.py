@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -86,18 +87,22 @@ def check(head_dim: int) -> None:
 
 
 def median_ms(call: Callable[[], object], budget_ms: float) -> float:
-    """Time single calls by device events until the budget is spent, three at least, after a warm-up."""
+    """Time calls by device events, queued one behind the other as in training, after a warm-up."""
     for _ in range(2):
         call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget_ms and len(times) < 100):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    repeats = min(50, max(3, int(budget_ms / start.elapsed_time(end))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
         call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
 
 
 def extra_mib(call: Callable[[], object], results_mib: float) -> float:

@@ -7,6 +7,7 @@ lse) of the one before. The gradients of keys and values take one launch per bra
 runs give the same bits.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,6 +35,9 @@ ENDLESS = 2**31 - 1  # the period of a progression that no segment interrupts
 MAX_HEAD_DIM = 256
 MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
 BEFORE, AFTER, BOTH = range(3)  # the kernels' names for the sides of a query or key
+
+# Triton's own look-up of a compiled kernel costs more than most launches on short inputs; this one is a dict's.
+_compiled: dict[tuple, object] = {}
 
 
 class Tiles(NamedTuple):
@@ -126,7 +130,8 @@ def triton_attention(
     )  # fmt: skip
 
 
-def query_launches(pattern: DilationPattern) -> list[Launch]:
+@functools.cache
+def query_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
     """Plan the launches whose tiles are queries: the forward and the gradient of the queries.
 
     Dense queries meet all branches in one launch. Dilated queries are different rows in each branch, so each takes
@@ -137,7 +142,7 @@ def query_launches(pattern: DilationPattern) -> list[Launch]:
         windows, previous_windows, rates = zip(*rows)
         loop_rate = rates[0] if len(rates) == 1 else 0
         segmented = any(w % r for w, r in zip(windows, rates))
-        return [Launch(windows, previous_windows, rates, ENDLESS, 1, loop_rate, segmented, True)]
+        return (Launch(windows, previous_windows, rates, ENDLESS, 1, loop_rate, segmented, True),)
 
     launches = []
     for window, previous_window, rate in rows:
@@ -147,10 +152,11 @@ def query_launches(pattern: DilationPattern) -> list[Launch]:
         segmented = pattern.window == "sliding" and window % rate != 0
         first = rate == 1 and not launches
         launches.append(Launch((window,), (previous_window,), (rate,), period, rate, rate, segmented, first))
-    return launches
+    return tuple(launches)
 
 
-def key_launches(pattern: DilationPattern) -> list[Launch]:
+@functools.cache
+def key_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
     """Plan the launches whose tiles are keys: the gradients of keys and values, one launch per branch."""
     launches = []
     for window, previous_window, rate in _rows_of_branches(pattern):
@@ -160,7 +166,7 @@ def key_launches(pattern: DilationPattern) -> list[Launch]:
         segmented = pattern.window == "sliding" and pattern.dilate_queries and window % rate != 0
         first = rate == 1 and not launches
         launches.append(Launch((window,), (previous_window,), (rate,), period, rate, loop_rate, segmented, first))
-    return launches
+    return tuple(launches)
 
 
 def _rows_of_branches(pattern: DilationPattern) -> list[tuple[int, int, int]]:
@@ -210,7 +216,7 @@ def _descriptor(x: Tensor, rate: int, block: int):
     stride_b, stride_h, stride_l, _ = x.stride()
     return TensorDescriptor(
         x, [batch, heads, rate, length // rate, head_dim], [stride_b, stride_h, stride_l, rate * stride_l, 1],
-        [1, 1, 1, block, max(16, triton.next_power_of_2(head_dim))],
+        [1, 1, 1, block, _block_d(head_dim)],
     )  # fmt: skip
 
 
@@ -241,49 +247,72 @@ def _launch(
         constants: compile-time arguments that only this kernel has.
     """
     batch, num_kv_heads, length, head_dim = key.shape
-    span = tile * launch.rate
-    tiles_per_period = triton.cdiv(triton.cdiv(min(launch.period, length), launch.rate), tile)
+    tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tile)
     periods, rest = divmod(length, launch.period)
     num_documents = 0
     if documents.cu_seqlens is None:
-        slots = periods * tiles_per_period + triton.cdiv(triton.cdiv(rest, launch.rate), tile)
+        slots = periods * tiles_per_period + _cdiv(_cdiv(rest, launch.rate), tile)
     else:
         num_documents = len(documents.cu_seqlens) - 1
-        slots = periods * tiles_per_period + rest // span + 2 * num_documents
+        slots = periods * tiles_per_period + rest // (tile * launch.rate) + 2 * num_documents
     # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
     strides = [stride for x in strided for stride in (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))]
     widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(x.stride(2) for x in strided)
     tma = tiles.tma and documents.rows is None and _describable(looped, launch.loop_rate)
     block = tiles.block_m + tiles.block_n - tile
     descriptors = [_descriptor(x, launch.loop_rate, block) if tma else None for x in looped]
+    arguments = (
+        *tensors, *descriptors, *documents, *strides, scale, length, num_documents, num_documents.bit_length(),
+        launch.period, tiles_per_period, launch.windows, launch.previous_windows, launch.rates,
+    )  # fmt: skip
+    constants |= {
+        "FIRST": launch.first,
+        "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads,
+        "BLOCKED": pattern.head_offsets == "blocked",
+        "DISJOINT": not pattern.count_overlaps,
+        "DILATE": pattern.dilate_queries,
+        "SLIDING": pattern.window == "sliding",
+        "SEGMENTED": launch.segmented,
+        "SIDE": sides[0],
+        "LAST_SIDE": sides[1],
+        "PACKED": documents.cu_seqlens is not None,
+        "INDEXED": documents.rows is not None,
+        "WIDE": widest >= 2**31,
+        "TMA": tma,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "PRECISION": "ieee" if key.dtype == torch.float32 else None,
+    }
+    grid = (slots, heads, batch)
+    variant = (id(kernel), key.device, key.dtype, tiles, *constants.values(), *map(_specialization, arguments))
     with torch.cuda.device_of(key):
-        kernel[(slots, heads, batch)](
-            *tensors, *descriptors, documents.cu_seqlens, documents.rows, documents.counts, *strides,
-            scale, length, num_documents, num_documents.bit_length(), launch.period, tiles_per_period,
-            launch.windows, launch.previous_windows, launch.rates,
-            FIRST=launch.first,
-            GROUP=group,
-            NUM_KV_HEADS=num_kv_heads,
-            BLOCKED=pattern.head_offsets == "blocked",
-            DISJOINT=not pattern.count_overlaps,
-            DILATE=pattern.dilate_queries,
-            SLIDING=pattern.window == "sliding",
-            SEGMENTED=launch.segmented,
-            SIDE=sides[0],
-            LAST_SIDE=sides[1],
-            PACKED=documents.cu_seqlens is not None,
-            INDEXED=documents.rows is not None,
-            WIDE=widest >= 2**31,
-            TMA=tma,
-            HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            PRECISION="ieee" if key.dtype == torch.float32 else None,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            **constants,
-        )  # fmt: skip
+        if (compiled := _compiled.get(variant)) is None:
+            compiled = kernel[grid](*arguments, **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+            if compiled is not None:  # Triton's interpreter compiles nothing
+                _compiled[variant] = compiled
+        else:
+            compiled[grid](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+
+
+def _specialization(argument) -> int:
+    """Tell apart what Triton compiles differently: missing, aligned, 1, or wider than 32 bits."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return (argument % 16 == 0) | (argument == 1) << 1 | (argument >= 2**31) << 2
+    return -(argument is None)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block_d(head_dim: int) -> int:
+    """Return the width of a tile: a power of two, wide enough for the tensor cores."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _sides(pattern: DilationPattern, is_causal: bool, from_key: bool) -> tuple[int, int]:
@@ -306,13 +335,12 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+@functools.cache
 def _pattern(
-    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
+    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str, count_overlaps: bool,
     dilate_queries: bool, window: str,
 ) -> DilationPattern:  # fmt: skip
-    return DilationPattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
-    )
+    return DilationPattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::dilated_attention", mutates_args=())
@@ -321,7 +349,9 @@ def _attention(
     segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
     dilate_queries: bool, window: str, is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    pattern = _pattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
+    pattern = _pattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
+    )
     query, key, value = map(_rows_contiguous, (query, key, value))
     batch, num_heads, length, head_dim = query.shape
     out = _empty_like(query)
@@ -357,7 +387,9 @@ def _attention_backward(
     segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
     dilate_queries: bool, window: str, is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern = _pattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
+    pattern = _pattern(
+        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
+    )
     do, query, key, value, out = map(_rows_contiguous, (do, query, key, value, out))
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -375,10 +407,10 @@ def _attention_backward(
     stats = torch.empty_like(lse, dtype=torch.int64)
     block = 64
     with torch.cuda.device_of(query):
-        stats_kernel[(triton.cdiv(length, block), num_heads, batch)](
+        stats_kernel[(_cdiv(length, block), num_heads, batch)](
             out, do, lse, None if dlse is None else dlse.contiguous(), stats,
             *out.stride()[:3], *do.stride()[:3], length,
-            HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim),
             BLOCK_M=block,
         )  # fmt: skip
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
