@@ -6,21 +6,16 @@ merging at all: the gradient of one softmax over all pieces is each piece's ordi
 *final* out and lse.
 """
 
-import re
 from collections.abc import Iterator
 from itertools import count
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .attention_operator import Call, attention_operator
 from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
 from .dilation_pattern import DilationPattern
 
-
-# Saved checkpoints carry a copy of this file. Each copy registers its operators under its own module's name, so that
-# an installed package and any number of loaded checkpoints live side by side.
-NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 # The plain kernel works on at most this many scores at a time.
 SCORES_PER_CHUNK = 2**22
@@ -57,14 +52,8 @@ def torch_attention(
     """
     # Drawn from the global generator so that torch.manual_seed, and a checkpoint's replay, give the same mask again.
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    if torch.compiler.is_compiling():
-        return _attention(
-            query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths),
-            list(pattern.dilation_rates), pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries,
-            pattern.window, is_causal, scale, dropout, seed,
-        )  # fmt: skip
-    call = _Call(pattern, is_causal, scale, dropout, seed)
-    return _TorchAttention.apply(query, key, value, attention_mask, cu_seqlens, call)
+    call = Call(pattern, is_causal, scale, dropout, seed)
+    return _attention(query, key, value, attention_mask, cu_seqlens, call)
 
 
 def _documents(
@@ -87,95 +76,19 @@ def _documents(
     return documents
 
 
-class _TorchAttention(torch.autograd.Function):
-    """The operator outside torch.compile, where a registered operator would add a millisecond of bookkeeping."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, attention_mask, cu_seqlens, call):
-        out, lse = _forward(query, key, value, attention_mask, cu_seqlens, call)
-        ctx.save_for_backward(query, key, value, out, lse, attention_mask, cu_seqlens)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
-        return *_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.call), None, None, None
+def _is_one_piece(call: Call, query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+    """Say whether the reach is the whole input, as in ordinary attention, so that nothing needs views and merging."""
+    whole = attention_mask is None and cu_seqlens is None and query.numel() > 0
+    return whole and call.pattern.is_ordinary(query.shape[2])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::torch_dilated_attention", mutates_args=())
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-    dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    pattern = DilationPattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
-    )
-    call = _Call(pattern, is_causal, scale, dropout, seed)
-    return _forward(query, key, value, attention_mask, cu_seqlens, call)
-
-
-@_attention.register_fake
-def _(query, key, value, *_) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=dtype)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::torch_dilated_attention_backward", mutates_args=())
-def _attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-    dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern = DilationPattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
-    )
-    call = _Call(pattern, is_causal, scale, dropout, seed)
-    return _backward(grad_out, grad_lse, query, key, value, out, lse, attention_mask, cu_seqlens, call)
-
-
-@_attention_backward.register_fake
-def _(grad_out, grad_lse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, attention_mask, cu_seqlens, *ctx.numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, attention_mask, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _operator_backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
-    gradients = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
-    return *gradients, *[None] * (2 + len(ctx.numbers))
-
-
-_attention.register_autograd(_operator_backward, setup_context=_setup_context)
-
-
-class _Call:
-    """What stays the same over all pieces of one call."""
-
-    def __init__(self, pattern: DilationPattern, is_causal: bool, scale: float, dropout: float, seed: int):
-        self.pattern, self.is_causal, self.scale, self.dropout, self.seed = pattern, is_causal, scale, dropout, seed
-
-    def is_one_piece(self, query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
-        """Whether the reach is the whole input, as in ordinary attention, so that nothing needs views and merging."""
-        whole = attention_mask is None and cu_seqlens is None and query.numel() > 0
-        return whole and self.pattern.is_ordinary(query.shape[2])
-
-    def views(self, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
-        """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""
-        for i, offsets in enumerate(self.pattern.offsets(num_kv_heads)):
-            for offset in sorted(set(offsets)):
-                kv_heads = [g for g, s in enumerate(offsets) if s == offset]
-                for piece in reach_pieces(self.pattern, i, offset, length, self.is_causal):
-                    yield from _piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
+def _views(call: Call, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
+    """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""
+    for i, offsets in enumerate(call.pattern.offsets(num_kv_heads)):
+        for offset in sorted(set(offsets)):
+            kv_heads = [g for g, s in enumerate(offsets) if s == offset]
+            for piece in reach_pieces(call.pattern, i, offset, length, call.is_causal):
+                yield from _piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
 
 
 def _forward(
@@ -184,9 +97,9 @@ def _forward(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    call: _Call,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
-    if call.is_one_piece(query, attention_mask, cu_seqlens):
+    if _is_one_piece(call, query, attention_mask, cu_seqlens):
         return _kernel(call, query, key, None, call.seed).forward(query, key, value, call.is_causal)
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
@@ -210,10 +123,10 @@ def _backward(
     lse: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    call: _Call,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out = grad_out.contiguous()
-    if call.is_one_piece(query, attention_mask, cu_seqlens):
+    if _is_one_piece(call, query, attention_mask, cu_seqlens):
         kernel = _kernel(call, query, key, grad_lse, call.seed)
         gradients = kernel.backward(query, key, value, out, lse, grad_out, call.is_causal)
         return tuple(gradient.to(query.dtype) for gradient in gradients)
@@ -227,6 +140,14 @@ def _backward(
             for gradient, result in zip(gradients, document):
                 gradient[rows, :, tokens] = result
     return tuple(gradient.to(query.dtype) for gradient in gradients)
+
+
+_attention = attention_operator(
+    "torch_dilated_attention",
+    _forward,
+    _backward,
+    lambda x: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 
 
 class _View:
@@ -289,11 +210,11 @@ def _piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> I
 
 
 def _document_forward(
-    call: _Call, seeds: Iterator[int], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    call: Call, seeds: Iterator[int], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> None:
     """Fold every piece into the accumulators ``out [B, H, L, D]`` and ``lse [B, H, L]``, in place."""
     batch, num_heads, length, _ = query.shape
-    for view, seed in zip(call.views(length, batch, num_heads, key.shape[1]), seeds):
+    for view, seed in zip(_views(call, length, batch, num_heads, key.shape[1]), seeds):
         q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
         if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
             q, k, v = (x.flip(2) for x in (q, k, v))
@@ -309,7 +230,7 @@ def _document_forward(
 
 
 def _document_backward(
-    call: _Call,
+    call: Call,
     seeds: Iterator[int],
     grad_query: Tensor,
     grad_key: Tensor,
@@ -324,7 +245,7 @@ def _document_backward(
 ) -> None:
     """Add every piece's gradients to ``grad_query``, ``grad_key`` and ``grad_value``, in place."""
     batch, num_heads, length, _ = query.shape
-    for view, seed in zip(call.views(length, batch, num_heads, key.shape[1]), seeds):
+    for view, seed in zip(_views(call, length, batch, num_heads, key.shape[1]), seeds):
         inputs = [view.of_query(query), view.of_key(key), view.of_key(value)]
         inputs += [view.of_query(x) for x in (out, lse, grad_out)]
         piece_grad_lse = None if grad_lse is None else view.of_query(grad_lse)
@@ -341,7 +262,7 @@ def _document_backward(
             total.add_(piece)
 
 
-def _kernel(call: _Call, query: Tensor, key: Tensor, grad_lse: Tensor | None, seed: int):
+def _kernel(call: Call, query: Tensor, key: Tensor, grad_lse: Tensor | None, seed: int):
     """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
     if call.dropout or grad_lse is not None:
         return _PlainKernel(call.scale, call.dropout, seed, grad_lse)

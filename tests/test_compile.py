@@ -5,6 +5,7 @@ import torch
 from tiny_models import left_padding, random_tokens, tiny_model
 
 from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.attention_operator import Call
 from modeling_longnet.dilated_attention_torch import _attention
 
 
@@ -41,14 +42,12 @@ def test_the_operator_is_one_graph_that_serves_every_length(return_lse):
 
 
 def test_the_registered_operator_passes_opcheck():
-    query, key, value = tensors(20)
     mask = left_padding(0, 5, length=20).bool()
-    for attention_mask in (None, mask):
-        torch.library.opcheck(
-            _attention,
-            (query, key, value, attention_mask, None, [8, 16, 32], [1, 2, 4], "interleaved", False, False, "sliding")
-            + (True, 0.5, 0.0, 0),
-        )
+    for length, attention_mask in ((20, None), (20, mask), (7, None)):  # 7: ordinary attention, its own path
+        call = Call(RETROFIT, is_causal=True, scale=0.5)
+        torch.library.opcheck(_attention.registered, (*tensors(length), attention_mask, None, *call.flatten()))
+        transposed = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(length)]
+        torch.library.opcheck(_attention.registered, (*transposed, attention_mask, None, *call.flatten()))
 
 
 def test_the_model_compiles_to_the_same_loss_and_gradients():
