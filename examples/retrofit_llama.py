@@ -107,6 +107,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out-pieces", type=int, default=48, help="measure on at most so many: %(default)s")
     parser.add_argument("--quick", action="store_true", help="little text and a tiny Llama: tests the path, no more")
     args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(pretrain_steps=60, tune_steps=15, held_out_pieces=8)
+        args = parser.parse_args(argv)
     for name in ("context", "pretrain_steps", "tune_steps", "batch_size", "held_out_pieces"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
