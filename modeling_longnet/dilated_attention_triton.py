@@ -1,4 +1,4 @@
-"""The fused backend: launchers, gradients and registration of the Triton kernels.
+"""The fused backend: plans and launches the Triton kernels.
 
 The inputs are read where they lie, whatever their strides, padding or packing; nothing of their size is copied. Beside
 the results only lse, one word per query for the backward and, for padded rows, one index per token are allocated.
@@ -8,13 +8,13 @@ runs give the same bits.
 """
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .attention_operator import Call, attention_operator
 from .dilation_pattern import DilationPattern
 
 
@@ -26,10 +26,6 @@ try:
 except ImportError:  # triton_refusal says so before anything here is needed
     triton = None
 
-
-# Saved checkpoints carry a copy of this file. Each copy registers its operators under its own module's name, so that
-# an installed package and any number of loaded checkpoints live side by side.
-NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 ENDLESS = 2**31 - 1  # the period of a progression that no segment interrupts
 MAX_HEAD_DIM = 256
@@ -124,10 +120,7 @@ def triton_attention(
     Returns:
         ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once; lse is float32, natural log.
     """
-    return _attention(
-        query, key, value, attention_mask, cu_seqlens, list(pattern.segment_lengths), list(pattern.dilation_rates),
-        pattern.head_offsets, pattern.count_overlaps, pattern.dilate_queries, pattern.window, is_causal, scale,
-    )  # fmt: skip
+    return _attention(query, key, value, attention_mask, cu_seqlens, Call(pattern, is_causal, scale))
 
 
 @functools.cache
@@ -335,23 +328,10 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-@functools.cache
-def _pattern(
-    segment_lengths: tuple[int, ...], dilation_rates: tuple[int, ...], head_offsets: str, count_overlaps: bool,
-    dilate_queries: bool, window: str,
-) -> DilationPattern:  # fmt: skip
-    return DilationPattern(segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::dilated_attention", mutates_args=())
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-    dilate_queries: bool, window: str, is_causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    pattern = _pattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
-    )
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    pattern = call.pattern
     query, key, value = map(_rows_contiguous, (query, key, value))
     batch, num_heads, length, head_dim = query.shape
     out = _empty_like(query)
@@ -369,27 +349,17 @@ def _attention(
         _launch(
             fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
             (query, key, value, out), (key, value), documents, key, num_heads // key.shape[1], pattern,
-            _sides(pattern, is_causal, from_key=False), scale,
+            _sides(pattern, call.is_causal, from_key=False), call.scale,
             NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
     return out, lse
 
 
-@_attention.register_fake
-def _(query, key, value, *_) -> tuple[Tensor, Tensor]:
-    return _empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::dilated_attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     do: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-    dilate_queries: bool, window: str, is_causal: bool, scale: float,
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern = _pattern(
-        tuple(segment_lengths), tuple(dilation_rates), head_offsets, count_overlaps, dilate_queries, window
-    )
+    pattern = call.pattern
     do, query, key, value, out = map(_rows_contiguous, (do, query, key, value, out))
     batch, num_heads, length, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -419,34 +389,16 @@ def _attention_backward(
         _launch(
             bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, stats, dq),
             (query, key, value, do, dq), (key, value), documents, key, group, pattern,
-            _sides(pattern, is_causal, from_key=False), scale, NUM_BRANCHES=len(launch.rates),
+            _sides(pattern, call.is_causal, from_key=False), call.scale, NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
     tiles = _tiles("dkdv", query, pattern)
     for launch in for_keys:
         _launch(
             bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, stats, dk, dv),
             (query, key, value, do, dk, dv), (query, do), documents, key, group, pattern,
-            _sides(pattern, is_causal, from_key=True), scale,
+            _sides(pattern, call.is_causal, from_key=True), call.scale,
         )  # fmt: skip
     return dq, dk, dv
 
 
-@_attention_backward.register_fake
-def _(do, dlse, query, key, value, *_) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(query), _empty_like(key), _empty_like(value)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    query, key, value, attention_mask, cu_seqlens, *ctx.numbers = inputs
-    ctx.save_for_backward(query, key, value, *output, attention_mask, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, attention_mask, cu_seqlens = ctx.saved_tensors
-    do = torch.zeros_like(out) if do is None else do
-    grads = _attention_backward(do, dlse, query, key, value, out, lse, attention_mask, cu_seqlens, *ctx.numbers)
-    return *grads, *(None,) * (2 + len(ctx.numbers))
-
-
-_attention.register_autograd(_backward, setup_context=_save_for_backward)
+_attention = attention_operator("triton_dilated_attention", _forward, _backward, _empty_like)

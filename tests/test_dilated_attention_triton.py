@@ -14,7 +14,8 @@ import torch
 from strategies import Call
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet import DilationPattern, attention_operator, dilated_attention
+from modeling_longnet import dilated_attention_triton as fused_backend
 from modeling_longnet.dilated_attention_triton import key_launches, query_launches, triton_attention, triton_refusal
 
 
@@ -150,24 +151,14 @@ def test_segments_that_the_rate_does_not_divide_in_float32():
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])
 def test_operators_pass_opcheck(preset):
     pattern = DilationPattern.geometric(64, 256, preset=preset)
-    query, key, value = Call(pattern, 1, 4, 2, 256, 64).tensors(torch.bfloat16, "cuda")
-    from modeling_longnet import dilated_attention_triton as module
-
-    numbers = (
-        list(pattern.segment_lengths), list(pattern.dilation_rates), pattern.head_offsets, pattern.count_overlaps,
-        pattern.dilate_queries, pattern.window, True, 0.125,
-    )  # fmt: skip
-    torch.library.opcheck(module._attention, (query, key, value, None, None, *numbers))
-    q, k, v = (x.detach() for x in (query, key, value))
-    out, lse = module._attention(q, k, v, None, None, *numbers)
-    torch.library.opcheck(module._attention_backward, (out, lse, q, k, v, out, lse, None, None, *numbers))
+    inputs = Call(pattern, 1, 4, 2, 256, 64).tensors(torch.bfloat16, "cuda")
+    call = attention_operator.Call(pattern, is_causal=True, scale=0.125)
+    torch.library.opcheck(fused_backend._attention.registered, (*inputs, None, None, *call.flatten()))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])
 def test_compiles_once_for_all_lengths(preset):
-    from modeling_longnet import dilated_attention_triton as module
-
     pattern = DilationPattern.geometric(64, 256, preset=preset)
 
     def attend(query, key, value):
@@ -182,7 +173,7 @@ def test_compiles_once_for_all_lengths(preset):
         return out, *torch.autograd.grad(out.float().square().sum(), tensors)
 
     def variants():
-        kernels = (module.fwd_kernel, module.bwd_dq_kernel, module.bwd_dkdv_kernel)
+        kernels = (fused_backend.fwd_kernel, fused_backend.bwd_dq_kernel, fused_backend.bwd_dkdv_kernel)
         return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
 
     torch.compiler.reset()
