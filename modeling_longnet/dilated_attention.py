@@ -36,7 +36,8 @@ def dilated_attention(
     Computes Eq. 9-10 of the LongNet paper (arXiv 2307.02486): each branch's softmax is weighted by its denominator, so
     the result is one softmax over the multiset of keys that ``pattern.reach`` lists. With one branch that covers the
     input undilated it is ordinary attention. Gradients are the exact gradients of this function. Padding and packing
-    change nothing: a padded or packed document gives what it gives alone.
+    change nothing: a padded or packed document gives what it gives alone. Under autocast the inputs are cast to its
+    dtype.
 
     Args:
         query: ``[B, H, L, D]``, float64, float32, bfloat16 or float16, last dimension contiguous.
@@ -61,6 +62,7 @@ def dilated_attention(
     Raises:
         ValueError: if shapes, dtypes, devices, the pattern, the mask or the backend do not fit.
     """
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     _check_documents(query, attention_mask, cu_seqlens)
     if not 0.0 <= dropout < 1.0:
@@ -89,6 +91,16 @@ def dilated_attention(
             scale=scale,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast float32 and half tensors to the autocast dtype where autocast is on, as PyTorch's own attention does."""
+    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    lower = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in lower else x for x in tensors)
 
 
 def _choose_backend(

@@ -60,6 +60,8 @@ def _documents(
     query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> list[tuple[slice, slice | Tensor]]:
     """List the documents as (rows of the batch, their tokens): a slice where contiguous, else an index tensor."""
+    if query.numel() == 0:
+        return []
     if cu_seqlens is not None:
         edges = cu_seqlens.tolist()
         return [(slice(0, 1), slice(low, high)) for low, high in zip(edges, edges[1:]) if high > low]

@@ -155,6 +155,18 @@ def test_caches_that_hold_other_keys_are_refused(implementation):
         tiny_model().generate(random_tokens(1, 5), cache_implementation=implementation, max_new_tokens=2)
 
 
+def test_decoding_in_bfloat16_and_under_autocast_follows_the_full_forward():
+    tokens = random_tokens(2, 40)
+    model = tiny_model("retrofit", initializer_range=0.1).float()
+    with torch.no_grad():
+        exact = model(tokens, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed, _ = decode(model, tokens, None, [25] + [1] * 15)
+        low, _ = decode(model.bfloat16(), tokens, None, [25] + [1] * 15)
+    assert (mixed - exact).abs().max() < 0.05 < exact.std() / 2
+    assert (low - exact).abs().max() < 0.05
+
+
 def test_a_copy_goes_its_own_way():
     model, tokens = tiny_model(), random_tokens(2, 60)
     with torch.no_grad():

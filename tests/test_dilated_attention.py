@@ -424,6 +424,27 @@ def test_the_lse_alone_has_exact_gradients(backend):
 
 
 @every_backend
+@every_pattern
+def test_an_empty_batch_gives_empty_results(backend, pattern):
+    tensors = [torch.randn(0, heads, 10, 8, requires_grad=True) for heads in (4, 2, 2)]
+    out, lse = dilated_attention(*tensors, pattern, backend=backend, return_lse=True)
+    assert out.shape == (0, 4, 10, 8) and lse.shape == (0, 4, 10)
+    assert [g.shape[0] for g in torch.autograd.grad(out.sum() + lse.sum(), tensors)] == [0, 0, 0]
+
+
+@every_backend
+def test_autocast_casts_mixed_inputs_and_gives_each_its_own_gradient_dtype(backend):
+    query, key = (torch.randn(1, heads, 40, 8, requires_grad=True) for heads in (4, 2))
+    value = torch.randn(1, 2, 40, 8).bfloat16().requires_grad_()  # rotary embedding leaves the others in float32
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dilated_attention(query, key, value, PAPER, backend=backend)
+    gradients = torch.autograd.grad(out.float().square().sum(), (query, key, value))
+    expected = dilated_attention(query.bfloat16(), key.bfloat16(), value, PAPER, backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@every_backend
 def test_without_gradients_the_numbers_are_the_same(backend):
     call = random_call(PAPER, 40)
     tensors = call.tensors()

@@ -46,6 +46,17 @@ def test_training_lowers_the_loss_and_the_result_loads(trainer_class, tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
 
 
+def test_mixed_precision_training_lowers_the_loss(tmp_path):
+    model = tiny_model("retrofit", initializer_range=0.1).float()
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=12, logging_steps=1, bf16=True), train_dataset=repeated_rows(24, 70)
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_gradient_accumulation_weighs_every_token_the_same(tmp_path):
     rows = []
     for length, seed in ((20, 0), (50, 1), (9, 2), (33, 3)):  # different numbers of labels per micro-batch
