@@ -265,7 +265,7 @@ def plot(path: Path) -> None:
         panel.set(title=f"H={heads}, D={head_dim}, forward + backward", xlabel="tokens", ylabel="ms")
         panel.grid(True, which="both", alpha=0.3)
         panel.legend()
-    figure.suptitle(f"{title}; hollow = extrapolated by the square", fontsize=9)
+    figure.suptitle(f"{title}\nhollow: extrapolated by the square", fontsize=8)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=120)
     print(f"wrote {path.with_suffix('.png')}")
