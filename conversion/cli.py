@@ -13,11 +13,11 @@ from .plan import plan_conversion
 
 
 DESCRIPTION = """\
-Convert a dense Llama checkpoint to LongNet's dilated attention. The weights
-keep their names and bits; with the default preset the converted model has the
-source's logits on every input up to its first segment length, which is verified
-before TARGET appears. TARGET loads with trust_remote_code=True where this
-package is not installed.
+Convert a dense checkpoint (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3) to
+LongNet's dilated attention. The weights keep their bits; with the default preset
+the converted model has the source's logits on every input up to its first
+segment length, which is verified before TARGET appears. TARGET loads with
+trust_remote_code=True where this package is not installed.
 """
 
 EPILOG = """\

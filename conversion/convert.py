@@ -59,7 +59,7 @@ def convert_checkpoint(
 ) -> dict:
     """Convert a dense checkpoint to a LongNet checkpoint that loads without this package installed.
 
-    The weights keep their names and bits. With preset ``retrofit`` the converted model has the source's logits on
+    The weights keep their bits, and their names but for fused projections. With preset ``retrofit`` the converted model has the source's logits on
     every input of at most ``w_0`` tokens, and is verified to. ``target`` appears complete or not at all, whenever the
     process is killed. Tokenizer, chat template and generation config are carried along byte for byte.
 
@@ -166,14 +166,12 @@ def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
     written = read_weights(folder)
     config = LongNetConfig.from_pretrained(folder)
     same = dense_length(config.pattern)
-    token_ids, text = verification_tokens(
-        plan.source, config.vocab_size, min(same or plan.trained_context, plan.trained_context, MAX_TOKENS)
-    )
+    token_ids, text = verification_tokens(plan.source, config.vocab_size, _verifiable_length(plan, same))
     if not same:
         dense = DilationPattern((token_ids.shape[1],), (1,))
         for name, value in pattern_fields(dense).items():
             setattr(config, name, value)
-    source = (plan.family.model_class, plan.reference_config, plan.tensors)
+    source = (plan.family.model_class, plan.reference_config, plan.source_tensors)
     target = (LongNetForCausalLM, config, written)
     for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
         with _progress_bar("verifying logits", 2 * plan.num_bytes, progress) as bar:
@@ -185,6 +183,12 @@ def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
         f"the converted model's logits differ from the source's by {verification.max_error:.3g} "
         f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed); nothing was written"
     )
+
+
+def _verifiable_length(plan: Plan, dense_length: int) -> int:
+    """Return the most tokens on which source and target are to be compared."""
+    limits = (dense_length, plan.trained_context, plan.window, MAX_TOKENS)
+    return min(limit for limit in limits if limit)
 
 
 def _outcome(verification: Verification | None) -> str:

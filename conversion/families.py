@@ -1,21 +1,79 @@
-"""The model families that can be converted: one small entry each, and everything else refused by name."""
+"""The model families that can be converted: one small entry each, and everything else refused with the reason."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from .weights import StoredTensor, join_rows, split_rows
+
+
+# What identifies the source, its code or the library that wrote it; and what an entry translates or refuses.
+_NOT_CARRIED = {
+    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
+    "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
+    "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
+}  # fmt: skip
+
+# A Llama's own; other families say what differs.
+_LLAMA = {"attention_output_bias": None, "qk_norm": False, "layers_without_rope": []}
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+
+
+def _unfused(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
+    return {}
+
+
+def _phi3_projections(config: Phi3Config) -> dict[str, dict[str, int]]:
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    query_rows, key_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return {
+        "self_attn.qkv_proj": {
+            "self_attn.q_proj": query_rows,
+            "self_attn.k_proj": key_rows,
+            "self_attn.v_proj": key_rows,
+        },
+        "mlp.gate_up_proj": {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size},
+    }
+
+
+def _phi3_refusal(config: Phi3Config) -> str | None:
+    share = config.rope_parameters["partial_rotary_factor"]
+    return None if share == 1 else f"rotates only {share:g} of each head (partial_rotary_factor), LongNet all of it"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense architecture whose weights a LongNet model takes over under their own names.
+    """A dense architecture whose weights a LongNet model takes over.
 
     Args:
         model_class: transformers' own class, which says what tensors a checkpoint must hold and what its logits are.
         config_class: reads the checkpoint's config.json.
+        translate: gives the ``LongNetConfig`` fields that are not the source's fields of the same name.
+        projections: gives the modules that are several of LongNet's in one, and the rows of each, by config.
+        refusal: says what of this config LongNet cannot express, if anything.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
+    translate: Callable[[PreTrainedConfig], dict]
+    projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
+    refusal: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     @property
     def architecture(self) -> str:
@@ -25,22 +83,74 @@ class Family:
         """Build the source's config, defaults filled in, old spellings made new.
 
         Raises:
-            ValueError: if a field has a bad type or value.
+            ValueError: if a field has a bad type or value, or LongNet has nothing like it.
         """
         try:
-            return self.config_class.from_dict(fields)
+            config = self.config_class.from_dict(fields)
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
             raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
+        if reason := self.refusal(config):
+            raise ValueError(f"this {self.architecture} {reason}")
+        return config
 
     def longnet_fields(self, config: PreTrainedConfig) -> dict:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
-        return {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
+        carried = {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
+        return carried | _LLAMA | self.translate(config)
+
+    def to_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Name the source's tensors as LongNet does, fused ones cut into their parts."""
+        projections = self.projections(config)
+        renamed = {}
+        for name, tensor in tensors.items():
+            fused = next((fused for fused in projections if f".{fused}." in name), None)
+            if fused is None:
+                renamed[name] = tensor
+            else:
+                rows = {name.replace(fused, part): num_rows for part, num_rows in projections[fused].items()}
+                renamed |= {part.name: part for part in split_rows(tensor, rows)}
+        return renamed
+
+    def from_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Undo ``to_longnet``.
+
+        Raises:
+            ValueError: if the parts of a fused tensor do not fit together.
+        """
+        renamed = dict(tensors)
+        for fused, parts in self.projections(config).items():
+            first = next(iter(parts))
+            for name in [name for name in tensors if f".{first}." in name]:
+                pieces = [renamed.pop(name.replace(first, part)) for part in parts]
+                whole = name.replace(first, fused)
+                renamed[whole] = join_rows(whole, pieces)
+        return renamed
 
 
-# What identifies the source, its code or the library that wrote it; and layer_types, which would all say the same.
-_NOT_CARRIED = {"model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "layer_types"}
-
-FAMILIES = (Family(LlamaForCausalLM, LlamaConfig),)
+FAMILIES = (
+    Family(LlamaForCausalLM, LlamaConfig, translate=lambda config: {}),
+    Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS),
+    Family(
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        translate=lambda config: {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+    ),
+    Family(Qwen3ForCausalLM, Qwen3Config, translate=lambda config: {"qk_norm": True, "mlp_bias": False}),
+    Family(
+        SmolLM3ForCausalLM,
+        SmolLM3Config,
+        translate=lambda config: {
+            "layers_without_rope": [i for i in range(config.num_hidden_layers) if not config.no_rope_layers[i]]
+        },
+    ),
+    Family(
+        Phi3ForCausalLM,
+        Phi3Config,
+        translate=lambda config: _NO_BIAS,
+        projections=_phi3_projections,
+        refusal=_phi3_refusal,
+    ),
+)
 
 
 def find_family(fields: dict) -> Family:
@@ -62,5 +172,41 @@ def find_family(fields: dict) -> Family:
             return family
     named = ", ".join(map(str, architectures)) if architectures else "no architecture"
     raise ValueError(
-        f"the source is {named} (model_type {model_type!r}), which is not supported; supported: {supported}"
+        f"the source is {named} (model_type {model_type!r}), which is not supported{_obstacle(fields)}; "
+        f"supported: {supported}"
     )
+
+
+def _obstacle(fields: dict) -> str:
+    """Say why a family is not supported, where its config shows it."""
+    obstacles = {
+        "its feed-forward layers are mixtures of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+        "it reads more than text": ("vision_config", "audio_config", "text_config"),
+        "it softcaps its attention logits": ("attn_logit_softcapping",),
+        "it is an encoder and a decoder": ("is_encoder_decoder",),
+    }
+    for obstacle, names in obstacles.items():
+        if any(fields.get(name) for name in names):
+            return f" because {obstacle}"
+    return ""
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens back every layer of the source attends, None if there is no limit.
+
+    Raises:
+        ValueError: if layers differ in this, or attend in yet another way.
+    """
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if not layer_types:
+        return window
+    if strange := set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
+    sliding = [i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention"]
+    if 0 < len(sliding) < len(layer_types):
+        raise ValueError(
+            f"layers {', '.join(map(str, sliding))} of the source attend in a sliding window of {window} tokens, the "
+            "others to everything; one pattern cannot express both"
+        )
+    return window if sliding else None

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import Family, find_family
+from .families import Family, find_family, sliding_window
 from .verify import dense_length, skeleton
 from .weights import (
     DTYPES,
     StoredTensor,
     files_are_kept,
+    files_of,
     match_weights,
     read_json,
     read_weights,
@@ -58,10 +59,12 @@ class Plan:
         revision: commit of a source from the Hub, else None.
         family: what the source is.
         source_config: the source's config.
-        tensors: the stored tensors to write.
+        source_tensors: the stored tensors under the source's names.
+        tensors: the stored tensors to write, under LongNet's names.
         config: the target's config.
         preset: name of the pattern's rules.
         trained_context: tokens the source was trained for, before any RoPE scaling stretched it.
+        window: tokens back that every layer of the source attends, None if there is no limit.
         reference_config: the source's config with the target's RoPE, whose logits the target must have.
         max_shard_size: as given to ``convert_checkpoint``.
         notes: what the user should know.
@@ -71,12 +74,14 @@ class Plan:
     name: str
     revision: str | None
     family: Family
-    source_config: LlamaConfig
+    source_config: PreTrainedConfig
+    source_tensors: dict[str, StoredTensor]
     tensors: dict[str, StoredTensor]
     config: LongNetConfig
     preset: str
     trained_context: int
-    reference_config: LlamaConfig
+    window: int | None
+    reference_config: PreTrainedConfig
     max_shard_size: int | str
     notes: tuple[str, ...]
 
@@ -94,7 +99,8 @@ class Plan:
         """The trained context in words."""
         stretched = self.source_config.max_position_embeddings
         stretch = f", stretched to {stretched:,} by its RoPE" if stretched > self.trained_context else ""
-        return f"{self.trained_context:,} tokens{stretch}"
+        window = f", each attending to the last {self.window:,}" if self.window else ""
+        return f"{self.trained_context:,} tokens{stretch}{window}"
 
     def costs(self) -> dict[str, int]:
         """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
@@ -114,7 +120,7 @@ class Plan:
     def describe(self) -> str:
         """Say in a few lines, at most 80 columns each, what will be converted to what, and what it costs."""
         pattern, rope, costs = self.config.pattern, self.config.rope_parameters, self.costs()
-        files = len({tensor.file for tensor in self.tensors.values()})
+        files = len(files_of(self.tensors))
         if files_are_kept(self.tensors, self.max_shard_size):
             weights = f"{_count(files, 'file')}, copied unchanged"
         else:
@@ -157,21 +163,23 @@ def plan_conversion(
     fields = read_json(folder / "config.json")
     family = find_family(fields)
     source_config = family.read_config(fields)
-    tensors = read_weights(folder)
     # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    source_tensors = {
+        name: tensor for name, tensor in read_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")
+    }
     try:
         source_model = skeleton(family.model_class, source_config)
     except Exception as error:  # a KeyError for an unknown activation, and the like
         raise ValueError(
             f"config.json does not describe a {family.architecture} that can be built: {error!r}"
         ) from error
-    match_weights(source_model, tensors)
+    match_weights(source_model, source_tensors)
+    tensors = family.to_longnet(source_config, source_tensors)
     shard_layout(tensors, max_shard_size)
 
-    trained = _trained_context(source_config)
+    trained, window = _trained_context(source_config), sliding_window(source_config)
     pattern, context = _choose_pattern(
-        source_config, trained, preset, segment_lengths, dilation_rates, max_position_embeddings
+        source_config, trained, window, preset, segment_lengths, dilation_rates, max_position_embeddings
     )
     rope = _rope_parameters(source_config, rope_parameters, trained)
     # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
@@ -182,6 +190,8 @@ def plan_conversion(
             reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
         except ValueError as error:
             raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
+        if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
+            raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
         reference_config.max_position_embeddings = position_embeddings
     dtypes = Counter()
     for tensor in tensors.values():
@@ -193,7 +203,10 @@ def plan_conversion(
         "dtype": dtype,
         **pattern_fields(pattern),
     }
-    config = LongNetConfig(**longnet_fields)
+    try:
+        config = LongNetConfig(**longnet_fields)
+    except Exception as error:  # strict-dataclass errors of several lines
+        raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
     config.architectures = [LongNetForCausalLM.__name__]
     match_weights(skeleton(LongNetForCausalLM, config), tensors)
     return Plan(
@@ -202,10 +215,12 @@ def plan_conversion(
         revision=revision,
         family=family,
         source_config=source_config,
+        source_tensors=source_tensors,
         tensors=tensors,
         config=config,
         preset=preset,
         trained_context=trained,
+        window=window,
         reference_config=reference_config,
         max_shard_size=max_shard_size,
         notes=tuple(_notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters)),
@@ -230,15 +245,16 @@ def _source_folder(source: str | Path) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def _trained_context(config: LlamaConfig) -> int:
+def _trained_context(config: PreTrainedConfig) -> int:
     """Return the length the source was trained for before any RoPE scaling stretched it."""
     original = config.rope_parameters.get("original_max_position_embeddings")
     return min(config.max_position_embeddings, original or config.max_position_embeddings)
 
 
 def _choose_pattern(
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     trained: int,
+    window: int | None,
     preset: str,
     segment_lengths: list[int] | tuple[int, ...] | None,
     dilation_rates: list[int] | tuple[int, ...] | None,
@@ -250,7 +266,7 @@ def _choose_pattern(
     if segment_lengths is None:
         if dilation_rates is not None:
             raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
-        local = min(trained, LONGEST_LOCAL_SEGMENT)
+        local = min(trained, LONGEST_LOCAL_SEGMENT, window or trained)
         context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
         last = local
         while last < context:
@@ -265,10 +281,15 @@ def _choose_pattern(
             )
         dilation_rates = [w // first for w in segment_lengths]
     pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    if window and dense_length(pattern) > window:
+        raise ValueError(
+            f"the source attends in a sliding window of {window} tokens, so it is not this pattern on up to "
+            f"{pattern.segment_lengths[0]} tokens; choose a first segment of at most {window}"
+        )
     return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
 
 
-def _rope_parameters(config: LlamaConfig, override: dict | None, trained: int) -> dict:
+def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
     """Return the target's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
     if override is None:
         rope = dict(config.rope_parameters)
@@ -312,7 +333,7 @@ def _notes(
     if stored != dtype_name(config.dtype):
         notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
     if fields.get("auto_map"):
-        notes.append("the source's own code (auto_map) was not used: it is read as transformers' Llama")
+        notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
     if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
         notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
     return notes

@@ -25,15 +25,61 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as it lies on disk: ``num_bytes`` bytes of ``file`` from ``start`` on."""
+class ByteRange:
+    """``num_bytes`` bytes of ``file`` from ``start`` on."""
 
-    name: str
     file: Path
-    dtype: str  # as safetensors spells it: "BF16"
-    shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies on disk: byte ranges that, one after the other, hold its rows."""
+
+    name: str
+    dtype: str  # as safetensors spells it: "BF16"
+    shape: tuple[int, ...]
+    ranges: tuple[ByteRange, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.ranges)
+
+
+def split_rows(tensor: StoredTensor, parts: dict[str, int]) -> list[StoredTensor]:
+    """Cut a stored tensor along its first dimension; no byte moves.
+
+    Args:
+        tensor: one whole tensor of a file.
+        parts: number of rows of each part by its name, in order, together all rows.
+    """
+    (whole,) = tensor.ranges
+    row_bytes = whole.num_bytes // tensor.shape[0]
+    cut, start = [], whole.start
+    for name, num_rows in parts.items():
+        place = ByteRange(whole.file, start, num_rows * row_bytes)
+        cut.append(StoredTensor(name, tensor.dtype, (num_rows, *tensor.shape[1:]), (place,)))
+        start += place.num_bytes
+    return cut
+
+
+def join_rows(name: str, tensors: list[StoredTensor]) -> StoredTensor:
+    """Put stored tensors of one dtype and width on top of one another; no byte moves.
+
+    Raises:
+        ValueError: if their dtypes or widths differ.
+    """
+    first = tensors[0]
+    for other in tensors[1:]:
+        if (other.dtype, other.shape[1:]) != (first.dtype, first.shape[1:]):
+            raise ValueError(
+                f"{first.name} ({first.dtype} {list(first.shape)}) and {other.name} ({other.dtype} "
+                f"{list(other.shape)}) do not fit into one {name}"
+            )
+    num_rows = sum(tensor.shape[0] for tensor in tensors)
+    ranges = tuple(place for tensor in tensors for place in tensor.ranges)
+    return StoredTensor(name, first.dtype, (num_rows, *first.shape[1:]), ranges)
 
 
 def read_weights(folder: Path) -> dict[str, StoredTensor]:
@@ -90,7 +136,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        tensors[name] = StoredTensor(name, path, entry["dtype"], shape, 8 + header_bytes + start, end - start)
+        place = ByteRange(path, 8 + header_bytes + start, end - start)
+        tensors[name] = StoredTensor(name, entry["dtype"], shape, (place,))
     return tensors
 
 
@@ -126,7 +173,7 @@ def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> d
 
 
 def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
-    """Read a tensor from its file.
+    """Read a tensor from its file or files.
 
     Args:
         tensor: what to read.
@@ -136,10 +183,11 @@ def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
         ``[*tensor.shape]`` in the stored dtype, a view of ``buffer``.
     """
     stored = buffer[: tensor.num_bytes]
-    with open(tensor.file, "rb") as file:
-        file.seek(tensor.start)
-        if file.readinto(stored.numpy()) != tensor.num_bytes:
-            raise OSError(f"{tensor.file} ends inside tensor {tensor.name}")
+    for place, part in zip(tensor.ranges, stored.split([place.num_bytes for place in tensor.ranges])):
+        with open(place.file, "rb") as file:
+            file.seek(place.start)
+            if file.readinto(part.numpy()) != place.num_bytes:
+                raise OSError(f"{place.file} ends inside tensor {tensor.name}")
     return stored.view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
@@ -163,13 +211,13 @@ def copy_weights(
     Returns:
         The weight files written.
     """
-    files = sorted({tensor.file for tensor in tensors.values()})
     layout = shard_layout(tensors, max_shard_size)
     if files_are_kept(tensors, max_shard_size):
-        layout = {file.name: [n for n, tensor in tensors.items() if tensor.file == file] for file in files}
+        files = sorted(files_of(tensors))
+        layout = {file.name: list(read_header(file)) for file in files}
         for file in files:
             with open(file, "rb") as source, open(folder / file.name, "xb") as target:
-                header_bytes = min(tensor.start for tensor in tensors.values() if tensor.file == file)
+                header_bytes = min(place.start for name in layout[file.name] for place in tensors[name].ranges)
                 copy_bytes(source, target, header_bytes)
                 source.seek(header_bytes)
                 copy_bytes(source, target, os.fstat(source.fileno()).st_size - header_bytes, advance)
@@ -187,11 +235,18 @@ def copy_weights(
 
 def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> bool:
     """Say whether ``copy_weights`` copies the files of these tensors as they are."""
-    for file in {tensor.file for tensor in tensors.values()}:
-        held = {name: tensor for name, tensor in tensors.items() if tensor.file == file}
-        if held.keys() != read_header(file).keys() or len(shard_layout(held, max_shard_size)) > 1:
+    held = {}
+    for file in files_of(tensors):
+        in_file = read_header(file)
+        if len(shard_layout(in_file, max_shard_size)) > 1:
             return False
-    return True
+        held |= in_file
+    return held == tensors
+
+
+def files_of(tensors: dict[str, StoredTensor]) -> set[Path]:
+    """Return the files that hold these tensors."""
+    return {place.file for tensor in tensors.values() for place in tensor.ranges}
 
 
 def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> dict[str, list[str]]:
@@ -228,9 +283,10 @@ def _write_shard(path: Path, tensors: dict[str, StoredTensor], advance: Callable
     with open(path, "xb") as target:
         target.write(len(head).to_bytes(8, "little") + head)
         for name in names:
-            with open(tensors[name].file, "rb") as source:
-                source.seek(tensors[name].start)
-                copy_bytes(source, target, tensors[name].num_bytes, advance)
+            for place in tensors[name].ranges:
+                with open(place.file, "rb") as source:
+                    source.seek(place.start)
+                    copy_bytes(source, target, place.num_bytes, advance)
 
 
 def copy_bytes(

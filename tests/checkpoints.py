@@ -1,4 +1,4 @@
-"""Tiny Llama checkpoints made on the spot with transformers' own classes, tokenizer and generation config included."""
+"""Tiny checkpoints made on the spot with transformers' own classes, tokenizer and generation config included."""
 
 import json
 import string
@@ -6,11 +6,36 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 
 CHAT_TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
 CONTEXT = 64
+
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12}),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"pad_token_id": 2, "no_rope_layers": [1, 0]}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"pad_token_id": 2}),
+}
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -65,9 +90,10 @@ def make_checkpoint(
     max_shard_size: str = "5GB",
     rope: str = "default",
     tokenizer: bool = True,
+    family: str = "llama",
     **config_fields,
-) -> LlamaForCausalLM:
-    """Save a random Llama checkpoint of 64 tokens of context (2 layers, 4 heads, 2 KV heads) and return its model.
+) -> PreTrainedModel:
+    """Save a random checkpoint of 64 tokens of context (2 layers, 4 heads, 2 KV heads) and return its model.
 
     Args:
         folder: where to save.
@@ -75,7 +101,8 @@ def make_checkpoint(
         max_shard_size: ``"20KB"`` makes several shards.
         rope: a key of ``ROPE``.
         tokenizer: whether a tokenizer goes with it.
-        config_fields: override ``LlamaConfig`` fields.
+        family: a key of ``FAMILIES``.
+        config_fields: override fields of the config.
     """
     torch.manual_seed(0)
     fields = {
@@ -91,7 +118,8 @@ def make_checkpoint(
         "eos_token_id": 1,
         "rope_parameters": dict(ROPE[rope]),
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**fields, **config_fields})).to(dtype).eval()
+    model_class, config_class, family_fields = FAMILIES[family]
+    model = model_class(config_class(**{**fields, **family_fields, **config_fields})).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):  # initialised to 1 and 0, which would hide a mix-up
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)

@@ -134,7 +134,7 @@ def test_tensors_laid_out_anew_start_at_multiples_of_their_item_size(tmp_path):
     (path,) = copy_weights(tensors, tmp_path, "5GB")
     assert_same_bits(load_file(path), stored | {"a again": stored["a"]})
     for tensor in read_header(path).values():
-        assert tensor.start % {"BF16": 2, "F32": 4, "F64": 8}[tensor.dtype] == 0
+        assert tensor.ranges[0].start % {"BF16": 2, "F32": 4, "F64": 8}[tensor.dtype] == 0
 
 
 def test_writing_into_the_targets_weights_leaves_the_source_alone(source, tmp_path):
@@ -473,8 +473,8 @@ BAD_SOURCES = {
     "broken config": (lambda source: truncate(source / "tokenizer.json") or (source / "config.json").write_text("{"),
                       "config.json is not valid JSON"),
     "config is a list": (lambda source: (source / "config.json").write_text("[]"), "must hold a JSON object, got list"),
-    "other family": (config(architectures=["MistralForCausalLM"], model_type="mistral"),
-                     "MistralForCausalLM (model_type 'mistral'), which is not supported; supported: LlamaForCausalLM"),
+    "other family": (config(architectures=["GemmaForCausalLM"], model_type="gemma"),
+                     "GemmaForCausalLM (model_type 'gemma'), which is not supported; supported: LlamaForCausalLM, "),
     "other code": (config(model_type="deci"), "LlamaForCausalLM (model_type 'deci'), which is not supported"),
     "headless": (config(architectures=["LlamaModel"]), "the source is LlamaModel"),
     "nameless": (config(architectures=None), "the source is no architecture"),

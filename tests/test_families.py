@@ -1,0 +1,190 @@
+"""Every family of dense models: a converted checkpoint is its source, and what LongNet cannot be is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conversion import convert_checkpoint
+from conversion.plan import plan_conversion
+from modeling_longnet import LongNetForCausalLM
+
+
+QUIET = {"progress": False}
+
+VARIANTS = {
+    "mistral": {"family": "mistral"},
+    "mistral, wide heads": {"family": "mistral", "head_dim": 12},
+    "mistral, window of the trained context": {"family": "mistral", "sliding_window": CONTEXT},
+    "mistral, shorter window": {"family": "mistral", "sliding_window": 16},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen2, sliding window switched off": {"family": "qwen2", "sliding_window": 16, "max_window_layers": 0},
+    "qwen2, sliding window in every layer": {
+        "family": "qwen2",
+        "sliding_window": 16,
+        "max_window_layers": 0,
+        "use_sliding_window": True,
+    },
+    "qwen2, yarn": {"family": "qwen2", "rope": "yarn"},
+    "qwen3": {"family": "qwen3"},
+    "qwen3, biases": {"family": "qwen3", "attention_bias": True},
+    "qwen3, loose norms": {"family": "qwen3", "rms_norm_eps": 0.5},
+    "smollm3": {"family": "smollm3"},
+    "smollm3, no rope at an interval": {"family": "smollm3", "no_rope_layers": None, "no_rope_layer_interval": 2},
+    "smollm3, biases": {"family": "smollm3", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "phi3": {"family": "phi3"},
+    "phi3, gelu": {"family": "phi3", "hidden_act": "gelu", "num_key_value_heads": 1},
+    "phi3, longrope": {
+        "family": "phi3",
+        "rope": "longrope, no factor",
+        "original_max_position_embeddings": 16,
+        "sliding_window": 4 * CONTEXT,
+    },
+}
+
+
+def assert_parts_are_rows_of_the_whole(parts: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    """Compare bits; ``parts`` may hold the rows of a tensor of ``whole`` under several names."""
+    fused = {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    seen = set()
+    for name, tensor in whole.items():
+        module = next((module for module in fused if module in name), "")
+        names = [name.replace(module, part) for part in fused.get(module, ("",))]
+        joined = torch.cat([parts[part] for part in names])
+        assert joined.dtype == tensor.dtype
+        assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
+        seen.update(names)
+    assert seen == parts.keys()
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_converted_logits_equal_the_sources_at_every_length_up_to_the_first_segment(tmp_path, variant):
+    make_checkpoint(tmp_path / "source", **VARIANTS[variant])
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=4 * CONTEXT, **QUIET)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
+    assert type(theirs) is FAMILIES[VARIANTS[variant]["family"]][0]
+    assert type(ours) is LongNetForCausalLM
+    first_segment = ours.config.segment_lengths[0]
+    short = {"yarn", "longrope", "shorter", "every"} & set(variant.replace(",", "").split())
+    assert first_segment == (16 if short else CONTEXT)
+    tokens = torch.randint(3, 288, (2, first_segment), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length in range(1, first_segment + 1):
+            expected = theirs(tokens[:, :length]).logits
+            torch.testing.assert_close(ours(tokens[:, :length]).logits, expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 0.5
+    assert report["verification"]["relative_error"] < 1e-5
+    assert_parts_are_rows_of_the_whole(stored_tensors(tmp_path / "target"), stored_tensors(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_weights_keep_their_bits(tmp_path, family, max_shard_size):
+    make_checkpoint(tmp_path / "source", family=family, dtype=torch.bfloat16, max_shard_size="20KB")
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", max_shard_size=max_shard_size, **QUIET)
+    assert_parts_are_rows_of_the_whole(stored_tensors(tmp_path / "target"), stored_tensors(tmp_path / "source"))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert ours.dtype == torch.bfloat16
+    assert report["source"]["architecture"] == FAMILIES[family][0].__name__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_converted_model_generates_as_its_source_does(tmp_path, family):
+    make_checkpoint(tmp_path / "source", family=family)
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    prompt = torch.arange(3, 30)[None]
+    settings = {"max_new_tokens": 20, "do_sample": False, "temperature": None, "eos_token_id": None, "pad_token_id": 1}
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).generate(
+            prompt, attention_mask=torch.ones_like(prompt), **settings
+        )
+        for name in ("source", "target")
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_a_window_shorter_than_the_trained_context_sets_the_first_segment(tmp_path):
+    make_checkpoint(tmp_path / "source", family="mistral", sliding_window=16)
+    plan = plan_conversion(tmp_path / "source")
+    assert plan.config.segment_lengths == (16, 32, 64)
+    assert "trained    64 tokens, each attending to the last 16" in plan.describe().splitlines()
+    assert plan_conversion(tmp_path / "source", segment_lengths=[8, 32]).config.segment_lengths == (8, 32)
+
+
+def config(**fields):
+    return lambda source: edit_json(source / "config.json", **fields)
+
+
+REFUSED = {
+    "window shorter than the first segment": (
+        "mistral", config(sliding_window=16), {"segment_lengths": [32, 64]},
+        "a sliding window of 16 tokens, so it is not this pattern on up to 32 tokens; choose a first segment of at "
+        "most 16",
+    ),
+    "window in some layers": (
+        "qwen2", config(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None), {},
+        "layers 1 of the source attend in a sliding window of 16 tokens",
+    ),
+    "window in layers without rope": (
+        "smollm3", config(use_sliding_window=True, sliding_window=16, layer_types=None), {},
+        "layers 1 of the source attend in a sliding window of 16 tokens",
+    ),
+    "chunked attention": (
+        "qwen3", config(layer_types=["full_attention", "chunked_attention"]), {},
+        "the source has layers of chunked_attention",
+    ),
+    "partial rotation": (
+        "phi3", config(rope_parameters={**ROPE["default"], "partial_rotary_factor": 0.5}), {},
+        "this Phi3ForCausalLM rotates only 0.5 of each head (partial_rotary_factor), LongNet all of it",
+    ),
+    "RoPE that the family lacks": (
+        "phi3", lambda source: None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        "rope_parameters do not fit: ",
+    ),
+    "heads that LongNet cannot have": (
+        "qwen3", lambda source: make_checkpoint(source, family="qwen3", hidden_size=30), {},
+        "this Qwen3ForCausalLM makes no LongNetConfig: ",
+    ),
+    "other tensors": ("phi3", config(model_type="llama", architectures=["LlamaForCausalLM"]), {},
+                      "the weights lack 10 tensors (model.layers.0.self_attn.q_proj.weight, ...)"),
+    "mixture of experts": (
+        "llama", config(architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=8), {},
+        "MixtralForCausalLM (model_type 'mixtral'), which is not supported because its feed-forward layers are mixtures",
+    ),
+    "multimodal": (
+        "llama", config(architectures=["LlavaForConditionalGeneration"], model_type="llava", vision_config={"a": 1}),
+        {}, "which is not supported because it reads more than text; supported: LlamaForCausalLM, MistralForCausalLM, ",
+    ),
+    "softcap": (
+        "llama", config(architectures=["Gemma2ForCausalLM"], model_type="gemma2", attn_logit_softcapping=50.0), {},
+        "because it softcaps its attention logits",
+    ),
+    "encoder and decoder": (
+        "llama", config(architectures=["T5ForConditionalGeneration"], model_type="t5", is_encoder_decoder=True), {},
+        "because it is an encoder and a decoder",
+    ),
+    "quantized": ("mistral", config(quantization_config={"quant_method": "awq"}), {}, "weights are quantized (awq)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(tmp_path, case):
+    family, spoil, options, message = REFUSED[case]
+    make_checkpoint(tmp_path / "source", family=family)
+    spoil(tmp_path / "source")
+    with pytest.raises(ValueError) as refusal:
+        convert_checkpoint(tmp_path / "source", tmp_path / "target", **options, **QUIET)
+    assert message in str(refusal.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
