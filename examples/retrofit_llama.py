@@ -132,7 +132,8 @@ def claim_output(folder: Path) -> None:
         if not foreign and entries and not (folder / MARKER).is_file():
             foreign = [entry.name for entry in entries]
         if foreign:
-            raise SystemExit(f"error: {folder} holds {', '.join(foreign)}, not made here; choose another --output")
+            shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+            raise SystemExit(f"error: {folder} holds {shown}, not made by this script; choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARKER).exists():
         write_marker(folder, None)

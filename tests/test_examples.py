@@ -1,0 +1,218 @@
+"""The examples run as a user runs them, offline, and print the facts they promise."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_config
+
+from modeling_longnet import LongNetForCausalLM
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+MAIN_JOB = "retrofit_llama"
+
+# What each short example says last, once its own check has passed.
+FACTS = {
+    "finetune_accelerate": r"in 60 steps of LoRA the loss falls from \S+ to \S+",
+    "generate": r"a padded row generates what it generates alone; the cache holds \d+ keys for 739 tokens",
+    "packed_documents": r"packed loss (\S+) equals that of the documents alone, (\S+)",
+    "pattern_reach": r"the cost formulas count what is drawn",
+    "quickstart": r"one branch over the whole text equals ordinary attention \(largest difference \S+e-1\d\)",
+    "train_from_scratch": r"in 40 steps the loss falls from \S+ to \S+ per byte",
+}
+
+
+def run(command: list, folder: Path) -> subprocess.CompletedProcess:
+    """Run a command in ``folder``, with the packages of this checkout and no network."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+
+
+def run_main_job(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, EXAMPLES / f"{MAIN_JOB}.py", *options], folder)
+
+
+def assert_fact(finished: subprocess.CompletedProcess, fact: str) -> None:
+    assert finished.returncode == 0, finished.stderr
+    assert re.fullmatch(f"checked: {fact}", finished.stdout.splitlines()[-1]), finished.stdout
+
+
+def test_every_example_is_held_to_a_fact():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*FACTS, MAIN_JOB}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_short_examples_are_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_example_prints_its_fact(name, tmp_path):
+    assert_fact(run([sys.executable, EXAMPLES / f"{name}.py"], tmp_path), FACTS[name])
+    assert list(tmp_path.iterdir()) == [], "an example leaves files behind"
+
+
+def test_accelerate_launch_runs_the_loop(tmp_path):
+    options = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    finished = run([*launch, EXAMPLES / "finetune_accelerate.py", "--steps=20"], tmp_path)
+    assert_fact(finished, r"in 20 steps of LoRA the loss falls from \S+ to \S+")
+
+
+@pytest.fixture(scope="module")
+def finished_main_job(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Run the main job on little text; give the folder it ran in and what it printed."""
+    folder = tmp_path_factory.mktemp("main_job")
+    return folder, run_main_job(folder, "--quick")
+
+
+def table(finished: subprocess.CompletedProcess) -> dict[str, list[float]]:
+    """Read the printed table: per model the perplexities at 1, 2 and 4 contexts, MFLOP and MB."""
+    assert finished.returncode == 0, finished.stderr
+    rows = re.findall(r"^(source|converted, untouched|converted and tuned) +(\d.*)$", finished.stdout, re.MULTILINE)
+    return {name: [float(x.replace(",", "")) for x in re.findall(r"[\d.,]+", row)] for name, row in rows}
+
+
+def test_main_job_measures_what_tuning_and_dilation_change(finished_main_job):
+    source, untouched, tuned = table(finished_main_job[1]).values()
+    assert tuned[2] < untouched[2]
+    assert tuned[3:] == untouched[3:]
+    # 2 layers, 256 tokens, keys and values of width 64 in float32; attention 4 * 64 operations per pair of tokens.
+    assert source[4] == round(2 * 256 * 2 * 64 * 4 / 1e6, 2)
+    assert source[3] == round(2 * 256 * 257 / 2 * 4 * 64 / 1e6, 1)
+    # Segments 64, 128, 256 with rates 1, 2, 4 hold 64 + 64 / 2 + 128 / 4 of 256 entries: half.
+    assert untouched[4] == round(source[4] / 2, 2)
+    assert untouched[3] < 0.7 * source[3]
+
+
+def test_main_job_leaves_a_model_that_loads_without_the_package(finished_main_job):
+    folder = finished_main_job[0] / "demo_output"
+    load = (
+        "import os, sys; sys.modules['modeling_longnet'] = None; os.environ['HF_MODULES_CACHE'] = '../modules';"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        "model = AutoModelForCausalLM.from_pretrained('tuned', trust_remote_code=True);"
+        "tokens = AutoTokenizer.from_pretrained('tuned', trust_remote_code=True)('import os', return_tensors='pt');"
+        "print(model.config.segment_lengths, model.generate(**tokens, max_new_tokens=2).shape[0])"
+    )
+    finished = run([sys.executable, "-c", load], folder)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "(64, 128, 256) 1"
+
+
+def test_main_job_draws_all_three_models(finished_main_job):
+    with Image.open(finished_main_job[0] / "demo_output" / "perplexity.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=2**24)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colours
+
+
+def test_second_run_reuses_the_llama_and_keeps_its_rope(finished_main_job):
+    folder, first = finished_main_job
+    second = run_main_job(folder, "--quick", "--rope-stretch=1", "--tune-steps=8")
+    assert "Train a tokenizer" in first.stdout
+    assert "Train a tokenizer" not in second.stdout
+    rows = table(second)
+    assert rows["source"] == table(first)["source"]
+    # Inside its first segment a converted model with its source's RoPE is its source.
+    assert rows["converted, untouched"][0] == rows["source"][0]
+
+
+@pytest.fixture(scope="module")
+def main_job() -> ModuleType:
+    """Import the main job as a module, to call its parts."""
+    specification = importlib.util.spec_from_file_location(MAIN_JOB, EXAMPLES / f"{MAIN_JOB}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_output_folder_with_foreign_files_is_refused_and_left_alone(main_job, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "weights").write_text("somebody's")
+    with pytest.raises(SystemExit, match="holds tuned, not made by this script"):
+        main_job.claim_output(tmp_path)
+    main_job.write_marker(tmp_path, None)
+    (tmp_path / "notes.txt").write_text("somebody's")
+    with pytest.raises(SystemExit, match=r"holds notes\.txt, not made by this script"):
+        main_job.claim_output(tmp_path)
+    assert (tmp_path / "tuned" / "weights").read_text() == "somebody's"
+
+
+def test_own_output_folder_is_cleared_but_for_the_llama(main_job, tmp_path):
+    folder = tmp_path / "output"
+    main_job.claim_output(folder)
+    main_job.write_marker(folder, {"steps": 3})
+    for name in ("source", "converted", "tuned"):
+        (folder / name).mkdir()
+        (folder / name / "weights").write_text("")
+    (folder / "perplexity.png").write_text("")
+    main_job.claim_output(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([main_job.MARKER, "source"])
+    assert main_job.read_marker(folder) == {"steps": 3}
+
+
+def test_source_inside_the_output_is_refused(main_job, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main_job.parse_arguments([f"--output={tmp_path}", f"--model={tmp_path / 'tuned'}"])
+    assert "which is cleared; choose another --output" in capsys.readouterr().err
+
+
+def test_held_out_files_are_not_trained_on(main_job):
+    training, held_out = main_job.read_standard_library()
+    assert 0.05 < len(held_out) / len(training) < 0.25
+    shared = {text for text in training if len(text) > 100} & set(held_out)
+    assert not shared
+    assert main_job.read_standard_library() == (training, held_out)
+
+
+def test_held_out_pieces_are_whole_and_of_one_document(main_job):
+    documents = [torch.arange(25), 100 + torch.arange(9), 200 + torch.arange(30)]
+    pieces = main_job.held_out_pieces(documents, length=10, most=4)
+    assert pieces[:, 0].tolist() == [0, 10, 200, 210]
+    assert (pieces.diff() == 1).all()
+    with pytest.raises(SystemExit, match=r"no held-out file has 31 tokens \(longest: 30\)"):
+        main_job.held_out_pieces(documents, length=31, most=4)
+
+
+def test_losses_are_the_models_own(main_job):
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(tiny_config()).eval()
+    pieces = torch.randint(model.config.vocab_size, (3, 50))
+    losses = main_job.token_losses(model, pieces, "tiny")
+    assert losses.shape == (3, 49)
+    assert losses.mean().item() == pytest.approx(model(pieces, labels=pieces).loss.item(), rel=1e-4)
+
+
+def test_perplexity_of_a_context_ends_with_its_last_token(main_job):
+    losses = torch.tensor([[0.0, 2.0, 9.0], [2.0, 0.0, 9.0]])
+    assert main_job.perplexity(losses, 3) == pytest.approx(2.718281828)
+    assert main_job.perplexity(losses) == pytest.approx(torch.tensor(22 / 6).exp().item())
+
+
+def test_tuning_that_does_not_help_fails_the_run(main_job):
+    losses = {name: torch.full((1, 3), loss) for name, loss in zip(main_job.MODELS, (9.0, 1.0, 1.0))}
+    with pytest.raises(SystemExit, match=r"tuning did not help: perplexity 2\.72 over 4 contexts, untouched 2\.72"):
+        main_job.check_tuning_helped(losses)
+    losses["converted and tuned"] -= 0.1
+    main_job.check_tuning_helped(losses)
+
+
+def test_changed_logits_after_reloading_fail_the_run(main_job, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = LongNetForCausalLM(tiny_config())
+    tokens = torch.randint(model.config.vocab_size, (1, 20))
+    monkeypatch.setattr(main_job, "load", lambda folder: LongNetForCausalLM(tiny_config()))
+    tokenizer = main_job.train_tokenizer(["some text"], vocab_size=300)
+    with pytest.raises(SystemExit, match="does not load as it was saved: logits differ by"):
+        main_job.save_and_reload(model, tokenizer, tmp_path / "tuned", tokens)
