@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations, product
 from math import inf, lcm
 from pathlib import Path
 
@@ -185,6 +186,23 @@ def test_compiles_once_for_all_lengths(preset):
             for ours, plain in zip(step(compiled, length), step(attend, length)):
                 assert torch.equal(ours, plain)
     assert variants() == before
+
+
+def test_launches_are_told_apart_wherever_triton_compiles_them_differently():
+    """Compiled kernels are reused by a key of ours, and Triton specializes on more than it is told, as inside tuples."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    try:
+        from triton._C.libtriton import native_specialize_impl
+        from triton.backends.nvidia.compiler import CUDABackend
+    except ImportError:
+        pytest.skip(f"triton {version('triton')} has another specializer than 3.6")
+    numbers = (0, 1, 3, 16, 48, 2**31 - 1, 2**31, 2**31 + 16)
+    arguments = [*numbers, None, *product(numbers), *product(numbers, repeat=2)]
+    for specialize in (True, False):
+        for a, b in combinations(arguments, 2):
+            compiled = [native_specialize_impl(CUDABackend, x, False, specialize, specialize) for x in (a, b)]
+            if compiled[0] != compiled[1]:
+                assert fused_backend._specialization(a) != fused_backend._specialization(b), (a, b, compiled)
 
 
 @pytest.mark.gpu
