@@ -181,6 +181,7 @@ def test_held_out_pieces_are_whole_and_of_one_document(main_job):
     pieces = main_job.held_out_pieces(documents, length=10, most=4)
     assert pieces[:, 0].tolist() == [0, 10, 200, 210]
     assert (pieces.diff() == 1).all()
+    assert main_job.held_out_pieces(documents, length=10, most=2)[:, 0].tolist() == [0, 200]
     with pytest.raises(SystemExit, match=r"no held-out file has 31 tokens \(longest: 30\)"):
         main_job.held_out_pieces(documents, length=31, most=4)
 
