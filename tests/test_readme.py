@@ -1,5 +1,6 @@
 """The README's code runs as it stands: Python blocks in order in one process, converter commands in a shell."""
 
+import csv
 import json
 import os
 import re
@@ -12,7 +13,8 @@ from checkpoints import make_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,12 @@ def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
 
 def test_the_make_targets_that_it_names_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`make (\w+)`", (ROOT / "README.md").read_text())):
+    for target in set(re.findall(r"`make (\w+)`", README)):
         assert f"\n{target}:" in makefile, target
 
 
 def test_the_files_that_it_names_exist():
-    for name in set(
-        re.findall(r"`((?:tests|modeling_longnet|conversion|benchmarks)/[\w/.]*)`", (ROOT / "README.md").read_text())
-    ):
+    for name in set(re.findall(r"`((?:tests|modeling_longnet|conversion|benchmarks)/[\w/.-]*)`", README)):
         assert (ROOT / name).exists(), name
 
 
@@ -80,3 +80,21 @@ def test_the_picture_is_what_the_patterns_reach():
             reached = pattern.reach(position, kv_head=0)
             drawn = "".join(".ox"[reached.count(u)] for u in range(position + 1))
             assert row[columns].rstrip() == drawn, (preset, position)
+
+
+def test_the_speed_table_is_what_the_measurements_say():
+    path = ROOT / "benchmarks" / "results" / "attention_NVIDIA-H200_2026-11-23.csv"
+    rows = csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
+    wanted = {"pass": "forward+backward", "heads": "16", "kv_heads": "16", "head_dim": "128", "layout": "plain"}
+    measured = {
+        (row["attention"], int(row["length"])): (float(row["ms"]), row["extrapolated"])
+        for row in rows
+        if all(row[name] == value for name, value in wanted.items())
+    }
+    table = re.findall(r"^\| ([\d,]+) \| (.*?) \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
+    assert len(table) == 5
+    for tokens, *cells in table:
+        for attention, cell in zip(("dense cudnn", "paper", "retrofit"), cells):
+            ms, extrapolated = measured[attention, int(tokens.replace(",", ""))]
+            assert float(cell.strip("*").replace(",", "")) == pytest.approx(ms, rel=0.01)
+            assert bool(re.fullmatch(r"\*[^*]+\*", cell)) == (extrapolated == "1")
