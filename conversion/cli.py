@@ -14,17 +14,16 @@ from .plan import plan_conversion
 
 DESCRIPTION = """\
 Convert a dense checkpoint (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3) to
-LongNet's dilated attention. The weights keep their bits; with the default preset
-the converted model has the source's logits on every input up to its first
-segment length, which is verified before TARGET appears. TARGET loads with
-trust_remote_code=True where this package is not installed.
+LongNet's dilated attention. The weights keep their bits; with the default
+preset the converted model has the source's logits on every input up to its
+first segment length, which is verified before TARGET appears. TARGET loads
+with trust_remote_code=True where this package is not installed.
 """
 
 EPILOG = """\
 examples:
   longnet-convert TinyLlama/TinyLlama-1.1B-Chat-v1.0 tinyllama-longnet
-  longnet-convert ./llama ./llama-32k --context 32768 \\
-      --rope '{"rope_type": "yarn", "factor": 8.0}'
+  longnet-convert ./llama ./llama-32k --context 32768 --rope yarn
   longnet-convert ./llama ./llama-16k --segment-lengths 2048,8192,16384 \\
       --dilation-rates 1,4,8
 """
@@ -64,11 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
         "more)",
     )
     pattern.add_argument(
+        "--local",
+        type=int,
+        metavar="N",
+        help="first segment (default: the source's trained context or sliding window, at most 4096)",
+    )
+    pattern.add_argument(
         "--segment-lengths",
         type=_integers,
         metavar="W,W,...",
-        help="tokens per branch (default: the source's trained context, at most 4096, doubled until a segment covers "
-        "the context)",
+        help="tokens per branch (default: the first segment, doubled until one covers the context)",
     )
     pattern.add_argument(
         "--dilation-rates",
@@ -80,14 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--rope",
         "--rope-parameters",
         dest="rope_parameters",
-        type=_json_object,
-        metavar="JSON",
-        help="new RoPE settings, transformers' rope_parameters (default: the source's)",
+        type=_rope,
+        metavar="WORD|JSON",
+        help="yarn, linear, llama3 or ntk, stretched by context over trained context; none (default): as the source; "
+        "or transformers' rope_parameters",
+    )
+    pattern.add_argument(
+        "--dense-layers",
+        type=_integers,
+        default=(),
+        metavar="I,I,...",
+        help="layers, counted from 0, that keep ordinary attention (default: none)",
     )
 
     output = parser.add_argument_group("output")
     output.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
+    )
+    output.add_argument(
+        "--dtype", metavar="DTYPE", help="round weights to float32, float16 or bfloat16 (default: keep their bits)"
+    )
+    output.add_argument("--revision", help="branch, tag or commit of a SOURCE on the Hub")
+    output.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the finished TARGET to REPO (created, private, if new)"
     )
     output.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at TARGET")
     output.add_argument(
@@ -107,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("default" if debug else "ignore")
     try:
         if dry_run:
-            planning = options.keys() - {"target", "overwrite", "verify"}
+            planning = options.keys() - {"target", "overwrite", "verify", "push_to_hub"}
             print(plan_conversion(**{name: options[name] for name in planning}).describe())
             return 0
         convert_checkpoint(**options, progress=not quiet)
@@ -132,7 +151,9 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 2048,4096,8192") from None
 
 
-def _json_object(text: str) -> dict:
+def _rope(text: str) -> dict | str:
+    if text.isalnum():
+        return text
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -4,16 +4,10 @@ Nothing is written before everything that can be known from headers and config i
 (renamed into place) before the written model has given the source's logits.
 """
 
-import dataclasses
 import hashlib
 import json
-import platform
-import shutil
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -28,10 +22,23 @@ from modeling_longnet import (
 )
 
 from .atomic_folder import atomic_folder, check_target
+from .hub import check_repo_id, push_folder
 from .model_card import fill_model_card
-from .plan import CARRIED_FILES, Plan, dtype_name, pattern_fields, plan_conversion, short_number
-from .verify import MAX_TOKENS, Verification, compare_logits, dense_length, skeleton, verification_tokens
-from .weights import DTYPES, copy_bytes, copy_weights, files_are_kept, read_json, read_weights
+from .plan import Plan, dtype_name, pattern_fields, plan_conversion
+from .steps import (
+    carry_files,
+    check_apart,
+    check_space,
+    command_line,
+    describe_outcome,
+    describe_verification,
+    hash_files,
+    progress_bar,
+    verify_logits,
+    versions,
+)
+from .verify import MAX_TOKENS, StoredModel, Verification, dense_length, skeleton, verification_tokens
+from .weights import DTYPES, copy_weights, files_are_kept, read_json, read_weights
 
 
 LOADABLE_AS = (
@@ -50,21 +57,28 @@ def convert_checkpoint(
     preset: str = "retrofit",
     segment_lengths: list[int] | tuple[int, ...] | None = None,
     dilation_rates: list[int] | tuple[int, ...] | None = None,
-    rope_parameters: dict | None = None,
+    dense_layers: list[int] | tuple[int, ...] = (),
+    rope_parameters: dict | str | None = None,
     max_position_embeddings: int | None = None,
+    local: int | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
+    revision: str | None = None,
+    push_to_hub: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
     """Convert a dense checkpoint to a LongNet checkpoint that loads without this package installed.
 
-    The weights keep their bits, and their names but for fused projections. With preset ``retrofit`` the converted model has the source's logits on
-    every input of at most ``w_0`` tokens, and is verified to. ``target`` appears complete or not at all, whenever the
-    process is killed. Tokenizer, chat template and generation config are carried along byte for byte.
+    The weights keep their bits, and their names where LongNet has the same modules. With preset ``retrofit`` the
+    converted model has the source's logits on every input of at most ``w_0`` tokens, and is verified to. ``target``
+    appears complete or not at all, whenever the process is killed. Tokenizer, chat template and generation config are
+    carried along byte for byte.
 
     Without ``segment_lengths`` the pattern is geometric: ``w_0`` is the trained context of the source (4,096 where it
-    was trained for more), doubled, with rates 1, 2, 4, ..., until a segment covers ``max_position_embeddings``.
+    was trained for more, and its sliding window where it has a shorter one), doubled, with rates 1, 2, 4, ..., until a
+    segment covers ``max_position_embeddings``.
 
     Args:
         source: folder, or model id on the Hugging Face Hub. Its own code is never run.
@@ -72,11 +86,18 @@ def convert_checkpoint(
         preset: ``"retrofit"``, ``"paper"`` or ``"torchscale"``.
         segment_lengths: tokens per branch.
         dilation_rates: one per branch; ``w_i / w_0`` if None.
+        dense_layers: indices of layers that keep ordinary attention, and an unbounded KV cache.
         rope_parameters: new RoPE settings in transformers' form, such as ``{"rope_type": "yarn", "factor": 4.0}``;
-            what they leave out (theta, original length) comes from the source. None keeps the source's.
+            what they leave out (theta, original length) comes from the source. Or a word: ``"yarn"``, ``"linear"`` or
+            ``"llama3"`` with the factor ``max_position_embeddings`` / trained context; ``"ntk"``, plain RoPE with theta
+            times that factor to the power of d / (d - 2) for heads of d; ``"none"`` or None keeps the source's.
         max_position_embeddings: context of the target; if None the source's, or four times ``w_0`` where that is more.
+        local: ``w_0``, in place of ``segment_lengths``.
         max_shard_size: largest weight file, bytes or e.g. ``"5GB"``; one larger tensor gets a file of its own.
-        verify: compare logits of source and target in float32 before ``target`` appears.
+        dtype: round the weights to ``"float32"``, ``"float16"`` or ``"bfloat16"``; None keeps their bits.
+        revision: branch, tag or commit of a source on the Hub.
+        push_to_hub: repository to upload the finished target to; created, private, if it does not exist.
+        verify: compare logits of source and target, in float32 and the checkpoint's dtype, before ``target`` appears.
         overwrite: replace an existing checkpoint at ``target``, in one step at the end.
         progress: print the plan to stdout and progress bars to stderr.
 
@@ -87,51 +108,46 @@ def convert_checkpoint(
         ValueError: if the source cannot be converted, the target may not be written, an option does not fit, or the
             logits differ.
     """
+    planning = {
+        "preset": preset,
+        "segment_lengths": segment_lengths,
+        "dilation_rates": dilation_rates,
+        "dense_layers": dense_layers,
+        "rope_parameters": rope_parameters,
+        "max_position_embeddings": max_position_embeddings,
+        "local": local,
+        "max_shard_size": max_shard_size,
+        "dtype": dtype,
+        "revision": revision,
+    }
+    command = command_line(
+        source, target, planning | {"push_to_hub": push_to_hub, "no_verify": not verify, "overwrite": overwrite}
+    )
     target = Path(target).resolve()
     check_target(target, overwrite)
-    plan = plan_conversion(
-        source,
-        preset=preset,
-        segment_lengths=segment_lengths,
-        dilation_rates=dilation_rates,
-        rope_parameters=rope_parameters,
-        max_position_embeddings=max_position_embeddings,
-        max_shard_size=max_shard_size,
-    )
-    _check_apart(plan.source, target)
+    check_repo_id(push_to_hub)
+    plan = plan_conversion(source, **planning)
+    check_apart(plan.source, target)
     if progress:
         print(plan.describe(), flush=True)
     with atomic_folder(target, overwrite) as folder:
-        _check_space(folder, plan.num_bytes)
-        weight_files = _write_weights(plan, folder, progress)
+        check_space(folder, plan.num_bytes)
+        with progress_bar("writing weights", plan.num_bytes, progress) as bar:
+            weight_files = copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update, plan.dtype)
         _write_config_and_code(plan, folder)
-        _carry_files(plan, folder)
+        carry_files(plan.source, folder)
+        _write_generation_config(plan, folder)
         verification = _verify(plan, folder, progress) if verify else None
-        report = _report(plan, folder, weight_files, verification)
+        report = {"command": command, **_report(plan, folder, hash_files(weight_files, progress), verification)}
         (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(fill_model_card(plan, report), encoding="utf-8")
     if progress:
-        print(f"verified   {_outcome(verification)}\nwrote      {target}")
+        print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
+    if push_to_hub is not None:
+        push_folder(target, push_to_hub, f"Convert {plan.name} to LongNet")
+        if progress:
+            print(f"uploaded   {push_to_hub}")
     return report
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    source, target = source.resolve(), target.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ValueError(f"the target {target} and the source {source} must not be or contain one another")
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise ValueError(
-            f"{folder.parent} has {short_number(free)}B free, but the weights need {short_number(num_bytes)}B"
-        )
-
-
-def _write_weights(plan: Plan, folder: Path, progress: bool) -> list[Path]:
-    with _progress_bar("writing weights", plan.num_bytes, progress) as bar:
-        return copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update)
 
 
 def _write_config_and_code(plan: Plan, folder: Path) -> None:
@@ -144,13 +160,7 @@ def _write_config_and_code(plan: Plan, folder: Path) -> None:
     plan.config.save_pretrained(folder)
 
 
-def _carry_files(plan: Plan, folder: Path) -> None:
-    for path in sorted(path for pattern in CARRIED_FILES for path in plan.source.glob(pattern)):
-        carried = folder / path.relative_to(plan.source)
-        if path.is_file() and path.suffix != ".py" and not carried.exists():
-            carried.parent.mkdir(exist_ok=True)
-            with open(path, "rb") as source, open(carried, "xb") as target:
-                copy_bytes(source, target, path.stat().st_size)
+def _write_generation_config(plan: Plan, folder: Path) -> None:
     if not (folder / "generation_config.json").exists():
         # Old checkpoints keep such settings in config.json, where transformers no longer writes them.
         fields = read_json(plan.source / "config.json")
@@ -163,72 +173,40 @@ def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
     Raises:
         ValueError: if they differ.
     """
-    written = read_weights(folder)
     config = LongNetConfig.from_pretrained(folder)
     same = dense_length(config.pattern)
-    token_ids, text = verification_tokens(plan.source, config.vocab_size, _verifiable_length(plan, same))
+    limits = (same, plan.trained_context, plan.window, MAX_TOKENS)
+    token_ids, text = verification_tokens(plan.source, config.vocab_size, min(limit for limit in limits if limit))
     if not same:
-        dense = DilationPattern((token_ids.shape[1],), (1,))
-        for name, value in pattern_fields(dense).items():
+        for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
             setattr(config, name, value)
-    source = (plan.family.model_class, plan.reference_config, plan.source_tensors)
-    target = (LongNetForCausalLM, config, written)
-    for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
-        with _progress_bar("verifying logits", 2 * plan.num_bytes, progress) as bar:
-            errors = compare_logits(source, target, token_ids, bar.update)
-        verification = Verification(token_ids.shape[1], text, pattern_used=bool(same), **errors)
-        if verification.passed:
-            return verification
-    raise ValueError(
-        f"the converted model's logits differ from the source's by {verification.max_error:.3g} "
-        f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed); nothing was written"
-    )
+    source = StoredModel(plan.family.model_class, plan.reference_config, plan.source_tensors, plan.dtype)
+    target = StoredModel(LongNetForCausalLM, config, read_weights(folder))
+    return verify_logits(source, target, token_ids, text, bool(same), progress)
 
 
-def _verifiable_length(plan: Plan, dense_length: int) -> int:
-    """Return the most tokens on which source and target are to be compared."""
-    limits = (dense_length, plan.trained_context, plan.window, MAX_TOKENS)
-    return min(limit for limit in limits if limit)
-
-
-def _outcome(verification: Verification | None) -> str:
-    if verification is None:
-        return "no, as asked"
-    outcome = f"logits differ by at most {verification.max_error:.2g} on {verification.num_tokens} tokens"
-    if verification.num_not_finite:
-        outcome += f"; {verification.num_not_finite:,} are not finite in either model: look for NaN weights"
-    return outcome
-
-
-def _report(plan: Plan, folder: Path, weight_files: list[Path], verification: Verification | None) -> dict:
-    config = (folder / "config.json").read_bytes()
-    report = {
+def _report(plan: Plan, folder: Path, weight_files: dict, verification: Verification | None) -> dict:
+    config = plan.config
+    return {
         "source": {"name": plan.name, "revision": plan.revision, "architecture": plan.family.architecture},
-        "pattern": {"preset": plan.preset, **pattern_fields(plan.config.pattern)},
+        "pattern": {
+            "preset": plan.preset,
+            **pattern_fields(config.pattern),
+            "dense_layers": list(config.dense_layers),
+        },
         "trained_context": plan.trained_context,
-        "max_position_embeddings": plan.config.max_position_embeddings,
-        "rope_parameters": plan.config.rope_parameters,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_parameters": config.rope_parameters,
         "weights": {
             "num_tensors": len(plan.tensors),
             "num_bytes": plan.num_bytes,
-            "dtypes": sorted({dtype_name(DTYPES[tensor.dtype]) for tensor in plan.tensors.values()}),
-            "files": {path.name: path.stat().st_size for path in weight_files},
-            "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size),
+            "dtypes": sorted({dtype_name(DTYPES[plan.dtype or tensor.dtype]) for tensor in plan.tensors.values()}),
+            "files": weight_files,
+            "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size, plan.dtype),
         },
-        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         "costs": plan.costs(),
-        "verification": None,
+        "verification": describe_verification(verification),
         "notes": list(plan.notes),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "safetensors", "huggingface_hub")},
+        "versions": versions(),
     }
-    if verification is not None:
-        report["verification"] = dataclasses.asdict(verification) | {"relative_error": verification.relative_error}
-    return report
-
-
-def _progress_bar(title: str, num_bytes: int, progress: bool) -> tqdm:
-    # disable=None hides the bar where stderr is not a terminal.
-    return tqdm(
-        total=num_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None if progress else True
-    )

@@ -39,7 +39,7 @@ def fill_model_card(plan: Plan, report: dict) -> str:
         tags=["longnet", "dilated-attention", "long-context", "custom_code"],
         **inherited,
     )
-    pattern, costs = plan.config.pattern, report["costs"]
+    pattern, costs, dense_layers = plan.config.pattern, report["costs"], report["pattern"]["dense_layers"]
     template = Template(files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8"))
     return template.substitute(
         metadata=metadata.to_yaml(),
@@ -48,6 +48,9 @@ def fill_model_card(plan: Plan, report: dict) -> str:
         revision=f", revision `{plan.revision}`" if on_hub else "",
         architecture=plan.family.architecture,
         license=_license_sentence(inherited),
+        weights="bit for bit" if plan.dtype is None else f"rounded to {', '.join(report['weights']['dtypes'])}",
+        growth="linearly" if not dense_layers else "linearly but for the dense layers",
+        dense_layers=_dense_sentence(dense_layers),
         preset=plan.preset,
         branches="\n".join(f"| {w:,} | {r} |" for w, r in pattern.branches),
         head_offsets=pattern.head_offsets,
@@ -72,6 +75,14 @@ def _card_data(path: Path) -> dict:
         return {}
 
 
+def _dense_sentence(dense_layers: list[int]) -> str:
+    if not dense_layers:
+        return ""
+    listed = ", ".join(map(str, dense_layers))
+    layers = f"Layer {listed} keeps" if len(dense_layers) == 1 else f"Layers {listed} keep"
+    return f"\n{layers} ordinary attention over the whole context."
+
+
 def _license_sentence(inherited: dict) -> str:
     if "license" not in inherited:
         return "The source's card states no licence; the terms of the source apply to these weights."
@@ -83,10 +94,16 @@ def _license_sentence(inherited: dict) -> str:
 def _verification_sentence(verification: dict | None, first_segment: int) -> str:
     if verification is None:
         return "The conversion was run without verification."
+    own = ""
+    if rounded := verification["own_dtype"]:
+        own = (
+            f"; in {rounded['dtype']} the two differ by at most {rounded['max_error']:.2g}, and from the float32 logits "
+            f"by {rounded['source_rounding']:.2g} (source) and {rounded['target_rounding']:.2g} (root mean square)"
+        )
     compared = (
         f"the logits of source and converted model were compared in float32 on {verification['num_tokens']} tokens "
         f"({verification['text']}): the largest difference is {verification['max_error']:.2g}, where the largest logit "
-        f"is {verification['max_logit']:.3g}. Mean loss: source {verification['source_loss']:.4f}, converted "
+        f"is {verification['max_logit']:.3g}{own}. Mean loss: source {verification['source_loss']:.4f}, converted "
         f"{verification['target_loss']:.4f} nats per token"
     )
     if verification["num_not_finite"]:

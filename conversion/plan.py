@@ -1,19 +1,20 @@
 """What a conversion will do: the source read and checked, the pattern chosen, the costs counted; nothing written."""
 
+import copy
 import dataclasses
-import re
 import textwrap
 from collections import Counter
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
 from .families import Family, find_family, sliding_window
+from .hub import find_folder
+from .steps import DOWNLOADED_FILES, short_number
 from .verify import dense_length, skeleton
 from .weights import (
     DTYPES,
@@ -32,21 +33,7 @@ from .weights import (
 LONGEST_LOCAL_SEGMENT = 4096
 DEFAULT_STRETCH = 4
 
-CARRIED_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+ROPE_WORDS = ("yarn", "linear", "ntk", "llama3", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +54,7 @@ class Plan:
         window: tokens back that every layer of the source attends, None if there is no limit.
         reference_config: the source's config with the target's RoPE, whose logits the target must have.
         max_shard_size: as given to ``convert_checkpoint``.
+        dtype: what to round the weights to, as safetensors spells it; None keeps their bits.
         notes: what the user should know.
     """
 
@@ -83,11 +71,13 @@ class Plan:
     window: int | None
     reference_config: PreTrainedConfig
     max_shard_size: int | str
+    dtype: str | None
     notes: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
-        return total_bytes(self.tensors.values())
+        """Bytes of weights to write."""
+        return total_bytes(self.tensors.values(), self.dtype)
 
     @property
     def context(self) -> int:
@@ -105,27 +95,33 @@ class Plan:
     def costs(self) -> dict[str, int]:
         """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
         config, length = self.config, self.context
-        num_kv_heads = config.num_key_value_heads
-        entry_bytes = 2 * config.head_dim * num_kv_heads * config.num_hidden_layers * _dtype(config.dtype).itemsize
+        heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        entry_bytes = 2 * config.head_dim * num_kv_heads * _dtype(config.dtype).itemsize
+        layers = range(config.num_hidden_layers)
         dense = DilationPattern((length,), (1,))
         costs = {"length": length}
-        for name, pattern in (("pattern", config.pattern), ("dense", dense)):
-            per_layer = pattern.attention_flops(
-                length, config.num_attention_heads, config.head_dim, num_kv_heads=num_kv_heads
+        for name, patterns in (
+            ("pattern", [config.layer_pattern(i) for i in layers]),
+            ("dense", [dense for _ in layers]),
+        ):
+            costs[f"{name}_attention_flops"] = sum(
+                pattern.attention_flops(length, heads, config.head_dim, num_kv_heads=num_kv_heads)
+                for pattern in patterns
             )
-            costs[f"{name}_attention_flops"] = per_layer * config.num_hidden_layers
-            costs[f"{name}_kv_bytes"] = pattern.cache_entries(length) * entry_bytes
+            costs[f"{name}_kv_bytes"] = sum(pattern.cache_entries(length) for pattern in patterns) * entry_bytes
         return costs
 
     def describe(self) -> str:
         """Say in a few lines, at most 80 columns each, what will be converted to what, and what it costs."""
         pattern, rope, costs = self.config.pattern, self.config.rope_parameters, self.costs()
+        dense_layers = self.config.dense_layers
         files = len(files_of(self.tensors))
-        if files_are_kept(self.tensors, self.max_shard_size):
+        if files_are_kept(self.tensors, self.max_shard_size, self.dtype):
             weights = f"{_count(files, 'file')}, copied unchanged"
         else:
-            shards = len(shard_layout(self.tensors, self.max_shard_size))
-            weights = f"{_count(files, 'file')} laid out anew as {shards}, bits unchanged"
+            shards = len(shard_layout(self.tensors, self.max_shard_size, self.dtype))
+            bits = "bits unchanged" if self.dtype is None else dtype_name(DTYPES[self.dtype])
+            weights = f"{_count(files, 'file')} laid out anew as {shards}, {bits}"
         stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
         flops, dense_flops = costs["pattern_attention_flops"], costs["dense_attention_flops"]
         kv, dense_kv = costs["pattern_kv_bytes"], costs["dense_kv_bytes"]
@@ -136,6 +132,7 @@ class Plan:
             f"preset     {self.preset}",
             f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
             f"rates      {', '.join(map(str, pattern.dilation_rates))}",
+            *([f"dense      layers {_listed(dense_layers)}"] if dense_layers else []),
             f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}",
             f"at {self.context:,} tokens:",
             f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
@@ -151,15 +148,22 @@ def plan_conversion(
     preset: str = "retrofit",
     segment_lengths: list[int] | tuple[int, ...] | None = None,
     dilation_rates: list[int] | tuple[int, ...] | None = None,
-    rope_parameters: dict | None = None,
+    dense_layers: list[int] | tuple[int, ...] = (),
+    rope_parameters: dict | str | None = None,
     max_position_embeddings: int | None = None,
+    local: int | None = None,
     max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
+    revision: str | None = None,
 ) -> Plan:
     """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
 
     Args and errors are those of ``convert_checkpoint``.
     """
-    folder, revision = _source_folder(source)
+    dtype = _written_dtype(dtype)
+    folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
     fields = read_json(folder / "config.json")
     family = find_family(fields)
     source_config = family.read_config(fields)
@@ -175,16 +179,18 @@ def plan_conversion(
         ) from error
     match_weights(source_model, source_tensors)
     tensors = family.to_longnet(source_config, source_tensors)
-    shard_layout(tensors, max_shard_size)
+    shard_layout(tensors, max_shard_size, dtype)
 
     trained, window = _trained_context(source_config), sliding_window(source_config)
     pattern, context = _choose_pattern(
-        source_config, trained, window, preset, segment_lengths, dilation_rates, max_position_embeddings
+        source_config, trained, window, preset, segment_lengths, dilation_rates, local, max_position_embeddings
     )
+    if isinstance(rope_parameters, str):
+        rope_parameters = _rope_from_word(rope_parameters, source_config, trained, context)
     rope = _rope_parameters(source_config, rope_parameters, trained)
     # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
     position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
-    reference_config = source_config
+    reference_config = copy.deepcopy(source_config)
     if rope_parameters is not None:
         try:
             reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
@@ -196,11 +202,14 @@ def plan_conversion(
     dtypes = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_bytes
-    dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
+    own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
     longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": rope,
         "max_position_embeddings": position_embeddings,
-        "dtype": dtype,
+        "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
+        "dense_layers": dense_layers,
+        "trained_context": trained,
+        "source_config": fields,
         **pattern_fields(pattern),
     }
     try:
@@ -209,10 +218,11 @@ def plan_conversion(
         raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
     config.architectures = [LongNetForCausalLM.__name__]
     match_weights(skeleton(LongNetForCausalLM, config), tensors)
+    reference_config.dtype = config.dtype
     return Plan(
         source=folder,
         name=str(source),
-        revision=revision,
+        revision=commit,
         family=family,
         source_config=source_config,
         source_tensors=source_tensors,
@@ -223,26 +233,19 @@ def plan_conversion(
         window=window,
         reference_config=reference_config,
         max_shard_size=max_shard_size,
-        notes=tuple(_notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters)),
+        dtype=dtype if dtypes.keys() != {dtype} else None,
+        notes=tuple(
+            _notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters, dtype)
+        ),
     )
 
 
-def _source_folder(source: str | Path) -> tuple[Path, str | None]:
-    """Return the folder of a source and, for a Hub source, its commit."""
-    folder = Path(source)
-    if folder.is_dir():
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise ValueError(f"{source} is an adapter; merge it into its base model and convert that")
-        return folder.absolute(), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or folder.exists():
-        raise ValueError(f"the source {source} is not a folder")
-    try:
-        patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES]
-        snapshot = Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # whatever the network, the Hub's answer or its cache come up with
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{source} is neither a folder nor a model that the Hub hands out: {reason}") from error
-    return snapshot, snapshot.name
+def _written_dtype(name: str | None) -> str | None:
+    """Return safetensors' spelling of a dtype given as ``"bfloat16"``."""
+    spelled = {dtype_name(dtype): spelling for spelling, dtype in DTYPES.items()}
+    if name is not None and name not in spelled:
+        raise ValueError(f"dtype must be one of {', '.join(spelled)}, got {name!r}")
+    return spelled.get(name)
 
 
 def _trained_context(config: PreTrainedConfig) -> int:
@@ -258,20 +261,26 @@ def _choose_pattern(
     preset: str,
     segment_lengths: list[int] | tuple[int, ...] | None,
     dilation_rates: list[int] | tuple[int, ...] | None,
+    local: int | None,
     context: int | None,
 ) -> tuple[DilationPattern, int]:
     """Return the pattern and the target's context."""
-    if context is not None and (isinstance(context, bool) or not isinstance(context, int) or context < 1):
-        raise ValueError(f"max_position_embeddings must be a positive integer, got {context!r}")
+    for name, number in (("max_position_embeddings", context), ("local", local)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be a positive integer, got {number!r}")
     if segment_lengths is None:
         if dilation_rates is not None:
             raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
-        local = min(trained, LONGEST_LOCAL_SEGMENT, window or trained)
+        local = local or min(trained, LONGEST_LOCAL_SEGMENT, window or trained)
         context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
         last = local
         while last < context:
             last *= 2
-        return DilationPattern.geometric(local, last, preset=preset), context
+        pattern = DilationPattern.geometric(local, last, preset=preset)
+        _check_window(pattern, window)
+        return pattern, context
+    if local is not None:
+        raise ValueError(f"local {local} and segment_lengths {list(segment_lengths)} both set the first; give one")
     if dilation_rates is None:
         first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
         if any(w % first for w in segment_lengths):
@@ -281,12 +290,36 @@ def _choose_pattern(
             )
         dilation_rates = [w // first for w in segment_lengths]
     pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    _check_window(pattern, window)
+    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
+
+
+def _check_window(pattern: DilationPattern, window: int | None) -> None:
     if window and dense_length(pattern) > window:
         raise ValueError(
             f"the source attends in a sliding window of {window} tokens, so it is not this pattern on up to "
             f"{pattern.segment_lengths[0]} tokens; choose a first segment of at most {window}"
         )
-    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
+
+
+def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: int) -> dict | None:
+    """Write out what a word means for RoPE when the trained context is stretched to ``context``."""
+    if word not in ROPE_WORDS:
+        raise ValueError(f"rope_parameters must be a dict or one of {', '.join(ROPE_WORDS)}, got {word!r}")
+    if word == "none":
+        return None
+    if context <= trained:
+        raise ValueError(
+            f"RoPE {word} has nothing to stretch: the context of {context} tokens is not longer than the {trained} that "
+            "the source was trained for; give a longer one (--context)"
+        )
+    factor = context / trained
+    if word == "ntk":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        theta = config.rope_parameters["rope_theta"] * factor ** (head_dim / (head_dim - 2))
+        return {"rope_type": "default", "rope_theta": theta}
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
+    return {"rope_type": word, "factor": factor, **bands}
 
 
 def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
@@ -314,6 +347,7 @@ def _notes(
     source_context: int,
     dtypes: Counter,
     rope_parameters: dict | None,
+    written: str | None,
 ) -> list[str]:
     """Say what may surprise, one line each."""
     notes = []
@@ -330,7 +364,9 @@ def _notes(
             "tokens at the other offsets"
         )
     stored = ", ".join(dtype_name(DTYPES[dtype]) for dtype in dtypes)
-    if stored != dtype_name(config.dtype):
+    if written is not None and dtypes.keys() != {written}:
+        notes.append(f"weights are stored as {stored} and rounded to {dtype_name(config.dtype)}")
+    elif stored != dtype_name(config.dtype):
         notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
     if fields.get("auto_map"):
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
@@ -354,12 +390,8 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def short_number(number: float) -> str:
-    """Write a number with three digits and a unit prefix: 1.23 G."""
-    power = 0
-    while number >= 999.5 and power < 6:
-        number, power = number / 1000, power + 1
-    return f"{number:.3g} {' kMGTPE'[power].strip()}"
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _count(number: int, thing: str) -> str:

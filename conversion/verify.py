@@ -1,7 +1,7 @@
 """Proof that a conversion kept the model: source and target must give the same logits on a real text.
 
 Both models are built without weights; for the time of its forward, and only then, each module's weights are read from
-the safetensors files into one float32 buffer that all modules share. Memory is then that of the largest single module,
+the safetensors files into one buffer that all modules share. Memory is then that of the largest single module,
 so a checkpoint far larger than the machine's memory can be verified.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from modeling_longnet import DilationPattern
 
-from .weights import StoredTensor, match_weights, read_tensor
+from .weights import DTYPES, StoredTensor, match_weights, read_tensor
 
 
 MAX_TOKENS = 512
@@ -54,8 +54,48 @@ benches, clinched to desks. How then is this? Are the green fields gone? What do
 
 
 @dataclass(frozen=True)
+class StoredModel:
+    """A model whose weights lie in files.
+
+    Args:
+        model_class: what to build.
+        config: of the model; its dtype is the model's own.
+        tensors: its weights, by name.
+        rounded_to: dtype, as safetensors spells it, that weights are rounded to when read; None: as they are stored.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    tensors: dict[str, StoredTensor]
+    rounded_to: str | None = None
+
+    @property
+    def compute_dtypes(self) -> list[torch.dtype]:
+        """float32, and the model's own dtype if that is another."""
+        own = self.config.dtype or torch.float32
+        own = getattr(torch, own) if isinstance(own, str) else own
+        return list(dict.fromkeys((torch.float32, own)))
+
+
+@dataclass(frozen=True)
+class OwnDtype:
+    """How source and target compare when both compute in the checkpoint's own dtype.
+
+    Args:
+        dtype: such as ``"bfloat16"``.
+        max_error: largest absolute difference of two logits.
+        source_rounding, target_rounding: root mean square of each model's distance from the source in float32.
+    """
+
+    dtype: str
+    max_error: float
+    source_rounding: float
+    target_rounding: float
+
+
+@dataclass(frozen=True)
 class Verification:
-    """How far the target's logits are from the source's.
+    """How far the target's logits are from the source's, in float32 unless said otherwise.
 
     Args:
         num_tokens: length of the text compared.
@@ -64,6 +104,7 @@ class Verification:
         max_logit: largest absolute logit of the source.
         source_loss, target_loss: mean negative log-likelihood of the text, nats per token.
         num_not_finite: how many of the source's logits are infinite or NaN, as they are when weights are.
+        own_dtype: the comparison in the checkpoint's own dtype, None if that is float32.
         pattern_used: False if the target was run with one dense branch, because its own pattern is not the source's
             attention on short inputs.
     """
@@ -75,7 +116,8 @@ class Verification:
     source_loss: float
     target_loss: float
     num_not_finite: int
-    pattern_used: bool
+    own_dtype: OwnDtype | None = None
+    pattern_used: bool = True
     tolerance: float = TOLERANCE
 
     @property
@@ -84,7 +126,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return self.relative_error <= self.tolerance
+        """Whether the logits agree in float32, and in the own dtype as far as rounding lets the source itself."""
+        if self.relative_error > self.tolerance:
+            return False
+        own, slack = self.own_dtype, self.tolerance * self.max_logit
+        return own is None or own.target_rounding <= 2 * own.source_rounding + slack
 
 
 def dense_length(pattern: DilationPattern) -> int:
@@ -118,57 +164,84 @@ def verification_tokens(source: Path, vocab_size: int, max_tokens: int) -> tuple
 
 
 def compare_logits(
-    source: tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, StoredTensor]],
-    target: tuple[type[PreTrainedModel], PreTrainedConfig, dict[str, StoredTensor]],
+    source: StoredModel,
+    target: StoredModel,
     token_ids: Tensor,
+    text: str,
+    pattern_used: bool = True,
     advance: Callable[[int], object] = lambda num_bytes: None,
-) -> dict[str, float]:
-    """Run two stored models on the same tokens in float32 and compare their logits.
+) -> Verification:
+    """Run two stored models on the same tokens, in float32 and in the source's own dtype, and compare their logits.
+
+    Logits that are not finite must be so in both models, else ``max_error`` is infinite; they do not count otherwise.
 
     Args:
-        source, target: model class, config and stored weights.
+        source, target: the models.
         token_ids: ``[1, L]`` int64.
+        text: what the tokens are.
+        pattern_used: False if the LongNet model was given one dense branch for this.
         advance: called with every number of bytes of weights read.
-
-    Returns:
-        The numbers of ``Verification`` by name. Logits that are not finite must be so in both models, else
-        ``max_error`` is infinite; they do not count otherwise.
     """
-    source_logits = _run(*source, token_ids, advance)  # [L, vocabulary]
-    target_logits = _run(*target, token_ids, advance)
     num_tokens = token_ids.shape[1]
     labels = token_ids[0].roll(-1)
     labels[-1] = -100  # nothing follows the last token
-    max_error = max_logit = source_loss = target_loss = 0.0
+    exact = _run(source, token_ids, torch.float32, advance)  # [L, vocabulary]
+    ours = _run(target, token_ids, torch.float32, advance)
+    max_logit = source_loss = target_loss = 0.0
     num_not_finite = 0
-    for rows in range(0, num_tokens, 64):  # a few rows at a time, for the sake of memory
-        ours, theirs, next_ids = (x[rows : rows + 64] for x in (target_logits, source_logits, labels))
+    for theirs, mine, next_ids in _rows(exact, ours, labels):
         finite = theirs.isfinite()
         num_not_finite += int(finite.logical_not().sum())
-        error = (ours - theirs).where(finite, 0.0).abs().max() if torch.equal(finite, ours.isfinite()) else torch.inf
-        max_error = max(max_error, float(error))
         max_logit = max(max_logit, float(theirs.where(finite, 0.0).abs().max()))
         source_loss += float(F.cross_entropy(theirs, next_ids, reduction="sum")) / max(num_tokens - 1, 1)
-        target_loss += float(F.cross_entropy(ours, next_ids, reduction="sum")) / max(num_tokens - 1, 1)
-    return {
-        "max_error": max_error,
-        "max_logit": max_logit,
-        "source_loss": source_loss,
-        "target_loss": target_loss,
-        "num_not_finite": num_not_finite,
-    }
+        target_loss += float(F.cross_entropy(mine, next_ids, reduction="sum")) / max(num_tokens - 1, 1)
+    max_error, _ = _distance(exact, ours)
+    del ours  # gigabytes where the vocabulary is large
+
+    own_dtype = None
+    for dtype in source.compute_dtypes[1:]:
+        theirs, mine = (_run(model, token_ids, dtype, advance) for model in (source, target))
+        own_dtype = OwnDtype(
+            dtype=str(dtype).removeprefix("torch."),
+            max_error=_distance(theirs, mine)[0],
+            source_rounding=_distance(exact, theirs)[1],
+            target_rounding=_distance(exact, mine)[1],
+        )
+    return Verification(
+        num_tokens,
+        text,
+        max_error,
+        max_logit,
+        source_loss,
+        target_loss,
+        num_not_finite,
+        own_dtype,
+        pattern_used,
+    )
 
 
-def _run(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    weights: dict[str, StoredTensor],
-    token_ids: Tensor,
-    advance: Callable[[int], object],
-) -> Tensor:
-    model = skeleton(model_class, config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are computed, not stored
-    with torch.no_grad(), _borrowed_weights(model.eval(), weights, advance):
+def _distance(expected: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Return the largest and the root mean square difference of finite logits ``[L, vocabulary]``."""
+    largest = total = 0.0
+    for theirs, mine in _rows(expected, logits):
+        finite = theirs.isfinite()
+        if not torch.equal(finite, mine.isfinite()):
+            return math.inf, math.inf
+        difference = (mine.float() - theirs.float()).where(finite, 0.0)
+        largest = max(largest, float(difference.abs().max()))
+        total += float(difference.square().sum())
+    return largest, math.sqrt(total / expected.numel())
+
+
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Give a few rows of each tensor at a time, for the sake of memory."""
+    return zip(*(tensor.split(64) for tensor in tensors))
+
+
+def _run(stored: StoredModel, token_ids: Tensor, dtype: torch.dtype, advance: Callable[[int], object]) -> Tensor:
+    model = skeleton(stored.model_class, stored.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(stored.config)  # its frequencies are computed, not stored
+    with torch.no_grad(), _borrowed_weights(model.eval(), stored, dtype, advance):
         return model(token_ids, use_cache=False).logits[0]  # [L, vocabulary]
 
 
@@ -180,17 +253,18 @@ def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
 
 @contextlib.contextmanager
 def _borrowed_weights(
-    model: nn.Module, weights: dict[str, StoredTensor], advance: Callable[[int], object]
+    model: nn.Module, source: StoredModel, dtype: torch.dtype, advance: Callable[[int], object]
 ) -> Iterator[None]:
-    """Let each module's parameters be its stored weights, in float32, for the time of its forward only."""
-    stored = match_weights(model, weights)
+    """Let each module's parameters be its stored weights, in ``dtype``, for the time of its forward only."""
+    stored = match_weights(model, source.tensors)
     owned = {
         module: {name: stored[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)}
         for path, module in model.named_modules()
     }
     longest = max(sum(math.prod(tensor.shape) for tensor in own.values()) for own in owned.values())
     largest = max(tensor.num_bytes for tensor in stored.values())
-    lender = _Lender(torch.empty(longest, dtype=torch.float32), torch.empty(largest, dtype=torch.uint8), advance)
+    buffers = torch.empty(longest, dtype=dtype), torch.empty(largest, dtype=torch.uint8)
+    lender = _Lender(*buffers, DTYPES.get(source.rounded_to), advance)
     hooks = []
     for module, own in owned.items():
         if own:
@@ -207,8 +281,9 @@ def _borrowed_weights(
 class _Lender:
     """Two buffers that hold the weights of one module at a time."""
 
-    weights: Tensor  # float32
+    weights: Tensor
     stored: Tensor  # bytes as in the file
+    rounded_to: torch.dtype | None
     advance: Callable[[int], object]
 
     def lend(self, own: dict[str, StoredTensor], module: nn.Module, arguments: tuple) -> None:
@@ -216,7 +291,8 @@ class _Lender:
         for name, tensor in own.items():
             size = math.prod(tensor.shape)
             weight = self.weights[lent : lent + size].view(tensor.shape)
-            weight.copy_(read_tensor(tensor, self.stored))
+            stored = read_tensor(tensor, self.stored)
+            weight.copy_(stored if self.rounded_to is None else stored.to(self.rounded_to))
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
             lent += size
             self.advance(tensor.num_bytes)

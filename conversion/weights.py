@@ -5,6 +5,7 @@ ranges, bit for bit, in a few megabytes of memory whatever the size of the check
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -196,23 +197,28 @@ def copy_weights(
     folder: Path,
     max_shard_size: int | str,
     advance: Callable[[int], object] = lambda num_bytes: None,
+    dtype: str | None = None,
 ) -> list[Path]:
     """Write tensors to a checkpoint folder, as whole copies of their files where those already fit.
 
     The files are copied as they are if they hold exactly these tensors and none exceeds ``max_shard_size`` (or only
-    because of one single tensor); otherwise all tensors are laid out anew, in their order, bit for bit.
+    because of one single tensor); otherwise all tensors are laid out anew, in their order, bit for bit unless rounded.
 
     Args:
         tensors: what to write, by name.
         folder: an existing folder.
         max_shard_size: bytes, or a string such as ``"5GB"`` (5 * 10^9).
         advance: called with every number of bytes of weights written, for progress bars.
+        dtype: what to round all tensors to, as safetensors spells it; None keeps them.
 
     Returns:
         The weight files written.
+
+    Raises:
+        ValueError: if a number is too large for ``dtype``.
     """
-    layout = shard_layout(tensors, max_shard_size)
-    if files_are_kept(tensors, max_shard_size):
+    layout = shard_layout(tensors, max_shard_size, dtype)
+    if files_are_kept(tensors, max_shard_size, dtype):
         files = sorted(files_of(tensors))
         layout = {file.name: list(read_header(file)) for file in files}
         for file in files:
@@ -223,18 +229,20 @@ def copy_weights(
                 copy_bytes(source, target, os.fstat(source.fileno()).st_size - header_bytes, advance)
     else:
         for shard, names in layout.items():
-            _write_shard(folder / shard, {name: tensors[name] for name in names}, advance)
+            _write_shard(folder / shard, {name: tensors[name] for name in names}, dtype, advance)
     if list(layout) != [SINGLE_NAME]:
         index = {
-            "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())},
+            "metadata": {"total_size": total_bytes(tensors.values(), dtype)},
             "weight_map": {name: shard for shard, names in layout.items() for name in names},
         }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return [folder / shard for shard in layout]
 
 
-def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> bool:
+def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str, dtype: str | None = None) -> bool:
     """Say whether ``copy_weights`` copies the files of these tensors as they are."""
+    if any(dtype not in (None, tensor.dtype) for tensor in tensors.values()):
+        return False
     held = {}
     for file in files_of(tensors):
         in_file = read_header(file)
@@ -249,7 +257,9 @@ def files_of(tensors: dict[str, StoredTensor]) -> set[Path]:
     return {place.file for tensor in tensors.values() for place in tensor.ranges}
 
 
-def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> dict[str, list[str]]:
+def shard_layout(
+    tensors: dict[str, StoredTensor], max_shard_size: int | str, dtype: str | None = None
+) -> dict[str, list[str]]:
     """Distribute tensors, in their order, over files of at most ``max_shard_size``, named as transformers does.
 
     Raises:
@@ -258,7 +268,7 @@ def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) ->
     try:
         split = split_state_dict_into_shards_factory(
             tensors,
-            get_storage_size=lambda tensor: tensor.num_bytes,
+            get_storage_size=lambda tensor: total_bytes([tensor], dtype),
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
@@ -267,14 +277,16 @@ def shard_layout(tensors: dict[str, StoredTensor], max_shard_size: int | str) ->
     return split.filename_to_tensors
 
 
-def _write_shard(path: Path, tensors: dict[str, StoredTensor], advance: Callable[[int], object]) -> None:
+def _write_shard(
+    path: Path, tensors: dict[str, StoredTensor], dtype: str | None, advance: Callable[[int], object]
+) -> None:
     # Wide dtypes first, as safetensors does itself: every tensor then starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
+    names = sorted(tensors, key=lambda name: -DTYPES[dtype or tensors[name].dtype].itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        start, end = end, end + tensors[name].num_bytes
+        start, end = end, end + total_bytes([tensors[name]], dtype)
         header[name] = {
-            "dtype": tensors[name].dtype,
+            "dtype": dtype or tensors[name].dtype,
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
@@ -282,11 +294,35 @@ def _write_shard(path: Path, tensors: dict[str, StoredTensor], advance: Callable
     head += b" " * (-len(head) % 8)
     with open(path, "xb") as target:
         target.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
-            for place in tensors[name].ranges:
+        for tensor in (tensors[name] for name in names):
+            for place in tensor.ranges:
                 with open(place.file, "rb") as source:
                     source.seek(place.start)
-                    copy_bytes(source, target, place.num_bytes, advance)
+                    if dtype in (None, tensor.dtype):
+                        copy_bytes(source, target, place.num_bytes, advance)
+                    else:
+                        _copy_rounded(source, target, place.num_bytes, tensor, dtype, advance)
+
+
+def _copy_rounded(
+    source: BinaryIO,
+    target: BinaryIO,
+    num_bytes: int,
+    tensor: StoredTensor,
+    dtype: str,
+    advance: Callable[[int], object],
+) -> None:
+    """Copy the next bytes of a tensor in another dtype, some megabytes at a time."""
+    for start in range(0, num_bytes, CHUNK_BYTES):
+        chunk = bytearray(source.read(min(CHUNK_BYTES, num_bytes - start)))
+        values = torch.frombuffer(chunk, dtype=DTYPES[tensor.dtype])
+        rounded = values.to(DTYPES[dtype])
+        if not torch.equal(rounded.isfinite(), values.isfinite()):
+            largest = values[values.isfinite()].abs().max()
+            raise ValueError(
+                f"tensor {tensor.name} holds {largest:.3g}, more than {dtype} can; choose another dtype (--dtype)"
+            )
+        advance(target.write(rounded.view(torch.uint8).numpy()))
 
 
 def copy_bytes(
@@ -317,9 +353,11 @@ def copy_bytes(
         advance(copied)
 
 
-def total_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Sum the sizes of tensors in bytes."""
-    return sum(tensor.num_bytes for tensor in tensors)
+def total_bytes(tensors: Iterable[StoredTensor], dtype: str | None = None) -> int:
+    """Sum the sizes of tensors in bytes, as they are stored or as they would be in ``dtype``."""
+    if dtype is None:
+        return sum(tensor.num_bytes for tensor in tensors)
+    return sum(math.prod(tensor.shape) * DTYPES[dtype].itemsize for tensor in tensors)
 
 
 def _first_of(names: list[str]) -> str:

@@ -39,6 +39,8 @@ class LongNetConfig(LlamaConfig):
         layers_without_rope: indices of layers that use no rotary embedding (SmolLM3).
         qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
         attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
+        trained_context: tokens that a converted model's source was trained for; the model does not read it.
+        source_config: a converted model's source's config.json, for the way back; the model does not read it.
         **kwargs: any field of ``transformers.LlamaConfig``.
 
     Raises:
@@ -58,6 +60,8 @@ class LongNetConfig(LlamaConfig):
     layers_without_rope: list[int] | tuple[int, ...] = ()
     qk_norm: bool = False
     attention_output_bias: bool | None = None
+    trained_context: int | None = None
+    source_config: dict | None = None
 
     def __post_init__(self, **kwargs):
         for name in kwargs:

@@ -4,6 +4,8 @@ import inspect
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +83,7 @@ def test_a_hub_model_is_converted_from_the_cache_and_named_in_the_card(source, t
         (repo / "blobs" / path.name).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    result = run("org/tiny-llama", tmp_path / "target", env=environment)
+    result = run("org/tiny-llama", tmp_path / "target", "--revision", "main", env=environment)
     assert (result.returncode, result.stderr) == (0, "")
     report = json.loads((tmp_path / "target" / "conversion_report.json").read_text())
     assert report["source"] == {"name": "org/tiny-llama", "revision": "0123abcd", "architecture": "LlamaForCausalLM"}
@@ -90,6 +92,37 @@ def test_a_hub_model_is_converted_from_the_cache_and_named_in_the_card(source, t
     assert "https://huggingface.co/org/tiny-llama" in card
     weights = tmp_path / "target" / "model.safetensors"
     assert weights.is_file() and not weights.is_symlink()
+
+
+def test_the_report_holds_the_command_that_repeats_the_conversion(source, tmp_path):
+    given = [str(source), str(tmp_path / "a target"), "--quiet", "--no-verify"]
+    options = [
+        "--context=256",
+        "--local=16",
+        "--dense-layers=1",
+        "--dtype=float64",
+        "--rope",
+        '{"rope_type": "default"}',
+    ]
+    assert main([*given, *options]) == 0
+    report = json.loads((tmp_path / "a target" / "conversion_report.json").read_text())
+    program, *arguments = shlex.split(report["command"])
+    assert program == "longnet-convert"
+    shutil.rmtree(tmp_path / "a target")
+    assert main([*arguments, "--quiet"]) == 0
+    assert json.loads((tmp_path / "a target" / "conversion_report.json").read_text()) == report
+    assert report["pattern"]["segment_lengths"] == [16, 32, 64, 128, 256]
+
+
+def test_the_revision_asked_for_is_the_one_downloaded(source, tmp_path, monkeypatch):
+    def download(repo_id, revision, allow_patterns):
+        assert (repo_id, revision) == ("org/tiny-llama", "v2")
+        assert {"config.json", "model*.safetensors", "tokenizer*"} <= set(allow_patterns)
+        return str(source)
+
+    monkeypatch.setattr("conversion.hub.snapshot_download", download)
+    arguments = ["org/tiny-llama", str(tmp_path / "target"), "--revision", "v2", "--quiet", "--no-verify"]
+    assert main(arguments) == 0
 
 
 class Terminal(io.StringIO):
@@ -109,7 +142,8 @@ FAILURES = {
     "no arguments": ([], "the following arguments are required: SOURCE, TARGET"),
     "unknown option": (["{source}", "{target}", "--fast"], "unrecognized arguments: --fast"),
     "not integers": (["{source}", "{target}", "--segment-lengths", "32;64"], "'32;64' is not a list of integers"),
-    "not JSON": (["{source}", "{target}", "--rope", "yarn"], "'yarn' is not JSON"),
+    "no such RoPE": (["{source}", "{target}", "--rope", "spiral"], "one of yarn, linear, ntk, llama3, none, got 'spiral'"),
+    "not JSON": (["{source}", "{target}", "--rope", "[yarn"], "'[yarn' is not JSON"),
     "not a JSON object": (["{source}", "{target}", "--rope", "[4]"], "'[4]' is not a JSON object"),
     "bad preset": (["{source}", "{target}", "--preset", "sparse"], "preset must be one of"),
     "not nested": (["{source}", "{target}", "--segment-lengths", "32,48", "--dilation-rates", "1,2"],

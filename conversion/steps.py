@@ -1,0 +1,182 @@
+"""What converting to LongNet and back have in common: checks, weights, files beside them, hashes, verification."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .verify import StoredModel, Verification, compare_logits
+from .weights import copy_bytes, total_bytes
+
+
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+DOWNLOADED_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES]
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuse a target that is, contains or lies in the source.
+
+    Raises:
+        ValueError: if so.
+    """
+    source, target = source.resolve(), target.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"the target {target} and the source {source} must not be or contain one another")
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to write what does not fit on the disk.
+
+    Raises:
+        ValueError: if so.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{folder.parent} has {short_number(free)}B free, but the weights need {short_number(num_bytes)}B"
+        )
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence, byte for byte, and no code."""
+    for path in sorted(path for pattern in CARRIED_FILES for path in source.glob(pattern)):
+        carried = folder / path.relative_to(source)
+        if path.is_file() and path.suffix != ".py" and not carried.exists():
+            carried.parent.mkdir(exist_ok=True)
+            with open(path, "rb") as original, open(carried, "xb") as copy:
+                copy_bytes(original, copy, path.stat().st_size)
+
+
+def verify_logits(
+    source: StoredModel, target: StoredModel, token_ids: Tensor, text: str, pattern_used: bool, progress: bool
+) -> Verification:
+    """Compare the logits of two stored models.
+
+    Args:
+        source, target: the models, of which the second must be the first.
+        token_ids: ``[1, L]`` int64.
+        text: what the tokens are.
+        pattern_used: False if the LongNet model was given one dense branch for this.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    num_bytes = total_bytes(source.tensors.values()) + total_bytes(target.tensors.values())
+    for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
+        with progress_bar("verifying logits", num_bytes * len(source.compute_dtypes), progress) as bar:
+            verification = compare_logits(source, target, token_ids, text, pattern_used, bar.update)
+        if verification.passed:
+            return verification
+    if verification.relative_error > verification.tolerance:
+        raise ValueError(
+            f"the converted model's logits differ from the source's by {verification.max_error:.3g} "
+            f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed); nothing was "
+            "written"
+        )
+    own = verification.own_dtype
+    raise ValueError(
+        f"in {own.dtype} the converted model's logits are {own.target_rounding:.3g} (root mean square) from those in "
+        f"float32, the source's {own.source_rounding:.3g}; at most twice that is allowed; nothing was written"
+    )
+
+
+def describe_outcome(verification: Verification | None) -> str:
+    """Say in a line what was verified."""
+    if verification is None:
+        return "no, as asked"
+    outcome = f"logits differ by at most {verification.max_error:.2g} on {verification.num_tokens} tokens"
+    if own := verification.own_dtype:
+        outcome += f" ({own.max_error:.2g} in {own.dtype})"
+    if verification.num_not_finite:
+        outcome += f"; {verification.num_not_finite:,} are not finite in either model: look for NaN weights"
+    return outcome
+
+
+def hash_files(paths: Iterable[Path], progress: bool) -> dict[str, dict]:
+    """Return size and SHA-256 of each file by its name."""
+    paths = list(paths)
+    described = {}
+    with progress_bar("hashing weights", sum(path.stat().st_size for path in paths), progress) as bar:
+        for path in paths:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            described[path.name] = {"num_bytes": path.stat().st_size, "sha256": digest}
+            bar.update(path.stat().st_size)
+    return described
+
+
+def describe_verification(verification: Verification | None) -> dict | None:
+    """Return a verification as it stands in a report."""
+    if verification is None:
+        return None
+    return dataclasses.asdict(verification) | {"relative_error": verification.relative_error}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a report names."""
+    packages = ("torch", "transformers", "safetensors", "huggingface_hub")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def command_line(source: str | Path, target: str | Path, options: dict) -> str:
+    """Write a conversion as the command that repeats it.
+
+    Args:
+        source, target: as given.
+        options: names of the options and their values; None, False and () are left out.
+    """
+    words = ["longnet-convert", str(source), str(target)]
+    for name, value in options.items():
+        if value is None or value is False or value == ():
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list | tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, num_bytes: int, progress: bool):
+    """Show a bar with bytes and remaining time on stderr, where that is a terminal."""
+    # disable=None hides the bar where stderr is not a terminal.
+    with tqdm(
+        total=num_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None if progress else True
+    ) as bar:
+        yield bar
+
+
+def short_number(number: float) -> str:
+    """Write a number with three digits and a unit prefix: 1.23 G."""
+    power = 0
+    while number >= 999.5 and power < 6:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {' kMGTPE'[power].strip()}"
