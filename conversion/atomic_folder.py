@@ -47,7 +47,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another target or pass overwrite (--overwrite)")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+    marked = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not target.is_dir() or (any(target.iterdir()) and not marked):
         raise ValueError(
             f"{target} is no checkpoint folder (no config.json), so it is not overwritten; remove it first"
         )

@@ -1,6 +1,7 @@
 """The command ``longnet-convert``: ``convert_checkpoint`` with options, a plan, and one line per failure."""
 
 import argparse
+import inspect
 import json
 import sys
 import warnings
@@ -8,8 +9,10 @@ from typing import NoReturn
 
 from transformers.utils import logging
 
+from .adapters import convert_adapter
 from .convert import convert_checkpoint
 from .plan import plan_conversion
+from .to_dense import convert_to_dense, plan_to_dense
 
 
 DESCRIPTION = """\
@@ -25,7 +28,9 @@ examples:
   longnet-convert TinyLlama/TinyLlama-1.1B-Chat-v1.0 tinyllama-longnet
   longnet-convert ./llama ./llama-32k --context 32768 --rope yarn
   longnet-convert ./llama ./llama-16k --segment-lengths 2048,8192,16384 \\
-      --dilation-rates 1,4,8
+      --dilation-rates 1,4,8 --dense-layers 0,16
+  longnet-convert ./llama-32k-tuned ./llama-dense --to-dense
+  longnet-convert ./lora-of-llama ./lora-of-longnet --adapter ./llama-32k
 """
 
 
@@ -97,6 +102,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="layers, counted from 0, that keep ordinary attention (default: none)",
     )
 
+    other = parser.add_argument_group("other conversions")
+    other.add_argument(
+        "--to-dense",
+        action="store_true",
+        help="SOURCE is a converted LongNet checkpoint, tuned or not: write the ordinary one again",
+    )
+    other.add_argument(
+        "--adapter",
+        metavar="BASE",
+        help="SOURCE is a LoRA adapter (peft): write it for BASE, the LongNet conversion of its base model, or the "
+        "other way round",
+    )
+
     output = parser.add_argument_group("output")
     output.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
@@ -120,16 +138,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status, 0 or 1."""
-    options = vars(build_parser().parse_args(argv))
-    dry_run, quiet, debug = (options.pop(name) for name in ("dry_run", "quiet", "debug"))
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    dry_run, quiet, debug, to_dense = (options.pop(name) for name in ("dry_run", "quiet", "debug", "to_dense"))
+    convert, plan = convert_checkpoint, plan_conversion
+    if to_dense:
+        convert, plan = convert_to_dense, plan_to_dense
+    elif options["adapter"] is not None:
+        convert, plan = convert_adapter, None
     logging.set_verbosity_error()
     warnings.simplefilter("default" if debug else "ignore")
     try:
+        chosen = {name: value for name, value in options.items() if value != parser.get_default(name)}
+        if strange := chosen.keys() - inspect.signature(convert).parameters.keys():
+            raise ValueError(f"--{min(strange).replace('_', '-')} does not go with this kind of conversion")
         if dry_run:
-            planning = options.keys() - {"target", "overwrite", "verify", "push_to_hub"}
-            print(plan_conversion(**{name: options[name] for name in planning}).describe())
+            if plan is None:
+                raise ValueError("--dry-run does not go with --adapter, which checks everything before it writes")
+            planning = inspect.signature(plan).parameters.keys()
+            print(plan(**{name: value for name, value in chosen.items() if name in planning}).describe())
             return 0
-        convert_checkpoint(**options, progress=not quiet)
+        convert(**chosen, progress=not quiet)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", debug)
     except Exception as error:

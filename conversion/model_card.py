@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .weights import DTYPES
+
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .to_dense import DensePlan
 
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -29,26 +32,12 @@ def fill_model_card(plan: Plan, report: dict) -> str:
     Returns:
         The card, Markdown with YAML front matter.
     """
-    source_data = _card_data(plan.source / "README.md")
-    on_hub = plan.revision is not None
-    inherited = {name: source_data[name] for name in (*LICENSE_FIELDS, "language") if source_data.get(name)}
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=plan.name if on_hub else source_data.get("base_model"),
-        tags=["longnet", "dilated-attention", "long-context", "custom_code"],
-        **inherited,
-    )
+    metadata, inherited = _metadata(plan, ["longnet", "dilated-attention", "long-context", "custom_code"])
     pattern, costs, dense_layers = plan.config.pattern, report["costs"], report["pattern"]["dense_layers"]
-    template = Template(files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8"))
-    return template.substitute(
-        metadata=metadata.to_yaml(),
-        name=Path(plan.name).name,
-        source=f"[{plan.name}](https://huggingface.co/{plan.name})" if on_hub else f"`{Path(plan.name).name}`",
-        revision=f", revision `{plan.revision}`" if on_hub else "",
-        architecture=plan.family.architecture,
-        license=_license_sentence(inherited),
-        weights="bit for bit" if plan.dtype is None else f"rounded to {', '.join(report['weights']['dtypes'])}",
+    return _template("model_card_template.md").substitute(
+        _common(plan, report),
+        metadata=metadata,
+        license=_license_sentence(inherited, "The code files in this repository are MIT-licensed."),
         growth="linearly" if not dense_layers else "linearly but for the dense layers",
         dense_layers=_dense_sentence(dense_layers),
         preset=plan.preset,
@@ -64,8 +53,60 @@ def fill_model_card(plan: Plan, report: dict) -> str:
         attention_ratio=f"{costs['dense_attention_flops'] / costs['pattern_attention_flops']:.1f}",
         kv_ratio=f"{costs['dense_kv_bytes'] / costs['pattern_kv_bytes']:.1f}",
         verification=_verification_sentence(report["verification"], pattern.segment_lengths[0]),
-        versions=", ".join(f"{name} {number}" for name, number in report["versions"].items()),
     )
+
+
+def fill_dense_card(plan: DensePlan, report: dict) -> str:
+    """Fill the template of a checkpoint with ordinary attention again.
+
+    Args:
+        plan: what was converted back.
+        report: what was written and measured.
+
+    Returns:
+        The card, Markdown with YAML front matter.
+    """
+    metadata, inherited = _metadata(plan, [])
+    first_segment = plan.config.pattern.segment_lengths[0]
+    return _template("dense_card_template.md").substitute(
+        _common(plan, report),
+        metadata=metadata,
+        license=_license_sentence(inherited),
+        verification=_verification_sentence(report["verification"], first_segment),
+    )
+
+
+def _template(name: str) -> Template:
+    return Template(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def _common(plan: Plan | DensePlan, report: dict) -> dict[str, str]:
+    """Return what both templates say."""
+    on_hub = plan.revision is not None
+    return {
+        "name": Path(plan.name).name,
+        "source": f"[{plan.name}](https://huggingface.co/{plan.name})" if on_hub else f"`{Path(plan.name).name}`",
+        "revision": f", revision `{plan.revision}`" if on_hub else "",
+        "architecture": plan.family.architecture,
+        "weights": "bit for bit"
+        if plan.dtype is None
+        else f"rounded to {str(DTYPES[plan.dtype]).removeprefix('torch.')}",
+        "versions": ", ".join(f"{name} {number}" for name, number in report["versions"].items()),
+    }
+
+
+def _metadata(plan: Plan | DensePlan, tags: list[str]) -> tuple[str, dict]:
+    """Return the card's front matter, and what of it is the source's."""
+    source_data = _card_data(plan.source / "README.md")
+    inherited = {name: source_data[name] for name in (*LICENSE_FIELDS, "language") if source_data.get(name)}
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=plan.name if plan.revision is not None else source_data.get("base_model"),
+        tags=tags or None,
+        **inherited,
+    )
+    return metadata.to_yaml(), inherited
 
 
 def _card_data(path: Path) -> dict:
@@ -83,12 +124,12 @@ def _dense_sentence(dense_layers: list[int]) -> str:
     return f"\n{layers} ordinary attention over the whole context."
 
 
-def _license_sentence(inherited: dict) -> str:
+def _license_sentence(inherited: dict, code: str = "") -> str:
     if "license" not in inherited:
         return "The source's card states no licence; the terms of the source apply to these weights."
     name = inherited.get("license_name", inherited["license"])
     link = f" ({inherited['license_link']})" if "license_link" in inherited else ""
-    return f"As the source: {name}{link}. The code files in this repository are MIT-licensed."
+    return f"As the source: {name}{link}. {code}".rstrip()
 
 
 def _verification_sentence(verification: dict | None, first_segment: int) -> str:
@@ -112,6 +153,6 @@ def _verification_sentence(verification: dict | None, first_segment: int) -> str
         return f"Before this checkpoint was written, {compared}. Up to {first_segment:,} tokens the two are one model."
     return (
         f"Before this checkpoint was written, {compared}; for this the pattern was replaced by one dense branch, "
-        "because it is not the source's attention on any input. This proves the weights, not the quality: fine-tune "
+        "because it is ordinary attention on no input. This proves the weights, not the quality: fine-tune "
         "before use."
     )

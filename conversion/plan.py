@@ -132,14 +132,13 @@ class Plan:
             f"preset     {self.preset}",
             f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
             f"rates      {', '.join(map(str, pattern.dilation_rates))}",
-            *([f"dense      layers {_listed(dense_layers)}"] if dense_layers else []),
+            *([_wrapped(f"dense      layers {', '.join(map(str, dense_layers))}")] if dense_layers else []),
             f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}",
             f"at {self.context:,} tokens:",
             f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
             f"KV cache   {short_number(kv)}B, dense {short_number(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
         ]
-        notes = (textwrap.fill(f"note       {note}", width=80, subsequent_indent=" " * 11) for note in self.notes)
-        return "\n".join([*lines, *notes])
+        return "\n".join([*lines, *(_wrapped(f"note       {note}") for note in self.notes)])
 
 
 def plan_conversion(
@@ -160,7 +159,7 @@ def plan_conversion(
 
     Args and errors are those of ``convert_checkpoint``.
     """
-    dtype = _written_dtype(dtype)
+    dtype = written_dtype(dtype)
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
@@ -240,7 +239,7 @@ def plan_conversion(
     )
 
 
-def _written_dtype(name: str | None) -> str | None:
+def written_dtype(name: str | None) -> str | None:
     """Return safetensors' spelling of a dtype given as ``"bfloat16"``."""
     spelled = {dtype_name(dtype): spelling for spelling, dtype in DTYPES.items()}
     if name is not None and name not in spelled:
@@ -322,13 +321,18 @@ def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: 
     return {"rope_type": word, "factor": factor, **bands}
 
 
+def frozen_rope(config: PreTrainedConfig) -> dict:
+    """Return a source's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
+    rope = dict(config.rope_parameters)
+    if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None:
+        rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+    return rope
+
+
 def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
-    """Return the target's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
+    """Return the target's RoPE settings: the source's, or new ones completed from them."""
     if override is None:
-        rope = dict(config.rope_parameters)
-        if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None:
-            rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
-        return rope
+        return frozen_rope(config)
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
     if not isinstance(override, dict) or override.get("rope_type") not in known:
         raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
@@ -390,8 +394,8 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, width=80, subsequent_indent=" " * 11)
 
 
 def _count(number: int, thing: str) -> str:

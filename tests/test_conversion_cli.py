@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import edit_json, make_checkpoint
 
-from conversion import convert_checkpoint
+from conversion import convert_adapter, convert_checkpoint, convert_to_dense
 from conversion.cli import build_parser, main
 
 
@@ -234,6 +234,8 @@ def test_plan_and_help_fit_80_columns(source, tmp_path, capsys, monkeypatch):
         assert max(map(len, text.splitlines())) <= 80
 
 
-def test_help_names_every_option_of_convert_checkpoint():
-    options = {action.dest for action in build_parser()._actions} - {"help", "dry_run", "debug", "quiet"}
-    assert options == set(inspect.signature(convert_checkpoint).parameters) - {"progress"}
+def test_help_names_every_option_of_every_conversion():
+    options = {action.dest for action in build_parser()._actions} - {"help", "dry_run", "debug", "quiet", "to_dense"}
+    functions = (convert_checkpoint, convert_to_dense, convert_adapter)
+    arguments = set().union(*(inspect.signature(function).parameters for function in functions))
+    assert options == arguments - {"progress"}

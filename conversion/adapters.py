@@ -1,0 +1,150 @@
+"""Move a LoRA adapter between a dense model and its LongNet conversion: the same tensors for another base model."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_longnet import LongNetConfig, LongNetForCausalLM
+
+from .atomic_folder import atomic_folder, check_target
+from .families import find_family
+from .hub import check_repo_id, find_folder, push_folder
+from .steps import CARRIED_FILES, carry_files, check_apart, command_line, versions
+from .verify import skeleton
+from .weights import StoredTensor, copy_bytes, read_header, read_json
+
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # peft's, before the names of the base model
+
+
+def convert_adapter(
+    source: str | Path,
+    target: str | Path,
+    adapter: str | Path,
+    *,
+    revision: str | None = None,
+    push_to_hub: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict:
+    """Move a peft adapter to another base model with the same modules: a LongNet conversion, or the way back.
+
+    The tensors stay, byte for byte; what changes is the base model that ``adapter_config.json`` names. Every tensor
+    must belong to a module of the new base model and have its sizes.
+
+    Args:
+        source: folder, or model id on the Hugging Face Hub, of a peft adapter.
+        target: folder to create.
+        adapter: the new base model, folder or model id; of it only config.json is read.
+        revision: branch, tag or commit of a source on the Hub.
+        push_to_hub: repository to upload the finished target to; created, private, if it does not exist.
+        overwrite: replace an existing adapter at ``target``, in one step at the end.
+        progress: print what is done.
+
+    Returns:
+        The report that is also written to ``conversion_report.json``.
+
+    Raises:
+        ValueError: if the source is no safetensors adapter, the base model lacks what it changes, or the target may
+            not be written.
+    """
+    given = {"adapter": str(adapter), "revision": revision, "push_to_hub": push_to_hub, "overwrite": overwrite}
+    command = command_line(source, target, given)
+    target = Path(target).resolve()
+    check_target(target, overwrite)
+    check_repo_id(push_to_hub)
+    folder, commit = find_folder(source, revision, [CONFIG_NAME, WEIGHTS_NAME, "README.md", *CARRIED_FILES])
+    check_apart(folder, target)
+    fields = read_json(folder / CONFIG_NAME)
+    tensors = read_header(folder / WEIGHTS_NAME)
+    base_folder, base_commit = find_folder(adapter, None, ["config.json"])
+    base = _build_base(read_json(base_folder / "config.json"))
+    check_modules(base, tensors)
+
+    name = str(adapter) if base_commit else str(base_folder)
+    fields |= {"base_model_name_or_path": name, "revision": None}
+    if fields.get("auto_mapping"):
+        fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    report = {
+        "command": command,
+        "source": {"name": str(source), "revision": commit},
+        "base_model": {"name": name, "revision": base_commit, "architecture": type(base).__name__},
+        "num_tensors": len(tensors),
+        "versions": versions(),
+    }
+    with atomic_folder(target, overwrite) as partial:
+        with open(folder / WEIGHTS_NAME, "rb") as original, open(partial / WEIGHTS_NAME, "xb") as copy:
+            copy_bytes(original, copy, (folder / WEIGHTS_NAME).stat().st_size)
+        (partial / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        (partial / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        carry_files(folder, partial)
+        _carry_card(folder, partial, name)
+    if progress:
+        print(f"{len(tensors)} tensors fit {type(base).__name__} at {name}\nwrote      {target}", flush=True)
+    if push_to_hub is not None:
+        push_folder(target, push_to_hub, f"Move {source} to {name}")
+    return report
+
+
+def _build_base(fields: dict) -> PreTrainedModel:
+    if fields.get("model_type") == LongNetConfig.model_type:
+        return skeleton(LongNetForCausalLM, LongNetConfig.from_dict(fields))
+    family = find_family(fields)
+    return skeleton(family.model_class, family.read_config(fields))
+
+
+def check_modules(base: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:
+    """Check that every tensor of an adapter belongs to a module of the base model and has its sizes.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    modules = {name: module for name, module in base.named_modules() if not list(module.children())}
+    architecture = type(base).__name__
+    for name, tensor in tensors.items():
+        path = name.removeprefix(PREFIX)
+        owner = next((module for module in modules if path.startswith(f"{module}.")), None)
+        if path == name or owner is None:
+            raise ValueError(f"the adapter holds {name}, for which {architecture} has no module")
+        expected = _expected_shape(modules[owner], path.removeprefix(f"{owner}."), tensor.shape)
+        if expected is not None and tensor.shape != expected:
+            raise ValueError(
+                f"the adapter's {name} has shape {list(tensor.shape)}, but {owner} of {architecture} needs "
+                f"{list(expected)}"
+            )
+
+
+def _expected_shape(module: nn.Module, part: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the shape that a part of an adapter must have, None if only the adapter itself knows."""
+    if part in dict(module.named_parameters()):  # a module trained in full
+        return tuple(module.get_parameter(part).shape)
+    weight = module.weight.shape  # [out, in] of a linear layer, [tokens, width] of an embedding
+    rows, columns = weight[0], weight[-1]
+    return {
+        "lora_A.weight": (shape[0], columns),
+        "lora_B.weight": (rows, shape[-1]),
+        "lora_magnitude_vector.weight": (rows,),
+        "lora_embedding_A": (shape[0], rows),
+        "lora_embedding_B": (columns, shape[-1]),
+    }.get(part)
+
+
+def _carry_card(folder: Path, partial: Path, base: str) -> None:
+    """Copy the adapter's card, its base model renamed."""
+    if not (folder / "README.md").is_file():
+        return
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        card = ModelCard(text)
+        card.data.base_model = base
+        tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+        card.data.tags = [*tags, f"base_model:adapter:{base}"]
+        text = str(card)
+    except Exception:  # a card is free text by anyone: one without readable front matter is copied as it is
+        pass
+    (partial / "README.md").write_text(text, encoding="utf-8")

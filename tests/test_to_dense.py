@@ -1,0 +1,313 @@
+"""The way back: the ordinary checkpoint again, bit for bit; and adapters, which fit both sides."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import convert_adapter, convert_checkpoint, convert_to_dense
+from conversion.cli import main
+
+
+# peft reads the old name of an attribute of transformers' models
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+QUIET = {"progress": False}
+LONGER = {"max_position_embeddings": 4 * CONTEXT}
+
+VARIANTS = {
+    **{family: {"family": family} for family in FAMILIES},
+    "tied": {"tie_word_embeddings": True},
+    "sharded": {"max_shard_size": "20KB"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "phi3, bfloat16, sharded": {"family": "phi3", "dtype": torch.bfloat16, "max_shard_size": "20KB"},
+    "mistral with a window": {"family": "mistral", "sliding_window": 16},
+    **{f"RoPE {name}": {"rope": name} for name in ROPE if name != "default"},
+    "phi3, longrope": {"family": "phi3", "rope": "longrope, no factor", "original_max_position_embeddings": 16},
+}
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert x.dtype == theirs[name].dtype
+        assert torch.equal(x.view(torch.uint8), theirs[name].view(torch.uint8)), name
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    make_checkpoint(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back_is_the_original_in_every_bit_and_field(tmp_path, variant):
+    make_checkpoint(tmp_path / "source", **VARIANTS[variant])
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **LONGER, **QUIET)
+    report = convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    assert_same_bits(stored_tensors(tmp_path / "dense"), stored_tensors(tmp_path / "source"))
+    original, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "dense"))
+    assert ours == original
+    assert report["verification"]["relative_error"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(model) is FAMILIES[VARIANTS[variant].get("family", "llama")][0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    tokens = torch.arange(CONTEXT + 10)[None]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, theirs(tokens).logits)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "dense" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tuned_model_goes_back_with_its_new_weights(tmp_path, family):
+    make_checkpoint(tmp_path / "source", family=family)
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", local=16, **LONGER, **QUIET)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "longnet").eval()
+    model.resize_token_embeddings(290, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    model.config.pad_token_id, model.config.use_cache = 5, False
+    model.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(tmp_path / "longnet").save_pretrained(tmp_path / "tuned")
+    convert_to_dense(tmp_path / "tuned", tmp_path / "dense", **QUIET)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert type(dense) is FAMILIES[family][0]
+    assert (dense.config.vocab_size, dense.config.pad_token_id, dense.config.use_cache) == (290, 5, True)
+    tokens = torch.randint(3, 290, (2, 60), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours, theirs = dense(tokens).logits, model(tokens).logits
+    torch.testing.assert_close(ours[:, :16], theirs[:, :16], rtol=0, atol=1e-5)
+    assert (ours[:, 16:] - theirs[:, 16:]).abs().max() > 0.01
+
+
+def test_new_rope_goes_back_with_its_context(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", rope_parameters="yarn", **LONGER, **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+    assert config["rope_parameters"] == yarn
+    assert config["max_position_embeddings"] == 4 * CONTEXT
+
+
+def test_a_context_may_be_asked_for_and_leaves_implied_rope_factors_as_they_were(tmp_path):
+    make_checkpoint(tmp_path / "source", rope="yarn, no factor")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", max_position_embeddings=1024, **QUIET)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert dense.config.max_position_embeddings == 1024
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source")(tokens).logits
+        torch.testing.assert_close(dense(tokens).logits, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_pattern_that_is_never_ordinary_attention_goes_back_too(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", preset="paper", dtype="bfloat16", **QUIET)
+    report = convert_to_dense(tmp_path / "longnet", tmp_path / "dense", dtype="float32", **QUIET)
+    assert not report["verification"]["pattern_used"]
+    expected = {name: x.bfloat16().float() for name, x in stored_tensors(source).items()}
+    assert_same_bits(stored_tensors(tmp_path / "dense"), expected)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").dtype == torch.float32
+
+
+def test_the_dense_card_names_licence_source_and_proof(source, tmp_path):
+    (source / "README.md").write_text("---\nlicense: llama3.2\n---\n# A model\n")
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    report = convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    card = ModelCard.load(tmp_path / "dense" / "README.md")
+    assert card.data.license == "llama3.2"
+    assert "converted back to `LlamaForCausalLM`" in card.text
+    assert f"{report['verification']['max_error']:.2g}" in card.text
+    assert "$" not in card.text
+    assert not (tmp_path / "dense" / "modeling_longnet.py").exists()
+
+
+def spoil_one_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"][:40]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+REFUSED_WAYS_BACK = {
+    "dense already": (lambda x: edit_json(x / "config.json", architectures=["LlamaForCausalLM"]), {},
+                      "the source is LlamaForCausalLM; only LongNetForCausalLM has a way back"),
+    "never converted": (lambda x: edit_json(x / "config.json", source_config=None), {}, "has no source_config"),
+    "classifier": (lambda x: edit_json(x / "config.json", architectures=["LongNetForSequenceClassification"]), {},
+                   "the source is LongNetForSequenceClassification; only"),
+    "bad config": (lambda x: edit_json(x / "config.json", window=3), {}, "config.json is not a valid LongNetConfig"),
+    "wrong shape": (spoil_one_weight, {}, "up_proj.weight has shape [40, 32], but config.json says [48, 32]"),
+    "dtype": (lambda x: None, {"dtype": "int8"}, "dtype must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_WAYS_BACK)
+def test_what_has_no_way_back_is_refused_before_anything_is_written(source, tmp_path, case):
+    spoil, options, message = REFUSED_WAYS_BACK[case]
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    spoil(tmp_path / "longnet")
+    with pytest.raises(ValueError) as refusal:
+        convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **options, **QUIET)
+    assert message in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["longnet", "source"]
+
+
+def test_dynamic_rope_keeps_its_context(tmp_path):
+    make_checkpoint(tmp_path / "source", rope="dynamic")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)
+    with pytest.raises(ValueError, match="dynamic RoPE scales from max_position_embeddings"):
+        convert_to_dense(tmp_path / "longnet", tmp_path / "dense", max_position_embeddings=1024, **QUIET)
+
+
+def test_wrong_logits_refuse_the_dense_target(source, tmp_path, monkeypatch):
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+
+    def swap(self, config, tensors):
+        first, second = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
+        return tensors | {first: tensors[second], second: tensors[first]}
+
+    monkeypatch.setattr("conversion.families.Family.from_longnet", swap)
+    with pytest.raises(ValueError, match="logits differ"):
+        convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    assert not (tmp_path / "dense").exists()
+
+
+# Adapters
+
+
+def make_adapter(base: Path, folder: Path, **options) -> None:
+    """Save a LoRA adapter of random numbers for the model at ``base``."""
+    torch.manual_seed(3)
+    settings = {"r": 4, "task_type": "CAUSAL_LM", "target_modules": "all-linear", **options}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+
+
+def adapted_logits(base: Path, adapter: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("trained_on", ["dense", "longnet"])
+def test_an_adapter_means_the_same_on_either_side(source, tmp_path, trained_on, options):
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    sides = {"dense": source, "longnet": tmp_path / "longnet"}
+    other = sides["longnet" if trained_on == "dense" else "dense"]
+    make_adapter(sides[trained_on], tmp_path / "adapter", **options)
+    report = convert_adapter(tmp_path / "adapter", tmp_path / "moved", other, **QUIET)
+    config = json.loads((tmp_path / "moved" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(other)
+    assert report["num_tensors"] == len(load_file(tmp_path / "moved" / "adapter_model.safetensors"))
+    tokens = torch.arange(CONTEXT)[None]
+    before, after = (
+        adapted_logits(sides[trained_on], tmp_path / "adapter", tokens),
+        adapted_logits(other, tmp_path / "moved", tokens),
+    )
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert (before - AutoModelForCausalLM.from_pretrained(source)(tokens).logits).abs().max() > 0.1
+    card = ModelCard.load(tmp_path / "moved" / "README.md")
+    assert card.data.base_model == str(other)
+
+
+def test_a_moved_adapter_names_the_class_of_its_new_base(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    make_adapter(source, tmp_path / "adapter", task_type=None)
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    config = json.loads((tmp_path / "moved" / "adapter_config.json").read_text())
+    assert config["auto_mapping"] == {
+        "base_model_class": "LongNetForCausalLM",
+        "parent_library": "modeling_longnet.modeling_longnet",
+    }
+
+
+def test_an_adapter_is_moved_over_an_old_one_only_when_asked(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    make_adapter(source, tmp_path / "adapter")
+    command = [str(tmp_path / "adapter"), str(tmp_path / "moved"), "--adapter", str(tmp_path / "longnet"), "--quiet"]
+    assert main(command) == 0
+    assert main(command) == 1
+    assert main([*command, "--overwrite"]) == 0
+
+
+def rename_tensor(folder: Path, old: str, new: str) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): x for name, x in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+REFUSED_ADAPTERS = {
+    "other module": (lambda x: rename_tensor(x, "self_attn.q_proj", "self_attn.qkv_proj"),
+                     "self_attn.qkv_proj.lora_A.weight, for which LongNetForCausalLM has no module"),
+    "other layer": (lambda x: rename_tensor(x, "layers.1.", "layers.7."), "layers.7.mlp.down_proj.lora_A.weight"),
+    "not peft's names": (lambda x: rename_tensor(x, "base_model.model.", ""), "for which LongNetForCausalLM has no"),
+    "other width": (lambda x: rename_tensor(x, "mlp.down_proj", "mlp.up_proj") or None,
+                    "mlp.up_proj of LongNetForCausalLM needs"),
+    "no weights": (lambda x: (x / "adapter_model.safetensors").rename(x / "adapter_model.bin"),
+                   "adapter_model.safetensors is missing"),
+    "no adapter": (lambda x: (x / "adapter_config.json").unlink(), "adapter_config.json is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_refused(source, tmp_path, case):
+    spoil, message = REFUSED_ADAPTERS[case]
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    targets = ["down_proj"] if case == "other width" else "all-linear"
+    make_adapter(source, tmp_path / "adapter", target_modules=targets)
+    spoil(tmp_path / "adapter")
+    with pytest.raises(ValueError) as refusal:
+        convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    assert message in str(refusal.value)
+    assert not (tmp_path / "moved").exists()
+
+
+# The command
+
+
+def test_the_command_goes_back_and_says_so(source, tmp_path, capsys):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    arguments = [str(tmp_path / "longnet"), str(tmp_path / "dense"), "--to-dense"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "target     LlamaForCausalLM, ordinary attention" in capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "dense").exists()
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"wrote      {tmp_path / 'dense'}"
+    assert printed[-2].startswith("verified   logits differ by at most")
+    report = json.loads((tmp_path / "dense" / "conversion_report.json").read_text())
+    assert (
+        report["command"]
+        == f"longnet-convert {tmp_path / 'longnet'} {tmp_path / 'dense'} --max-shard-size 5GB --to-dense"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to-dense", "--preset", "paper"], "--preset does not go with this kind of conversion"),
+        (["--to-dense", "--adapter", "x"], "--adapter does not go with this kind of conversion"),
+        (["--adapter", "x", "--dtype", "float32"], "--dtype does not go with this kind of conversion"),
+        (["--adapter", "x", "--dry-run"], "--dry-run does not go with --adapter"),
+    ],
+)
+def test_options_of_another_conversion_are_refused(source, tmp_path, capsys, options, message):
+    capsys.readouterr()
+    assert main([str(source), str(tmp_path / "target"), *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
