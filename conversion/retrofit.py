@@ -1,7 +1,7 @@
 """Dilated attention inside a loaded stock model, in place and for a quick look.
 
-What this covers: forward, training and ``generate()`` of Llama, Mistral, Qwen2 and Qwen3 models, padded and packed
-batches included. What it does not: the KV cache stays full, and each decoding step costs as much attention as a whole
+What this covers: forward, training and ``generate()`` of Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Phi-3 models, padded
+and packed batches included. What it does not: the KV cache stays full, and each decoding step costs as much attention as a whole
 forward; the change is not saved (a saved model loads as ordinary full attention); attention weights are not returned;
 static caches are refused. ``convert_checkpoint`` has none of these limits.
 """
@@ -15,7 +15,7 @@ from modeling_longnet import DilationPattern, dilated_attention
 
 
 NAME = "longnet_retrofit"
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
 
 
 def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
@@ -29,7 +29,7 @@ def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
             model.generate(...)
 
     Args:
-        model: a Llama, Mistral (without sliding window), Qwen2 or Qwen3 model of transformers.
+        model: a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Phi-3 model of transformers, without sliding window.
         pattern: the branches and their rules.
 
     Raises:

@@ -16,10 +16,14 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from conversion import retrofit
@@ -48,6 +52,8 @@ MODELS = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0], tie_word_embeddings=False)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
 }
 
 
@@ -68,11 +74,26 @@ def longnet_twin(model, pattern: DilationPattern) -> LongNetForCausalLM:
         family = {"attention_bias": True, "attention_output_bias": False}
     elif model.config.model_type == "qwen3":
         family = {"qk_norm": True}
+    elif model.config.model_type == "smollm3":
+        family = {"layers_without_rope": [1]}
     config = LongNetConfig(**SIZES, **fields, **family, rope_parameters=model.config.rope_parameters)
     config.rms_norm_eps = model.config.rms_norm_eps
     twin = LongNetForCausalLM(config).eval()
-    twin.load_state_dict(model.state_dict())
+    twin.load_state_dict(unfused(model.state_dict()))
     return twin
+
+
+def unfused(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Cut Phi-3's fused projections into LongNet's: 4 query heads and 2 KV heads of 8, 48 of each half of the MLP."""
+    parts = {
+        "self_attn.qkv_proj": {"self_attn.q_proj": 32, "self_attn.k_proj": 16, "self_attn.v_proj": 16},
+        "mlp.gate_up_proj": {"mlp.gate_proj": 48, "mlp.up_proj": 48},
+    }
+    for fused, rows in parts.items():
+        for name in [name for name in weights if fused in name]:
+            cut = weights.pop(name).split(list(rows.values()))
+            weights |= {name.replace(fused, part): x for part, x in zip(rows, cut)}
+    return weights
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -255,7 +276,7 @@ REFUSED = {
     "other family": (
         lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)),
         PATTERN,
-        "GPT2LMHeadModel (model_type 'gpt2') is not supported; supported: llama, mistral, qwen2, qwen3",
+        "GPT2LMHeadModel (model_type 'gpt2') is not supported; supported: llama, mistral, qwen2, qwen3, smollm3, phi3",
     ),
     "sliding window": (
         lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)),
