@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 from .atomic_folder import atomic_folder, check_target
-from .families import find_family
+from .families import find_family, unfuse
 from .hub import check_repo_id, find_folder, push_folder
 from .steps import CARRIED_FILES, carry_files, check_apart, command_line, versions
 from .verify import skeleton
-from .weights import StoredTensor, copy_bytes, read_header, read_json
+from .weights import StoredTensor, read_header, read_json, write_file
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -35,7 +35,8 @@ def convert_adapter(
     """Move a peft adapter to another base model with the same modules: a LongNet conversion, or the way back.
 
     The tensors stay, byte for byte; what changes is the base model that ``adapter_config.json`` names. Every tensor
-    must belong to a module of the new base model and have its sizes.
+    must belong to a module of the new base model and have its sizes. Updates of Phi-3's fused projections become those
+    of LongNet's single ones, which is exact; the reverse is not a LoRA of the same rank, and refused.
 
     Args:
         source: folder, or model id on the Hugging Face Hub, of a peft adapter.
@@ -61,10 +62,14 @@ def convert_adapter(
     folder, commit = find_folder(source, revision, [CONFIG_NAME, WEIGHTS_NAME, "README.md", *CARRIED_FILES])
     check_apart(folder, target)
     fields = read_json(folder / CONFIG_NAME)
-    tensors = read_header(folder / WEIGHTS_NAME)
+    stored = read_header(folder / WEIGHTS_NAME)
     base_folder, base_commit = find_folder(adapter, None, ["config.json"])
     base = _build_base(read_json(base_folder / "config.json"))
+    projections = _projections_before(base)
+    _check_rows(projections, stored)
+    tensors = unfuse(projections, stored)
     check_modules(base, tensors)
+    fields |= _unfused_fields(fields, projections)
 
     name = str(adapter) if base_commit else str(base_folder)
     fields |= {"base_model_name_or_path": name, "revision": None}
@@ -78,8 +83,7 @@ def convert_adapter(
         "versions": versions(),
     }
     with atomic_folder(target, overwrite) as partial:
-        with open(folder / WEIGHTS_NAME, "rb") as original, open(partial / WEIGHTS_NAME, "xb") as copy:
-            copy_bytes(original, copy, (folder / WEIGHTS_NAME).stat().st_size)
+        write_file(partial / WEIGHTS_NAME, tensors)
         (partial / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         (partial / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         carry_files(folder, partial)
@@ -96,6 +100,42 @@ def _build_base(fields: dict) -> PreTrainedModel:
         return skeleton(LongNetForCausalLM, LongNetConfig.from_dict(fields))
     family = find_family(fields)
     return skeleton(family.model_class, family.read_config(fields))
+
+
+def _projections_before(base: PreTrainedModel) -> dict[str, dict[str, int]]:
+    """Return the fused modules of the model that a LongNet model was converted from, none for any other model."""
+    fields = getattr(base.config, "source_config", None)
+    if fields is None:
+        return {}
+    family = find_family(fields)
+    return family.projections(family.read_config(fields))
+
+
+def _check_rows(projections: dict[str, dict[str, int]], tensors: dict[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        for fused, parts in projections.items():
+            if f".{fused}." in name and ".lora_A." not in name and tensor.shape[:1] != (sum(parts.values()),):
+                raise ValueError(
+                    f"the adapter's {name} has {tensor.shape[0]} rows, but {fused} of the base model had "
+                    f"{sum(parts.values())}"
+                )
+
+
+def _unfused_fields(fields: dict, projections: dict[str, dict[str, int]]) -> dict:
+    """Return the fields of adapter_config.json that name modules, fused ones replaced by their parts."""
+    parts_of = {fused.split(".")[-1]: [part.split(".")[-1] for part in parts] for fused, parts in projections.items()}
+    renamed = {}
+    for field in ("target_modules", "modules_to_save"):
+        names = fields.get(field)
+        if isinstance(names, list):
+            renamed[field] = [part for name in names for part in parts_of.get(name, [name])]
+    rest = json.dumps({name: value for name, value in fields.items() if name not in renamed})
+    if named := [fused for fused in parts_of if fused in rest]:
+        raise ValueError(
+            f"adapter_config.json names {named[0]} other than in a list of modules, as a pattern perhaps; such an "
+            "adapter cannot be moved to single projections"
+        )
+    return renamed
 
 
 def check_modules(base: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:

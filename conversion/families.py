@@ -57,6 +57,30 @@ def _phi3_refusal(config: Phi3Config) -> str | None:
     return None if share == 1 else f"rotates only {share:g} of each head (partial_rotary_factor), LongNet all of it"
 
 
+def unfuse(projections: dict[str, dict[str, int]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Cut what belongs to fused modules into the parts that belong to LongNet's, by rows; no byte moves.
+
+    The first factor of a LoRA update, ``lora_A``, has no rows of its own: every part gets all of it, so that the parts'
+    updates are the rows of the whole's.
+
+    Args:
+        projections: the rows of each part by the name of the fused module.
+        tensors: of a model, or of an adapter.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        fused = next((fused for fused in projections if f".{fused}." in name), None)
+        if fused is None:
+            renamed[name] = tensor
+            continue
+        rows = {name.replace(fused, part): num_rows for part, num_rows in projections[fused].items()}
+        if ".lora_A." in name:
+            renamed |= dict.fromkeys(rows, tensor)
+        else:
+            renamed |= {part.name: part for part in split_rows(tensor, rows)}
+    return renamed
+
+
 @dataclass(frozen=True)
 class Family:
     """A dense architecture whose weights a LongNet model takes over.
@@ -100,16 +124,7 @@ class Family:
 
     def to_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Name the source's tensors as LongNet does, fused ones cut into their parts."""
-        projections = self.projections(config)
-        renamed = {}
-        for name, tensor in tensors.items():
-            fused = next((fused for fused in projections if f".{fused}." in name), None)
-            if fused is None:
-                renamed[name] = tensor
-            else:
-                rows = {name.replace(fused, part): num_rows for part, num_rows in projections[fused].items()}
-                renamed |= {part.name: part for part in split_rows(tensor, rows)}
-        return renamed
+        return unfuse(self.projections(config), tensors)
 
     def from_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Undo ``to_longnet``.

@@ -229,7 +229,7 @@ def copy_weights(
                 copy_bytes(source, target, os.fstat(source.fileno()).st_size - header_bytes, advance)
     else:
         for shard, names in layout.items():
-            _write_shard(folder / shard, {name: tensors[name] for name in names}, dtype, advance)
+            write_file(folder / shard, {name: tensors[name] for name in names}, dtype, advance)
     if list(layout) != [SINGLE_NAME]:
         index = {
             "metadata": {"total_size": total_bytes(tensors.values(), dtype)},
@@ -277,9 +277,17 @@ def shard_layout(
     return split.filename_to_tensors
 
 
-def _write_shard(
-    path: Path, tensors: dict[str, StoredTensor], dtype: str | None, advance: Callable[[int], object]
+def write_file(
+    path: Path,
+    tensors: dict[str, StoredTensor],
+    dtype: str | None = None,
+    advance: Callable[[int], object] = lambda num_bytes: None,
 ) -> None:
+    """Write tensors to one new safetensors file, under the names that they have in the dict.
+
+    Raises:
+        ValueError: if a number is too large for ``dtype``.
+    """
     # Wide dtypes first, as safetensors does itself: every tensor then starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: -DTYPES[dtype or tensors[name].dtype].itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0

@@ -226,6 +226,36 @@ def test_an_adapter_means_the_same_on_either_side(source, tmp_path, trained_on, 
     assert card.data.base_model == str(other)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["gate_up_proj"]}], ids=str)
+def test_an_adapter_of_fused_projections_becomes_one_of_single_ones(tmp_path, options):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)
+    targets = ["qkv_proj", "o_proj"] + ["gate_up_proj"] * ("modules_to_save" not in options)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", target_modules=targets, **options)
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    tokens = torch.arange(CONTEXT)[None]
+    before = adapted_logits(tmp_path / "source", tmp_path / "adapter", tokens)
+    after = adapted_logits(tmp_path / "longnet", tmp_path / "moved", tokens)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source")(tokens).logits
+    assert (before - plain).abs().max() > 0.1
+    with pytest.raises(ValueError, match="for which Phi3ForCausalLM has no module"):
+        convert_adapter(tmp_path / "moved", tmp_path / "again", tmp_path / "source", **QUIET)
+
+
+def test_a_fused_adapter_of_another_size_or_named_by_a_pattern_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    make_checkpoint(tmp_path / "other", family="phi3", num_key_value_heads=4)
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "other", tmp_path / "larger", target_modules=["qkv_proj"])
+    with pytest.raises(ValueError, match="has 96 rows, but self_attn.qkv_proj of the base model had 64"):
+        convert_adapter(tmp_path / "larger", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "pattern", target_modules=".*qkv_proj")
+    with pytest.raises(ValueError, match="names qkv_proj other than in a list of modules"):
+        convert_adapter(tmp_path / "pattern", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+
+
 def test_a_moved_adapter_names_the_class_of_its_new_base(source, tmp_path):
     convert_checkpoint(source, tmp_path / "longnet", **QUIET)
     make_adapter(source, tmp_path / "adapter", task_type=None)
