@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -128,6 +129,19 @@ def make_checkpoint(
     if tokenizer:
         make_tokenizer().save_pretrained(folder)
     return model
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Load all weights of a checkpoint."""
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Compare names, dtypes and bits of two checkpoints' weights."""
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert x.dtype == theirs[name].dtype
+        assert torch.equal(x.view(torch.uint8), theirs[name].view(torch.uint8)), name
 
 
 def edit_json(path: Path, **fields) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import CONTEXT, ROPE, edit_json, make_checkpoint
+from checkpoints import CONTEXT, ROPE, assert_same_bits, edit_json, make_checkpoint, stored_tensors
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -23,7 +23,6 @@ import conversion.convert
 import conversion.weights
 from conversion import convert_checkpoint
 from conversion.plan import plan_conversion
-from conversion.verify import verification_tokens
 from conversion.weights import copy_weights, read_header
 from modeling_longnet import DilationPattern, LongNetForCausalLM
 
@@ -59,19 +58,8 @@ def source(shared_source, tmp_path) -> Path:
     return folder
 
 
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        assert x.dtype == theirs[name].dtype
-        assert torch.equal(x.view(torch.uint8), theirs[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -316,163 +304,6 @@ def test_new_rope_is_completed_from_the_source_and_verified_against_llama_with_t
         logits = ours(tokens).logits
         torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5)
         assert (logits - untouched(tokens).logits).abs().max() > 0.1
-
-
-ROPE_WORDS = {
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": CONTEXT},
-    "ntk": {"rope_type": "default", "rope_theta": 10000.0 * 4.0 ** (8 / 6)},
-    "none": {"rope_type": "default"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("word", ROPE_WORDS)
-def test_a_word_for_rope_stretches_the_trained_context_to_the_new_one(source, tmp_path, word):
-    options = {"rope_parameters": word, "max_position_embeddings": 4 * CONTEXT}
-    report = convert_checkpoint(source, tmp_path / "target", **options, **QUIET)
-    expected = {"rope_theta": 10000.0, **ROPE_WORDS[word]}
-    assert report["rope_parameters"] == expected
-    assert report["verification"]["relative_error"] < 1e-5
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    theirs = LlamaForCausalLM.from_pretrained(source, rope_parameters=expected, max_position_embeddings=4 * CONTEXT)
-    tokens = torch.arange(CONTEXT)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
-
-
-def test_ntk_leaves_the_fastest_rotation_alone_and_stretches_the_slowest_by_the_factor(source):
-    plan = plan_conversion(source, rope_parameters="ntk", max_position_embeddings=8 * CONTEXT)
-    before, after = (
-        LlamaForCausalLM(config).model.rotary_emb.inv_freq for config in (plan.source_config, plan.reference_config)
-    )
-    assert after[0] == before[0]
-    torch.testing.assert_close(before[-1] / after[-1], torch.tensor(8.0))
-
-
-def test_the_trained_context_is_kept_in_the_config(tmp_path):
-    make_checkpoint(tmp_path / "source", rope="llama3")
-    convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=256, **QUIET)
-    assert json.loads((tmp_path / "target" / "config.json").read_text())["trained_context"] == 16
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    model.save_pretrained(tmp_path / "again")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.trained_context == 16
-
-
-def test_dense_layers_are_ordinary_attention_and_cost_as_much(source, tmp_path):
-    options = {"local": 16, "max_position_embeddings": 256}
-    report = convert_checkpoint(source, tmp_path / "target", dense_layers=[1], **options, **QUIET)
-    all_dense = convert_checkpoint(source, tmp_path / "dense", dense_layers=[0, 1], **options, **QUIET)
-    none_dense = plan_conversion(source, **options)
-    for cost in ("attention_flops", "kv_bytes"):
-        sparse, dense = none_dense.costs()[f"pattern_{cost}"], none_dense.costs()[f"dense_{cost}"]
-        assert sparse < dense
-        assert report["costs"][f"pattern_{cost}"] == (sparse + dense) / 2
-        assert all_dense["costs"][f"pattern_{cost}"] == dense
-    assert report["pattern"]["dense_layers"] == [1]
-    assert "dense      layers 0, 1" in plan_conversion(source, dense_layers=[0, 1]).describe().splitlines()
-    assert "Layer 1 keeps ordinary attention" in (tmp_path / "target" / "README.md").read_text()
-    tokens = torch.arange(60)[None]
-    with torch.no_grad():
-        expected = LlamaForCausalLM.from_pretrained(source)(tokens).logits
-        dense, mixed = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits for name in ("dense", "target")
-        )
-    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-5)
-    assert (mixed - expected).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
-def test_weights_are_rounded_to_another_dtype_on_request(source, tmp_path, monkeypatch, dtype, max_shard_size):
-    monkeypatch.setattr(conversion.weights, "CHUNK_BYTES", 1000)
-    options = {"dtype": dtype, "max_shard_size": max_shard_size}
-    report = convert_checkpoint(source, tmp_path / "target", **options, **QUIET)
-    expected = {name: x.to(getattr(torch, dtype)) for name, x in stored_tensors(source).items()}
-    assert_same_bits(stored_tensors(tmp_path / "target"), expected)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == getattr(torch, dtype)
-    assert report["verification"]["relative_error"] < 1e-5
-    assert report["weights"]["dtypes"] == [dtype]
-    assert report["weights"]["num_bytes"] == sum(x.nbytes for x in expected.values())
-    assert any("rounded to" in note for note in report["notes"]) == (dtype != "float32")
-    card = (tmp_path / "target" / "README.md").read_text()
-    assert ("bit for bit" in card) == (dtype == "float32")
-    if max_shard_size == "20KB":
-        index = json.loads((tmp_path / "target" / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == report["weights"]["num_bytes"]
-
-
-def test_a_number_too_large_for_the_dtype_is_refused(source, tmp_path):
-    spoil_tensors(source, lambda tensors: tensors["model.norm.weight"].mul_(1e6))
-    with pytest.raises(ValueError, match=r"model.norm.weight holds .*e\+06, more than F16 can"):
-        convert_checkpoint(source, tmp_path / "target", dtype="float16", **QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_are_compared_in_the_checkpoints_own_dtype_too(tmp_path, dtype):
-    make_checkpoint(tmp_path / "source", dtype=dtype)
-    own = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)["verification"]["own_dtype"]
-    assert own["dtype"] == str(dtype).removeprefix("torch.")
-    with torch.no_grad():
-        tokens, _ = verification_tokens(tmp_path / "source", 288, CONTEXT)
-        exact, rounded, ours = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=wanted)(tokens).logits.float()
-            for name, wanted in (("source", torch.float32), ("source", dtype), ("target", dtype))
-        )
-    assert own["max_error"] == pytest.approx(float((ours - rounded).abs().max()), abs=1e-6)
-    assert own["source_rounding"] == pytest.approx(float((rounded - exact).square().mean().sqrt()), rel=1e-3)
-    assert own["target_rounding"] == pytest.approx(float((ours - exact).square().mean().sqrt()), rel=1e-3)
-    assert own["source_rounding"] > 0
-
-
-def test_a_model_that_is_wrong_in_its_own_dtype_only_is_refused(tmp_path, monkeypatch):
-    def wrong_in_bfloat16(self, *args, **kwargs):
-        output = LlamaForCausalLM.forward(self, *args, **kwargs)
-        if output.logits.dtype == torch.bfloat16:
-            output.logits = output.logits * 1.1
-        return output
-
-    make_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
-    monkeypatch.setattr(LongNetForCausalLM, "forward", wrong_in_bfloat16)
-    with pytest.raises(ValueError, match=r"in bfloat16 the converted model's logits are .* at most twice"):
-        convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-class RecordingHub:
-    """Stands in for HfApi and records what it is asked for."""
-
-    calls: list
-
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create", repo_id, options))
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
-
-
-def test_a_finished_checkpoint_is_uploaded_on_request(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(RecordingHub, "calls", [], raising=False)
-    monkeypatch.setattr("conversion.hub.HfApi", RecordingHub)
-    convert_checkpoint(source, tmp_path / "target", push_to_hub="me/llama-longnet", verify=False)
-    created, uploaded = RecordingHub.calls
-    assert created == ("create", "me/llama-longnet", {"private": True, "exist_ok": True})
-    assert uploaded == ("upload", "me/llama-longnet", sorted(path.name for path in (tmp_path / "target").iterdir()))
-    assert {"config.json", "model.safetensors", "modeling_longnet.py", "README.md"} <= set(uploaded[2])
-    assert capsys.readouterr().out.splitlines()[-1] == "uploaded   me/llama-longnet"
-
-
-def test_a_failed_upload_leaves_the_finished_checkpoint_and_says_so(source, tmp_path, monkeypatch):
-    def refuse(self, repo_id, **options):
-        raise ConnectionError("no way out")
-
-    monkeypatch.setattr(RecordingHub, "create_repo", refuse)
-    monkeypatch.setattr("conversion.hub.HfApi", RecordingHub)
-    with pytest.raises(ValueError, match="target is finished, but uploading it to me/x failed: no way out"):
-        convert_checkpoint(source, tmp_path / "target", push_to_hub="me/x", verify=False, **QUIET)
-    assert (tmp_path / "target" / "model.safetensors").exists()
 
 
 def test_new_rope_stretches_from_the_length_before_the_old_one(tmp_path):

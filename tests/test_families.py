@@ -1,11 +1,8 @@
 """Every family of dense models: a converted checkpoint is its source, and what LongNet cannot be is refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint
-from safetensors.torch import load_file
+from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint, stored_tensors
 from transformers import AutoModelForCausalLM
 
 from conversion import convert_checkpoint
@@ -62,10 +59,6 @@ def assert_parts_are_rows_of_the_whole(parts: dict[str, torch.Tensor], whole: di
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8)), name
         seen.update(names)
     assert seen == parts.keys()
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint
+from checkpoints import CONTEXT, FAMILIES, ROPE, assert_same_bits, edit_json, make_checkpoint, stored_tensors
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -31,17 +31,6 @@ VARIANTS = {
     **{f"RoPE {name}": {"rope": name} for name in ROPE if name != "default"},
     "phi3, longrope": {"family": "phi3", "rope": "longrope, no factor", "original_max_position_embeddings": 16},
 }
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
-
-
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        assert x.dtype == theirs[name].dtype
-        assert torch.equal(x.view(torch.uint8), theirs[name].view(torch.uint8)), name
 
 
 @pytest.fixture
