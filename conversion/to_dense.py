@@ -237,8 +237,6 @@ def _dense_fields(config: LongNetConfig, context: int | None, dtype: str | None)
         fields.pop(name, None)
     fields["rope_parameters"] = rope
     fields["max_position_embeddings"] = context or config.max_position_embeddings
-    if hasattr(original, "original_max_position_embeddings") and "original_max_position_embeddings" in rope:
-        fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return fields
 
 

@@ -90,6 +90,33 @@ def test_new_rope_goes_back_with_its_context(source, tmp_path):
     assert config["max_position_embeddings"] == 4 * CONTEXT
 
 
+def test_new_rope_replaces_the_old_spellings_and_code_that_does_not_travel_is_not_named(source, tmp_path):
+    edit_json(
+        source / "config.json",
+        rope_parameters=None,
+        rope_theta=5000.0,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        auto_map={"AutoModelForCausalLM": "code.Model"},
+    )
+    convert_checkpoint(source, tmp_path / "longnet", rope_parameters="ntk", **LONGER, **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"rope_theta", "rope_scaling", "auto_map"} & config.keys()
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0 * 4.0 ** (8 / 6)}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config
+    assert loaded.rope_parameters == config["rope_parameters"]
+
+
+def test_new_longrope_of_phi3_goes_back_too(tmp_path):
+    make_checkpoint(tmp_path / "source", family="phi3", original_max_position_embeddings=CONTEXT)
+    longrope = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", rope_parameters=longrope, **LONGER, **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    longnet, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name).config for name in ("longnet", "dense"))
+    assert dense.rope_parameters == longnet.rope_parameters
+    assert dense.rope_parameters["original_max_position_embeddings"] == CONTEXT
+
+
 def test_a_context_may_be_asked_for_and_leaves_implied_rope_factors_as_they_were(tmp_path):
     make_checkpoint(tmp_path / "source", rope="yarn, no factor")
     convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)
