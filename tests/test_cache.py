@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import left_padding, random_tokens, tiny_model
 
+from modeling_longnet import cached_attention
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -55,6 +56,20 @@ def test_decoding_in_any_chunks_equals_the_full_forward(preset, chunks, paddings
         full = model(tokens, attention_mask=mask, use_cache=False).logits
         cached, _ = decode(model, tokens, mask, chunks)
     torch.testing.assert_close(cached[mask.bool()], full[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("pairs", [1, 700])
+def test_a_long_chunk_over_a_full_cache_is_attended_piece_by_piece(pairs, monkeypatch):
+    model, tokens = tiny_model("paper", attn_implementation="eager"), random_tokens(2, 90)
+    mask = left_padding(0, 7, length=90)
+    with torch.no_grad():
+        cache = decode(model, tokens, mask, [40])[1]
+        expected = model(tokens[:, 40:], attention_mask=mask, past_key_values=cache, output_attentions=True)
+        cache = decode(model, tokens, mask, [40])[1]
+        monkeypatch.setattr(cached_attention, "PAIRS_PER_CHUNK", pairs)
+        output = model(tokens[:, 40:], attention_mask=mask, past_key_values=cache, output_attentions=True)
+    torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(output.attentions, expected.attentions, **CLOSE)
 
 
 def test_dense_layers_keep_everything_and_decode_exactly():

@@ -150,6 +150,14 @@ def test_documents_packed_into_padded_rows_never_see_each_other():
             torch.testing.assert_close(packed[row : row + 1, low:high], alone, **CLOSE)
 
 
+def test_a_row_that_counts_on_from_the_row_before_is_a_document_of_its_own():
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 30)
+    positions = torch.stack([torch.cat([torch.arange(10), torch.arange(20)]), torch.arange(20, 50)])
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions).logits
+        torch.testing.assert_close(packed[1:], model(tokens[1:]).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_documents_and_a_cache_are_refused():
     model = tiny_model()
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
