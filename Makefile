@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
           $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-# Idle threads sleep instead of spinning: with another busy process on two cores the demo trains five times as fast.
+# Idle threads sleep instead of spinning: beside another busy process, spinning ones starve the work itself.
 export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test lint format clean

@@ -70,7 +70,7 @@ def locate_tokens(
         cache: the cache in use, or None.
 
     Raises:
-        ValueError: if the mask has a wrong shape, or packed documents meet a cache.
+        ValueError: if the mask has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding.
     """
     batch, length = shape
     past = cache.get_seq_length() if cache is not None else 0
@@ -83,6 +83,10 @@ def locate_tokens(
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ValueError(
+            "cu_seq_lens_q and an attention_mask with padding exclude one another: leave padding out of packed documents"
+        )
     if cu_seqlens is None and position_ids is not None and past == 0 and length > 1:
         cu_seqlens, real_tokens = _documents_from_position_ids(position_ids, attention_mask, shape)
     else:

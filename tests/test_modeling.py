@@ -166,6 +166,14 @@ def test_packed_documents_and_a_cache_are_refused():
         model.generate(random_tokens(1, 12), position_ids=positions, max_new_tokens=2)
 
 
+def test_packed_documents_and_padding_are_refused_together():
+    mask = left_padding(3, length=12)
+    with pytest.raises(ValueError, match="cu_seq_lens_q and an attention_mask with padding exclude one another"):
+        tiny_model()(
+            random_tokens(1, 12), attention_mask=mask, cu_seq_lens_q=torch.tensor([0, 5, 12]), use_cache=False
+        )
+
+
 def test_other_caches_are_refused():
     with pytest.raises(ValueError, match="needs a LongNetCache, got DynamicCache"):
         tiny_model()(random_tokens(1, 4), past_key_values=DynamicCache())
