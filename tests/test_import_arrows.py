@@ -19,10 +19,12 @@ OPERATOR = {name for name in PACKAGE if name.startswith("dilated_attention")}
 # What may know transformers; every other file is the operator's or pure arithmetic. __init__ registers the classes.
 TRANSFORMERS_FILES = {
     "__init__",
+    "attention_longnet",
     "cache_longnet",
     "configuration_longnet",
     "modeling_longnet",
     "sequence_parallel",
+    "token_layout",
     "trainer_longnet",
 }
 # Saved checkpoints carry every file but __init__, and transformers refuses them where an unguarded import fails.
