@@ -1,22 +1,21 @@
-"""Llama's attention block around ``dilated_attention``, its rotary embedding, and the names that select a backend."""
+"""The attention block around ``dilated_attention``, and the names that select a backend."""
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
-from .cache_longnet import LongNetCache
+from .cache_longnet import LongNetCache, LongNetCacheLayer
 from .cached_attention import cached_attention
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_eager import eager_attention
 from .token_layout import TokenLayout, pack, unpack
+from .xpos_decay import BLOCK, XPosDecay
 
 
 def _backend_forward(backend: str):
@@ -60,30 +59,6 @@ AttentionInterface.register("longnet_torch", _backend_forward("torch"))
 AttentionInterface.register("longnet_triton", _backend_forward("triton"))
 
 
-class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding, all rope types, with angles that stay exact at any position.
-
-    Llama multiplies position and frequency in float32: at position 2^24 the angle is off by a radian, and beyond it
-    neighbours share one. Here the product is taken and reduced modulo 2 pi in float64. Inside the first segment, where
-    a converted model promises its source's logits, the source's float32 product stays, bit for bit.
-    """
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        positions = position_ids[..., None]  # [B, T, 1]
-        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
-        as_source = positions.float() * inv_freq  # [B, T, D/2]
-        if x.device.type == "mps":  # has no float64
-            exact = (positions.cpu().double() * inv_freq.cpu().double()).remainder(2 * torch.pi).float().to(x.device)
-        else:
-            exact = (positions.double() * inv_freq.double()).remainder(2 * torch.pi).float()
-        angles = torch.where(positions < self.config.segment_lengths[0], as_source, exact)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
 class LongNetAttention(LlamaAttention):
     """Llama's attention block around ``dilated_attention``, with optional q/k norms and a bias of ``o_proj``'s own."""
 
@@ -96,6 +71,16 @@ class LongNetAttention(LlamaAttention):
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether this layer knows positions."""
+        return self.layer_idx not in self.config.layers_without_rope
+
+    @property
+    def decay(self) -> XPosDecay | None:
+        """The decay of this layer's scores, if any."""
+        return XPosDecay(self.head_dim, self.config.xpos_scale_base) if self.config.xpos and self.rotates else None
 
     def forward(
         self,
@@ -117,7 +102,7 @@ class LongNetAttention(LlamaAttention):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, H, T, D], [B, G, T, D]
-        if self.layer_idx not in self.config.layers_without_rope:
+        if self.rotates:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
 
@@ -126,15 +111,59 @@ class LongNetAttention(LlamaAttention):
             continues = cache.get_seq_length() > 0
             keys, values = past_key_values.update(key, value, self.layer_idx, positions=layout.positions)
         if past_key_values is not None and continues:
-            out, weights = cached_attention(
-                query, keys, values, cache.pattern, query_positions=layout.positions,
-                key_positions=cache.attended_positions, scale=self.scaling, dropout=dropout,
-                return_weights=self.config._attn_implementation == "eager",
-            )  # fmt: skip
-            out = out.transpose(1, 2)  # [B, T, H, D]
+            out, weights = self._attend_cached(query, keys, values, cache, layout.positions, dropout)
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
             query, key, value = (pack(x, layout) for x in (query, key, value))
-            out, weights = attend(self, query, key, value, None, self.scaling, dropout, layout=layout)
+            out, weights = self._attend_all(query, key, value, layout, dropout)
             out = unpack(out, layout, batch, length)
-        return self.o_proj(out.reshape(batch, length, -1)), weights
+        return self.project(out.reshape(batch, length, -1)), weights
+
+    def project(self, heads: Tensor) -> Tensor:
+        """Mix the outputs of all heads, ``[B, T, H * D]`` to ``[B, T, hidden_size]``."""
+        return self.o_proj(heads)
+
+    def _attend_all(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend among the tokens of the layout; the result is ``[B, T, H, D]``."""
+        if self.decay is not None:
+            pattern = self.config.layer_pattern(self.layer_idx)
+            span = self.decay.shared_span(pattern, query.shape[2], query.dtype)
+            if span is None:
+                return self._attend_in_blocks(query, key, value, layout, dropout)
+            query, key = self.decay.scale_aligned(query, key, layout.positions, span)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attend(self, query, key, value, None, self.scaling, dropout, layout=layout)
+
+    def _attend_in_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, dropout: float
+    ) -> tuple[Tensor, None]:
+        """Attend as decoding does, a block of queries at a time: no reference of xPos serves all of them."""
+        if layout.cu_seqlens is not None:
+            raise ValueError(
+                f"{query.shape[2]} packed tokens are more than the {self.decay.longest_span(query.dtype)} over which "
+                f"xPos can be computed at once in {str(query.dtype).removeprefix('torch.')}; pass one document per row"
+            )
+        cache, outs = LongNetCacheLayer(self.config.layer_pattern(self.layer_idx)), []
+        for first in range(0, query.shape[2], BLOCK):
+            block = slice(first, first + BLOCK)
+            positions = layout.positions[:, block]
+            keys, values = cache.update(key[:, :, block], value[:, :, block], positions=positions)
+            outs.append(self._attend_cached(query[:, :, block], keys, values, cache, positions, dropout)[0])
+        return torch.cat(outs, dim=1), None
+
+    def _attend_cached(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LongNetCacheLayer, positions: Tensor, dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from new tokens at these positions to what the cache holds; the result is ``[B, T, H, D]``."""
+        if self.decay is not None and query.shape[2] > BLOCK:
+            blocks = zip(query.split(BLOCK, dim=2), positions.split(BLOCK, dim=1))
+            outs, weights = zip(*(self._attend_cached(q, keys, values, cache, p, dropout) for q, p in blocks))
+            return torch.cat(outs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
+        if self.decay is not None:
+            query, keys = self.decay.scale_cached(query, keys, positions, cache.attended_positions)
+        out, weights = cached_attention(
+            query, keys, values, cache.pattern, query_positions=positions, key_positions=cache.attended_positions,
+            scale=self.scaling, dropout=dropout, return_weights=self.config._attn_implementation == "eager",
+        )  # fmt: skip
+        return out.transpose(1, 2), weights

@@ -1,4 +1,4 @@
-"""Configuration of LongNet models: Llama's fields, and the pattern of the dilated attention."""
+"""Configuration of LongNet models: Llama's fields, the pattern of the dilated attention, and the backbone's parts."""
 
 import difflib
 
@@ -20,13 +20,32 @@ PATTERN_FIELDS = (
 # Longer than any document: one such undilated branch is ordinary attention.
 UNBOUNDED = 2**62
 
+# Which decoder layers there are, and what a field is with them where it is left out.
+BACKBONES = {
+    "llama": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sub_layernorm": False,
+        "xpos": False,
+    },
+    "magneto": {
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "sub_layernorm": True,
+        "xpos": True,
+    },
+}
+
 
 @strict
 class LongNetConfig(LlamaConfig):
-    """Configure a Llama-shaped model whose attention is LongNet's dilated attention.
+    """Configure a model whose attention is LongNet's dilated attention, in the shape of Llama or of the paper.
 
     All fields of ``transformers.LlamaConfig`` keep their names and meaning; the six fields of ``DilationPattern`` stand
-    beside them under their own names. The defaults are the paper's (Section 4.2 of arXiv 2307.02486).
+    beside them under their own names. The pattern's defaults are the paper's (Section 4.2 of arXiv 2307.02486); with
+    ``backbone="magneto"`` the other parts are the paper's too.
 
     Args:
         segment_lengths: segment length of each branch, in tokens.
@@ -35,17 +54,26 @@ class LongNetConfig(LlamaConfig):
         count_overlaps: whether a key reached by m branches counts m times.
         dilate_queries: whether a branch serves only the queries that it keeps.
         window: ``"segment"`` or ``"sliding"``.
+        backbone: ``"llama"`` (RMSNorm, gated feed-forward, no biases, RoPE) or ``"magneto"``, the paper's (arXiv
+            2210.06423: LayerNorm with Sub-LN, two-layer feed-forward with GELU, biases, xPos). What is left out of
+            ``hidden_act``, ``attention_bias``, ``mlp_bias``, ``sub_layernorm`` and ``xpos`` follows it.
+        sub_layernorm: a second LayerNorm inside each sublayer (``"magneto"`` only).
+        layer_norm_eps: epsilon of the LayerNorms (``"magneto"`` only).
+        scale_embedding: multiply token embeddings by the square root of their width (``"magneto"`` only).
+        xpos: let scores decay with distance (arXiv 2212.10554), on top of the rotary embedding.
+        xpos_scale_base: tokens over which the slowest to the fastest pair decay by 0.98 to 0.29 (for heads of 64).
         dense_layers: indices of layers that keep ordinary attention instead of the pattern (and an unbounded cache).
-        layers_without_rope: indices of layers that use no rotary embedding (SmolLM3).
+        layers_without_rope: indices of layers that use no rotary embedding, and no xPos (SmolLM3).
         qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
         attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
-        trained_context: tokens that a converted model's source was trained for; the model does not read it.
+        trained_context: tokens that a converted model's source was trained for; xPos rounds its angles there as the
+            official code does, other models do not read it.
         source_config: a converted model's source's config.json, for the way back; the model does not read it.
         **kwargs: any field of ``transformers.LlamaConfig``.
 
     Raises:
         ValueError: if the pattern is malformed, a field of LongNet's own is misspelt, a layer index does not exist, or
-            the head counts do not fit.
+            the head counts do not fit, or a field needs another backbone.
     """
 
     model_type = "longnet"
@@ -56,6 +84,15 @@ class LongNetConfig(LlamaConfig):
     count_overlaps: bool = True
     dilate_queries: bool = True
     window: str = "segment"
+    backbone: str = "llama"
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    sub_layernorm: bool | None = None
+    layer_norm_eps: float = 1e-5
+    scale_embedding: bool = False
+    xpos: bool | None = None
+    xpos_scale_base: int = 512
     dense_layers: list[int] | tuple[int, ...] = ()
     layers_without_rope: list[int] | tuple[int, ...] = ()
     qk_norm: bool = False
@@ -65,14 +102,28 @@ class LongNetConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
-            own = (*PATTERN_FIELDS, "dense_layers", "layers_without_rope")
+            own = (
+                *PATTERN_FIELDS,
+                "backbone",
+                "sub_layernorm",
+                "xpos_scale_base",
+                "dense_layers",
+                "layers_without_rope",
+            )
             if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
                 raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        for name, default in BACKBONES[self.backbone].items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self.segment_lengths = tuple(self.segment_lengths)
         self.dilation_rates = tuple(self.dilation_rates)
         self.dense_layers = tuple(self.dense_layers)
         self.layers_without_rope = tuple(self.layers_without_rope)
         super().__post_init__(**kwargs)
+        if self.sub_layernorm:  # it normalises across what tensor parallelism would split
+            self.base_model_tp_plan = None
         self._check()
 
     @property
@@ -103,6 +154,11 @@ class LongNetConfig(LlamaConfig):
                         f"{name} names layer {index}, but the {self.num_hidden_layers} layers are numbered from 0 to "
                         f"{self.num_hidden_layers - 1}"
                     )
+        for name in ("sub_layernorm", "scale_embedding"):
+            if getattr(self, name) and self.backbone != "magneto":
+                raise ValueError(f"{name} needs backbone 'magneto', got {self.backbone!r}")
+        if self.xpos_scale_base < 1:
+            raise ValueError(f"xpos_scale_base must be at least 1 token, got {self.xpos_scale_base}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

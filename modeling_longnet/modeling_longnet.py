@@ -1,44 +1,37 @@
-"""LongNet models: Llama with dilated attention. Only what differs from ``transformers``' Llama stands here.
+"""LongNet models: a backbone with dilated attention, and its heads. Only what differs from Llama's stands here.
 
-Parameter names equal Llama's, so a Llama checkpoint loads as it is.
+With the backbone of Llama parameter names equal Llama's, so a Llama checkpoint loads as it is.
 """
 
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-)
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_longnet import LongNetAttention, LongNetRotaryEmbedding
+from .attention_longnet import LongNetAttention
+from .backbone_llama import LongNetDecoderLayer
+from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .token_layout import locate_tokens
 
 
-class LongNetDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer with dilated attention."""
-
-    def __init__(self, config: LongNetConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.self_attn = LongNetAttention(config, layer_idx)
+DECODER_LAYERS = {"llama": LongNetDecoderLayer, "magneto": MagnetoDecoderLayer}
 
 
 class LongNetPreTrainedModel(LlamaPreTrainedModel):
     """What all LongNet models share: which attention implementations exist, and how a checkpoint carries its code."""
 
     config: LongNetConfig
-    _no_split_modules = ["LongNetDecoderLayer"]
+    _no_split_modules = ["LongNetDecoderLayer", "MagnetoDecoderLayer"]
     _supports_flash_attn = False
     _supports_flex_attn = False
     # Serving engines read this flag to replace the attention by their own full attention: they must not.
@@ -49,6 +42,11 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         config.validate()  # fields edited after construction are checked here
         # Not super(): the Llama class that comes next would build its own layers first.
         LlamaPreTrainedModel.__init__(self, config, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if (std := getattr(module, "initial_std", None)) is not None:  # a layer with a start of its own
+            init.normal_(module.weight, std=std)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as ``transformers`` does; the checkpoint carries the code, and loads as any of the LongNet classes."""
@@ -69,10 +67,12 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         LongNetPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([LongNetDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LongNetRotaryEmbedding(config=config)
+        embedding = ScaledEmbedding if config.scale_embedding else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        decoder_layer = DECODER_LAYERS[config.backbone]
+        self.layers = nn.ModuleList([decoder_layer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = decoder_layer.build_norm(config)
+        self.rotary_emb = (XPosRotaryEmbedding if config.xpos else LongNetRotaryEmbedding)(config)
         self.gradient_checkpointing = False
         self.post_init()
 

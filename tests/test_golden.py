@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
+from torchscale_decoder import ARGUMENTS, decoder_logits
 
 from modeling_longnet import DilationPattern, dilated_attention
 
@@ -81,42 +82,14 @@ def test_the_official_deviation_is_the_zero_padding_of_the_last_segment(case):
     assert_close(out.transpose(1, 2).flatten(2), golden[f"{case['id']}/out"], rtol=1e-12, atol=1e-12)
 
 
-def decoder_logits(implementation: str, weights: dict[str, Tensor], input_ids: Tensor) -> Tensor:
-    """Run the official two-layer decoder in float64: pre-norm, biases, exact GELU, no positions.
-
-    Args:
-        input_ids: ``[B, L]``.
-
-    Returns:
-        ``[B, L, vocabulary]``.
-    """
-    pattern = DilationPattern.preset("torchscale", (8, 16, 32), (1, 2, 4))
-    num_heads = 4
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-5)
-
-    hidden = weights["embed_tokens.weight"][input_ids]  # [B, L, H * D]
-    for layer in ("layers.0", "layers.1"):
-        normed = norm(f"{layer}.self_attn_layer_norm", hidden)
-        heads = [
-            linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-            for name in "qkv"
-        ]  # [B, H, L, D]
-        out, _ = attend(implementation, pattern, *heads)
-        hidden = hidden + linear(f"{layer}.self_attn.out_proj", out.transpose(1, 2).flatten(2))
-        inner = F.gelu(linear(f"{layer}.ffn.fc1", norm(f"{layer}.final_layer_norm", hidden)))
-        hidden = hidden + linear(f"{layer}.ffn.fc2", inner)
-    return linear("output_projection", norm("layer_norm", hidden))
-
-
 @every_implementation
 @pytest.mark.parametrize("run", ["n48", "n77"])
 def test_decoder_logits_are_the_official_ones(implementation, run):
     golden = load("longnet_decoder_plain")
-    weights = {name.removeprefix("weights/"): x.double() for name, x in golden.items() if name.startswith("weights/")}
-    logits = decoder_logits(implementation, weights, golden[f"{run}/input_ids"])
+    weights = {name.removeprefix("weights/"): x for name, x in golden.items() if name.startswith("weights/")}
+    plain = {**ARGUMENTS, "subln": False, "xpos_rel_pos": False}
+    pattern = DilationPattern.preset("torchscale", (8, 16, 32), (1, 2, 4))
+    logits = decoder_logits(
+        weights, golden[f"{run}/input_ids"], plain, attend=lambda *heads: attend(implementation, pattern, *heads)[0]
+    )
     assert_close(logits, golden[f"{run}/logits"], rtol=0, atol=1e-9)

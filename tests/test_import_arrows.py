@@ -20,9 +20,12 @@ OPERATOR = {name for name in PACKAGE if name.startswith("dilated_attention")}
 TRANSFORMERS_FILES = {
     "__init__",
     "attention_longnet",
+    "backbone_llama",
+    "backbone_magneto",
     "cache_longnet",
     "configuration_longnet",
     "modeling_longnet",
+    "rotary_longnet",
     "sequence_parallel",
     "token_layout",
     "trainer_longnet",

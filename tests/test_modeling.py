@@ -20,9 +20,9 @@ from modeling_longnet import (
     LongNetForTokenClassification,
     LongNetModel,
 )
-from modeling_longnet.attention_longnet import LongNetRotaryEmbedding
 from modeling_longnet.dilation_pattern import PRESETS
 from modeling_longnet.modeling_longnet import LongNetDecoderLayer
+from modeling_longnet.rotary_longnet import LongNetRotaryEmbedding
 from modeling_longnet.token_layout import locate_tokens
 
 

@@ -58,10 +58,17 @@ def load_without_the_package(source: str, tokens: torch.Tensor, tmp_path: Path, 
     return json.loads(process.stdout.split("RESULT")[1])
 
 
-@pytest.mark.parametrize("preset", ["paper", "retrofit"])
-@pytest.mark.parametrize("place", ["folder", "hub"])
-def test_a_saved_checkpoint_runs_where_the_package_is_not_installed(preset, place, tmp_path):
-    model, tokens = tiny_model(preset).float(), random_tokens(1, 40)
+@pytest.mark.parametrize(
+    ("preset", "backbone", "place"),
+    [
+        ("paper", "llama", "hub"),
+        ("retrofit", "llama", "folder"),
+        ("paper", "magneto", "folder"),
+        ("paper", "magneto", "hub"),
+    ],
+)
+def test_a_saved_checkpoint_runs_where_the_package_is_not_installed(preset, backbone, place, tmp_path):
+    model, tokens = tiny_model(preset, backbone=backbone).float(), random_tokens(1, 40)
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
     expected = model.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None).tolist()

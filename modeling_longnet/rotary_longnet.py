@@ -1,0 +1,58 @@
+"""Rotary embeddings whose angles stay exact at any position."""
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+
+class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary embedding, all rope types, with angles that stay exact at any position.
+
+    Llama multiplies position and frequency in float32: at position 2^24 the angle is off by a radian, and beyond it
+    neighbours share one. Here the product is taken and reduced modulo 2 pi in float64. Inside the first segment, where
+    a converted model promises its source's logits, the source's float32 product stays, bit for bit.
+    """
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        positions = position_ids[..., None]  # [B, T, 1]
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        as_source = positions.float() * inv_freq  # [B, T, D/2]
+        if x.device.type == "mps":  # has no float64
+            exact = (positions.cpu().double() * inv_freq.cpu().double()).remainder(2 * torch.pi).float().to(x.device)
+        else:
+            exact = (positions.double() * inv_freq.double()).remainder(2 * torch.pi).float()
+        angles = torch.where(positions < self.as_source_below, as_source, exact).to(self.angle_dtype(x))
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+    @property
+    def as_source_below(self) -> int:
+        """The position from which on angles are exact."""
+        return self.config.segment_lengths[0]
+
+    @staticmethod
+    def angle_dtype(x: Tensor) -> torch.dtype:
+        """Return the dtype in which Llama takes sines and cosines, whatever the model's."""
+        return torch.float
+
+
+class XPosRotaryEmbedding(LongNetRotaryEmbedding):
+    """The rotation of xPos, as the official code rounds it where a converted model promises that code's logits.
+
+    That code, too, multiplies in float32, over the whole context that the weights were trained for, but takes sines
+    and cosines in the model's dtype. The decay that makes it xPos is ``XPosDecay``.
+    """
+
+    @property
+    def as_source_below(self) -> int:
+        """The position from which on angles are exact."""
+        return max(super().as_source_below, self.config.trained_context or 0)
+
+    @staticmethod
+    def angle_dtype(x: Tensor) -> torch.dtype:
+        """Return float64 for a float64 model, else float32."""
+        return torch.promote_types(x.dtype, torch.float)
