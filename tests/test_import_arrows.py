@@ -111,7 +111,7 @@ def test_the_mathematics_of_the_pattern_knows_nothing():
 @pytest.mark.parametrize("name", sorted(set(PACKAGE) - TRANSFORMERS_FILES))
 def test_only_configuration_modeling_cache_and_trainer_know_transformers(name):
     for behind in everything_behind(name, PACKAGE):
-        assert third_party(behind, PACKAGE) <= {"torch", "triton"}, behind
+        assert third_party(behind, PACKAGE) <= {"torch", "triton", "liger_kernel"}, behind
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))

@@ -1,0 +1,231 @@
+"""Cross-entropy of a language-modelling head without its logits: one chunk of tokens at a time, both ways.
+
+The loss needs the gradient of its own logits, softmax minus target, and has it at hand right after the logits. So each
+chunk turns into its share of the loss and of the gradients at once, and its logits go; the backward pass only scales.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .sequence_tiles import GradientSum, are_partitioned, trainable
+
+
+# Logits of one chunk: 1 GiB of them in float32, 2048 tokens of a vocabulary of 131,072.
+CHUNK_LOGITS = 2**28
+
+IGNORED = -100  # the label of a token that is not predicted, as everywhere in PyTorch
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Shift labels ``[B, L]`` so that each token has its successor's; the last one of a row has none."""
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+def logits_loss(
+    logits: Tensor, targets: Tensor, *, num_items: Tensor | int | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Compute the cross-entropy of logits ``[B, L, vocabulary]``; arguments and result as of ``head_loss``."""
+    logits, targets = logits.flatten(0, -2), targets.flatten().to(logits.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
+    return total / _items(targets, num_items)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    num_items: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Compute the cross-entropy of ``head(hidden)`` against ``targets``, holding the logits of one chunk at a time.
+
+    Equals ``logits_loss(head(hidden), targets)`` with its gradients. Tokens without a target cost nothing.
+
+    Args:
+        hidden: ``[B, L, hidden]``, any floating dtype.
+        head: maps ``[n, hidden]`` to ``[n, vocabulary]``; any module.
+        targets: ``[B, L]`` int64, the token to predict at each place, or ``IGNORED``.
+        num_items: what the sum of the losses is divided by; None: the number of targets.
+        label_smoothing: weight of the uniform distribution in the target, ``0 <= label_smoothing <= 1``.
+        implementation: ``"chunked"`` (this file's: any head, any device), ``"torch"`` (``linear_cross_entropy`` of
+            torch 2.13 or newer, which rounds the loss to the inputs' dtype), ``"liger"`` (liger-kernel, CUDA) or
+            ``"auto"``, which is ``"chunked"``. One asked for by name runs or raises.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 inputs). NaN without any target, as in PyTorch.
+
+    Raises:
+        ValueError: if the implementation does not exist, or cannot run this call.
+    """
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"loss_implementation must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {implementation!r}"
+        )
+    hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
+    total = _IMPLEMENTATIONS[implementation](hidden, head, targets, label_smoothing)
+    return total / _items(targets, num_items)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    """Compute each token's own loss, ``[B, L]`` for ``hidden [B, L, hidden]``, 0 where there is no target."""
+    flat = targets.flatten().to(hidden.device)
+    found = None
+    for chunk, states in _chunks(hidden.flatten(0, -2), head, flat):
+        losses, _ = _losses_and_gradient(head(states), flat[chunk], 0.0, want_gradient=False)
+        if found is None:
+            found = losses.new_zeros(len(flat))
+        found[chunk] = losses
+    return torch.zeros(targets.shape, device=hidden.device) if found is None else found.view(targets.shape)
+
+
+def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    if num_items is None:
+        return (targets != IGNORED).sum()
+    return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items
+
+
+def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
+    """Yield the indices of the tokens that have a target, a chunk at a time, and their rows of ``hidden``."""
+    size = _chunk_tokens(head)
+    counts = [int(n) for n in torch.stack([(part != IGNORED).sum() for part in targets.split(size)]).tolist()]
+    for i, count in enumerate(counts):
+        chunk = slice(i * size, min((i + 1) * size, len(targets)))
+        if 0 < count < chunk.stop - chunk.start:
+            chunk = chunk.start + (targets[chunk] != IGNORED).nonzero().flatten()
+        if count:
+            yield chunk, hidden[chunk]
+
+
+def _chunk_tokens(head: nn.Module) -> int:
+    return max(1, CHUNK_LOGITS // head.out_features)  # PEFT's wrappers of a linear layer pass the attribute through
+
+
+def _losses_and_gradient(
+    logits: Tensor, targets: Tensor, label_smoothing: float, want_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the losses ``[n]`` of logits ``[n, V]``, in at least float32, and the gradient of their sum.
+
+    The gradient is rounded to the logits' dtype, but at the target, where it is the difference of two numbers that are
+    often close, only after the subtraction.
+    """
+    targets = targets[:, None]
+    log_p = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    at_target = log_p.gather(1, targets)
+    losses = (label_smoothing - 1) * at_target
+    if label_smoothing:
+        losses -= label_smoothing * log_p.mean(-1, keepdim=True)
+    if not want_gradient:
+        return losses[:, 0], None
+    uniform = label_smoothing / logits.shape[-1]
+    gradient_at_target = at_target.exp() - (1 - label_smoothing) - uniform
+    gradient = log_p.exp_()
+    if label_smoothing:
+        gradient -= uniform
+    gradient = gradient.to(logits.dtype)
+    return losses[:, 0], gradient.scatter_(1, targets, gradient_at_target.to(logits.dtype))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, head, targets, label_smoothing, hidden, *parameters):
+        want_hidden, *want_parameters = ctx.needs_input_grad[3:]
+        want = want_hidden or any(want_parameters)
+        sums = GradientSum(parameters, want_parameters)
+        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for chunk, states in _chunks(hidden, head, targets):
+            states = states.detach().requires_grad_(want_hidden)
+            with torch.set_grad_enabled(want):
+                logits = head(states)
+            losses, grad_logits = _losses_and_gradient(logits, targets[chunk], label_smoothing, want)
+            total += losses.sum()
+            if want:
+                inputs = [*([states] if want_hidden else []), *sums.tensors]
+                gradients = torch.autograd.grad(logits, inputs, grad_logits, allow_unused=True)
+                if want_hidden:
+                    grad_hidden[chunk] = gradients[0]
+                sums.add(gradients[want_hidden:])
+            del logits, grad_logits  # before the next chunk's come
+        ctx.save_for_backward(grad_hidden, *sums.results())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total):
+        return None, None, None, *(None if x is None else _scaled(x, grad_total) for x in ctx.saved_tensors)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a scalar tensor without rounding it to the dtype of ``x``: 1 / tokens is 0 in float16."""
+    result = torch.empty_like(x)
+    for part, target in zip(x.split(8192), result.split(8192)):
+        target.copy_(part.to(factor.dtype) * factor)
+    return result
+
+
+def _chunked(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: float) -> Tensor:
+    if not torch.compiler.is_compiling() and not are_partitioned([head]):
+        return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))
+
+    def loss(states: Tensor, targets: Tensor) -> Tensor:  # with logits once more in the backward pass
+        logits = head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
+
+    size = _chunk_tokens(head)
+    chunks = zip(hidden.split(size), targets.split(size))
+    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _torch_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: float) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ValueError(f'loss_implementation="torch" needs torch 2.13 or newer, this is {torch.__version__}')
+    if label_smoothing:
+        raise ValueError(f'loss_implementation="torch" has no label_smoothing, got {label_smoothing}; use "chunked"')
+    hidden, weight = _operands(hidden, head, "torch")
+    options = nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
+
+
+def _liger_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: float) -> Tensor:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise ValueError(f'loss_implementation="liger" cannot import liger-kernel: {error}') from error
+    if hidden.device.type != "cuda":
+        raise ValueError(f'loss_implementation="liger" runs on CUDA, the model is on {hidden.device}; use "chunked"')
+    hidden, weight = _operands(hidden, head, "liger")
+    return liger_fused_linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum",
+        accum_dtype=torch.float32,
+    )  # fmt: skip
+
+
+def _operands(hidden: Tensor, head: nn.Module, implementation: str) -> tuple[Tensor, Tensor]:
+    """Take a plain linear head apart, in the dtype that autocast gives its product."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f'loss_implementation="{implementation}" needs an nn.Linear head without bias, got {type(head).__name__}; '
+            'use "chunked"'
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), head.weight.to(dtype)
+    return hidden, head.weight
+
+
+_IMPLEMENTATIONS = {
+    "auto": _chunked,
+    "chunked": _chunked,
+    "torch": _torch_cross_entropy,
+    "liger": _liger_cross_entropy,
+}

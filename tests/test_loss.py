@@ -1,0 +1,243 @@
+"""The loss without logits: equal to the plain loss and its gradients, and never more logits than a chunk of them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peak_bytes import TensorWatch
+from torch import nn
+
+from modeling_longnet import head_loss as module
+from modeling_longnet.head_loss import IGNORED, head_loss, logits_loss, next_tokens, token_losses
+
+
+HIDDEN, VOCABULARY, CHUNK = 8, 37, 5
+IMPLEMENTATIONS = ["chunked", pytest.param("torch", marks=pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13 or newer"
+))]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", CHUNK * VOCABULARY + 3)
+
+
+def problem(dtype=torch.float64, length=23, seed=0) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    """Draw hidden states ``[2, length, HIDDEN]``, a head, and targets with whole chunks and single tokens left out."""
+    torch.manual_seed(seed)
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    nn.init.normal_(head.weight)
+    hidden = torch.randn(2, length, HIDDEN, dtype=dtype, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (2, length))
+    targets[0, : 2 * CHUNK + 2] = targets[1, 7:8] = targets[1, -1] = IGNORED
+    return hidden, head.to(dtype), targets
+
+
+def plain(hidden, head, targets, smoothing=0.0):
+    """The mean loss from all logits at once, in float64: what PyTorch computes, sharing nothing with the package."""
+    logits = head(hidden).double().flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, label_smoothing=smoothing)
+
+
+def with_gradients(loss, *tensors):
+    return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, tensors))]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1, CHUNK, 23])
+def test_loss_and_gradients_equal_the_plain_ones_in_float64(implementation, length):
+    hidden, head, targets = problem(length=length)
+    targets[1, 0] = 3  # at least one
+    found = head_loss(hidden, head, targets, implementation=implementation)
+    expected = plain(hidden, head, targets)
+    torch.testing.assert_close(
+        with_gradients(found, hidden, head.weight),
+        with_gradients(expected, hidden, head.weight),
+        rtol=1e-12,
+        atol=1e-14,
+    )
+
+
+def test_in_bfloat16_it_is_as_exact_as_the_plain_loss():
+    hidden, head, targets = problem(torch.bfloat16, length=400)
+    exact_head = copy.deepcopy(head).double()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = with_gradients(plain(exact_hidden, exact_head, targets), exact_hidden, exact_head.weight)
+    ours = with_gradients(head_loss(hidden, head, targets), hidden, head.weight)
+    logits = with_gradients(logits_loss(head(hidden), targets), hidden, head.weight)
+    for name, found, theirs, truth in zip(("loss", "hidden", "weight"), ours, logits, exact):
+        error, their_error = ((x - truth).norm() / truth.norm() for x in (found, theirs))
+        assert error <= 1.5 * their_error + 1e-5, f"{name}: {error:.1e}, with all logits {their_error:.1e}"
+        assert error < 6e-3, f"{name}: {error:.1e}"
+
+
+def test_a_confident_bfloat16_model_keeps_small_gradients():
+    # p = 0.999 at the target: p - 1 is lost if p is rounded to bfloat16 first.
+    head = nn.Linear(1, 2, bias=False).to(torch.bfloat16)
+    head.weight.data = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    head_loss(hidden, head, torch.zeros(1, 1, dtype=torch.long)).backward()
+    p = torch.tensor(7.0).sigmoid()
+    assert hidden.grad.item() == pytest.approx(7 * (p.item() - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_equals_pytorchs(smoothing):
+    hidden, head, targets = problem()
+    found = head_loss(hidden, head, targets, label_smoothing=smoothing)
+    expected = plain(hidden, head, targets, smoothing)
+    torch.testing.assert_close(
+        with_gradients(found, hidden, head.weight),
+        with_gradients(expected, hidden, head.weight),
+        rtol=1e-12,
+        atol=1e-14,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_items", [11, torch.tensor(11)])
+def test_the_sum_is_divided_by_the_given_number_of_items(implementation, num_items):
+    hidden, head, targets = problem()
+    found = head_loss(hidden, head, targets, num_items=num_items, implementation=implementation)
+    count = (targets != IGNORED).sum()
+    expected = plain(hidden, head, targets) * count / 11
+    torch.testing.assert_close(with_gradients(found, hidden), with_gradients(expected, hidden), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(logits_loss(head(hidden), targets, num_items=num_items), expected)
+
+
+def test_without_a_target_the_mean_is_nan_and_the_sum_is_0_with_gradient_0():
+    hidden, head, targets = problem()
+    targets.fill_(IGNORED)
+    assert head_loss(hidden, head, targets).isnan()
+    loss = head_loss(hidden, head, targets, num_items=5)
+    assert loss == 0
+    loss.backward()
+    assert hidden.grad.abs().max() == 0
+
+
+def test_the_backward_pass_can_be_repeated():
+    hidden, head, targets = problem()
+    loss = head_loss(hidden, head, targets)
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, hidden)[0], 2 * first)
+
+
+def test_no_more_logits_than_a_chunk_are_ever_made():
+    hidden, head, targets = problem(length=400)
+    with TensorWatch() as watch:
+        head_loss(hidden, head, targets).backward()
+    assert CHUNK * VOCABULARY == 185 < hidden.numel()
+    assert watch.largest == hidden.numel() == 6400
+    with TensorWatch() as watch:
+        logits_loss(head(hidden), targets).backward()
+    assert watch.largest == 800 * VOCABULARY  # the watch sees what there is to see
+
+
+def test_tokens_without_target_are_not_multiplied_with_the_head():
+    hidden, head, targets = problem(length=400)
+    targets.fill_(IGNORED)
+    targets[1, 100:103] = 7
+    rows = []
+    handle = head.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    head_loss(hidden, head, targets).backward()
+    handle.remove()
+    assert sum(rows) == 3
+
+
+def test_a_frozen_head_gets_no_gradient_and_needs_no_memory_for_one():
+    hidden, head, targets = problem()
+    head.weight.requires_grad_(False)
+    with TensorWatch() as watch:
+        loss = head_loss(hidden, head, targets)
+        loss.backward()
+    torch.testing.assert_close(hidden.grad, with_gradients(plain(hidden, head, targets), hidden)[1])
+    assert head.weight.grad is None
+    assert watch.largest <= hidden.numel()
+
+
+def test_only_the_head_may_want_gradients():
+    hidden, head, targets = problem()
+    hidden = hidden.detach()
+    found = with_gradients(head_loss(hidden, head, targets), head.weight)
+    torch.testing.assert_close(found, with_gradients(plain(hidden, head, targets), head.weight))
+
+
+@pytest.mark.parametrize("adapted", ["target_modules", "modules_to_save"])
+def test_an_adapted_head_gets_its_gradients(adapted):
+    hidden, head, targets = problem()
+    body = nn.Sequential()
+    body.head, body.other = head, nn.Linear(HIDDEN, HIDDEN)
+    options = {"target_modules": ["other"], adapted: ["head"]}
+    adapted_head = get_peft_model(body, LoraConfig(init_lora_weights=False, **options)).base_model.model.head.double()
+    parameters = [p for p in adapted_head.parameters() if p.requires_grad]
+    assert len(parameters) == (2 if adapted == "target_modules" else 1)
+    found = with_gradients(head_loss(hidden, adapted_head, targets), hidden, *parameters)
+    torch.testing.assert_close(found, with_gradients(plain(hidden, adapted_head, targets), hidden, *parameters))
+
+
+def test_under_autocast_it_computes_as_the_plain_loss_does():
+    hidden, head, targets = problem(torch.float32)
+    gradients = []
+    for loss in (head_loss, lambda x, head, targets: logits_loss(head(x), targets)):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(hidden, head, targets)
+        gradients.append(with_gradients(value, hidden, head.weight))
+        assert value.dtype == torch.float32
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=1e-3)
+
+
+def test_compiled_it_is_the_same():
+    torch.compiler.reset()
+    hidden, head, targets = problem()
+    compiled = torch.compile(lambda x, t: head_loss(x, head, t), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        with_gradients(compiled(hidden, targets), hidden, head.weight),
+        with_gradients(plain(hidden, head, targets), hidden, head.weight),
+    )
+
+
+def test_each_tokens_own_loss():
+    hidden, head, targets = problem()
+    losses = token_losses(hidden, head, targets)
+    logits = head(hidden).transpose(1, 2)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none").detach())
+    assert not losses.requires_grad
+    assert (losses[targets == IGNORED] == 0).all()
+
+
+def test_labels_are_shifted_by_one_and_the_last_token_has_none():
+    assert next_tokens(torch.tensor([[4, 5, 6], [7, IGNORED, 9]])).tolist() == [[5, 6, -100], [-100, 9, -100]]
+
+
+def test_an_implementation_asked_for_by_name_runs_or_raises():
+    hidden, head, targets = problem()
+    with pytest.raises(ValueError, match=r"must be one of 'auto', 'chunked', 'torch', 'liger', got 'fused'"):
+        head_loss(hidden, head, targets, implementation="fused")
+    with pytest.raises(ValueError, match=r'"liger" (cannot import|runs on CUDA, the model is on cpu)'):
+        head_loss(hidden, head, targets, implementation="liger")
+    biased = nn.Linear(HIDDEN, VOCABULARY).double()
+    if hasattr(F, "linear_cross_entropy"):
+        with pytest.raises(ValueError, match='"torch" has no label_smoothing, got 0.1; use "chunked"'):
+            head_loss(hidden, head, targets, implementation="torch", label_smoothing=0.1)
+        with pytest.raises(
+            ValueError, match='"torch" needs an nn.Linear head without bias, got Linear; use "chunked"'
+        ):
+            head_loss(hidden, biased, targets, implementation="torch")
+    torch.testing.assert_close(head_loss(hidden, biased, targets), plain(hidden, biased, targets))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["chunked", "torch", "liger"])
+def test_on_a_gpu_every_implementation_that_is_there_is_right(implementation):
+    hidden, head, targets = (x.cuda() for x in problem(torch.bfloat16, length=400))
+    hidden = hidden.detach().requires_grad_()
+    try:
+        found = with_gradients(head_loss(hidden, head, targets, implementation=implementation), hidden, head.weight)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    exact_head, exact_hidden = copy.deepcopy(head).double(), hidden.detach().double().requires_grad_()
+    exact = with_gradients(plain(exact_hidden, exact_head, targets), exact_hidden, exact_head.weight)
+    for name, x, truth in zip(("loss", "hidden", "weight"), found, exact):
+        assert (x - truth).norm() / truth.norm() < 1e-2, name

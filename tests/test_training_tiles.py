@@ -1,0 +1,160 @@
+"""Tiles along the sequence: the function's own output and gradients, for the memory of one tile."""
+
+import pytest
+import torch
+from peak_bytes import TensorWatch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling_longnet import sequence_tiles
+from modeling_longnet.sequence_tiles import in_tiles
+
+
+TILE, HIDDEN = 5, 8
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", TILE)
+
+
+class Mlp(nn.Module):
+    """A position-wise module that counts the tokens it computes."""
+
+    def __init__(self, width=16, dropout=0.0):
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN)
+        self.dropout, self.computed = nn.Dropout(dropout), 0
+
+    def forward(self, x):
+        self.computed += x.shape[1]
+        return self.down(self.dropout(self.up(x).tanh()))
+
+
+def results(layer, x: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
+    """Compute the output and all gradients."""
+    leaves = [p for p in (x, *module.parameters()) if p.requires_grad]
+    for leaf in leaves:
+        leaf.grad = None
+    output = layer(x)
+    (output * torch.linspace(0, 1, output.numel()).view_as(output)).sum().backward()
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def inputs(length=23, batch=2) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, length, HIDDEN, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("length", [1, TILE, TILE + 1, 23])
+def test_output_and_gradients_are_the_functions_own(length):
+    module, x = Mlp().double(), inputs(length)
+    torch.testing.assert_close(results(lambda x: in_tiles(module, x, [module]), x, module), results(module, x, module))
+
+
+@pytest.mark.parametrize("frozen", ["input", "module", "one weight"])
+def test_only_what_wants_gradients_gets_them(frozen):
+    module, x = Mlp().double(), inputs()
+    x.requires_grad_(frozen != "input")
+    module.requires_grad_(frozen != "module")
+    module.up.weight.requires_grad_(frozen == "input")
+    found = results(lambda x: in_tiles(module, x, [module]), x, module)
+    torch.testing.assert_close(found, results(module, x, module))
+    assert len(found) == {"input": 5, "module": 2, "one weight": 5}[frozen]
+
+
+def test_dropout_is_drawn_alike_in_the_backward_pass():
+    module, x = Mlp(dropout=0.5).double(), inputs()
+    torch.manual_seed(3)
+    output, grad_x, *_ = results(lambda x: in_tiles(module, x, [module]), x, module)
+    state = torch.get_rng_state()
+    # The same draws, tile by tile, in one ordinary graph.
+    torch.manual_seed(3)
+    expected = results(lambda x: torch.cat([module(tile) for tile in x.split(TILE, dim=1)], dim=1), x, module)
+    torch.testing.assert_close([output, grad_x], expected[:2])
+    assert torch.equal(torch.get_rng_state(), state), "the backward pass must leave the random state as it was"
+
+
+def test_autocast_holds_in_the_backward_pass_too():
+    torch.manual_seed(0)
+    module, x = Mlp(), inputs().detach().float().requires_grad_()
+    found = []
+    for function in (lambda x: in_tiles(module, x, [module]), module):
+
+        def autocast(x, function=function):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(x)
+
+        found.append(results(autocast, x, module))
+    assert found[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_a_checkpoint_everything_is_the_same(reentrant):
+    module, before, x = Mlp(), nn.Linear(HIDDEN, HIDDEN), inputs()
+    both = nn.ModuleList([module, before]).double()
+
+    def layer(x):
+        h = before(x).tanh()
+        return h + in_tiles(module, h, [module])
+
+    found = results(lambda x: checkpoint(layer, x, use_reentrant=reentrant), x, both)
+    torch.testing.assert_close(found, results(lambda x: before(x).tanh() + module(before(x).tanh()), x, both))
+
+
+def test_inside_a_checkpoint_the_function_runs_twice_not_three_times():
+    module, x = Mlp().double(), inputs()
+
+    def layer(x):
+        h = x.tanh()
+        return h + in_tiles(module, h, [module])
+
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert module.computed == 2 * 23
+
+
+def test_the_width_inside_costs_memory_for_one_tile_only():
+    length, width = 40 * TILE, 50 * HIDDEN
+    module = Mlp(width).double()
+    x = inputs(length, batch=1).detach()
+    own = length * HIDDEN * 8  # bytes of the input, and of the output
+    parameters = sum(p.nbytes for p in module.parameters())
+    peaks = {}
+    for name, function in (("tiles", lambda x: in_tiles(module, x, [module])), ("whole", module)):
+        leaf = x.clone().requires_grad_()
+        with TensorWatch() as watch:
+            function(leaf).sum().backward()
+        peaks[name] = watch.peak_bytes
+    # Output, its gradient and the input's; two sets of weight gradients while one is added; some intermediates of a tile.
+    assert peaks["tiles"] < 3 * own + 3 * parameters + 5 * TILE * width * 8
+    assert peaks["whole"] > 2 * length * width * 8 > 2 * peaks["tiles"]
+
+
+def test_without_gradients_memory_is_that_of_one_tile_too():
+    module, x = Mlp(50 * HIDDEN).double(), inputs(40 * TILE, batch=1)
+    with torch.no_grad(), TensorWatch() as watch:
+        output = in_tiles(module, x, [module])
+    torch.testing.assert_close(output, module(x).detach())
+    assert watch.peak_bytes < output.nbytes + 4 * TILE * 50 * HIDDEN * 8
+
+
+def test_partitioned_parameters_are_left_to_torchs_own_checkpoint(monkeypatch):
+    module, x = Mlp().double(), inputs()
+    monkeypatch.setattr(sequence_tiles, "are_partitioned", lambda modules: True)
+    expected = results(module, x, module)
+    module.computed = 0
+    torch.testing.assert_close(results(lambda x: in_tiles(module, x, [module]), x, module), expected)
+    assert module.computed == 2 * 23
+    monkeypatch.undo()
+    assert not sequence_tiles.are_partitioned([module])
+    module.up.weight.data = torch.empty(0, dtype=torch.float64)  # as ZeRO-3 leaves it between calls
+    assert sequence_tiles.are_partitioned([module])
+
+
+def test_gradients_of_short_floats_are_summed_in_float32():
+    # 300 tiles that each add 1/256 to a sum near 1: bfloat16 alone would stay at 1.
+    weight = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    x = torch.full((1, 300 * TILE, 1), 1 / 256 / TILE, dtype=torch.bfloat16)
+    in_tiles(weight, x, [weight]).sum().backward()
+    assert weight.weight.grad.item() == pytest.approx(300 / 256, rel=5e-3)
