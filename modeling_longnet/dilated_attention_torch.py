@@ -6,7 +6,7 @@ merging at all: the gradient of one softmax over all pieces is each piece's ordi
 *final* out and lse.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import torch
@@ -84,13 +84,13 @@ def _is_one_piece(call: Call, query: Tensor, attention_mask: Tensor | None, cu_s
     return whole and call.pattern.is_ordinary(query.shape[2])
 
 
-def _views(call: Call, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["_View"]:
+def _views(call: Call, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["PieceView"]:
     """Yield every piece of the reach on one document as views, each valid for a slice of the batch and heads."""
     for i, offsets in enumerate(call.pattern.offsets(num_kv_heads)):
         for offset in sorted(set(offsets)):
             kv_heads = [g for g, s in enumerate(offsets) if s == offset]
             for piece in reach_pieces(call.pattern, i, offset, length, call.is_causal):
-                yield from _piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
+                yield from piece_views(piece, kv_heads, batch, num_heads // num_kv_heads)
 
 
 def _forward(
@@ -108,10 +108,11 @@ def _forward(
     lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
     seeds = count(call.seed)  # one for every piece of every document
     for rows, tokens in _documents(query, attention_mask, cu_seqlens):
-        document = [x[rows, :, tokens] for x in (query, key, value, out, lse)]
-        _document_forward(call, seeds, *document)
+        q, k, v, *results = (x[rows, :, tokens] for x in (query, key, value, out, lse))
+        views = _views(call, q.shape[2], q.shape[0], q.shape[1], k.shape[1])
+        fold_forward(call, seeds, ((view, k, v) for view in views), q, *results)
         if isinstance(tokens, Tensor):  # indexing copied: put the results back
-            out[rows, :, tokens], lse[rows, :, tokens] = document[3:]
+            out[rows, :, tokens], lse[rows, :, tokens] = results
     return out.to(query.dtype), lse
 
 
@@ -136,10 +137,12 @@ def _backward(
     inputs = (query, key, value, out, lse, grad_out, grad_lse)
     seeds = count(call.seed)
     for rows, tokens in _documents(query, attention_mask, cu_seqlens):
-        document = [x[rows, :, tokens] for x in gradients]
-        _document_backward(call, seeds, *document, *(None if x is None else x[rows, :, tokens] for x in inputs))
+        dq, dk, dv = results = [x[rows, :, tokens] for x in gradients]
+        q, k, v, *final = (None if x is None else x[rows, :, tokens] for x in inputs)
+        views = _views(call, q.shape[2], q.shape[0], q.shape[1], k.shape[1])
+        fold_backward(call, seeds, ((view, k, v, dk, dv) for view in views), dq, q, *final)
         if isinstance(tokens, Tensor):
-            for gradient, result in zip(gradients, document):
+            for gradient, result in zip(gradients, results):
                 gradient[rows, :, tokens] = result
     return tuple(gradient.to(query.dtype) for gradient in gradients)
 
@@ -152,7 +155,7 @@ _attention = attention_operator(
 )
 
 
-class _View:
+class PieceView:
     """One piece for some heads and rows of the batch: how to see it in a tensor, as ``[N, heads, rows, D]``."""
 
     def __init__(self, query: Rows, key: Rows, shape: str, batch: range, q_heads: range, kv_heads: range):
@@ -180,7 +183,7 @@ class _View:
         return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), x.storage_offset() + start)
 
 
-def _piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> Iterator[_View]:
+def piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> Iterator[PieceView]:
     """Split a piece until each part is a 4-D view: one stride for the blocks or batch, one for heads or residues."""
     query, key, shape = piece
     if query.blocks == 1:
@@ -208,15 +211,26 @@ def _piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> I
             heads = [(range(g * group, (g + 1) * group), range(g, g + 1)) for g in kv_heads]
     for part_query, part_key, rows in parts:
         for q_heads, one_kv_heads in heads:
-            yield _View(part_query, part_key, shape, rows, q_heads, one_kv_heads)
+            yield PieceView(part_query, part_key, shape, rows, q_heads, one_kv_heads)
 
 
-def _document_forward(
-    call: Call, seeds: Iterator[int], query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+def fold_forward(
+    call: Call,
+    seeds: Iterator[int],
+    pieces: Iterable[tuple[PieceView, Tensor, Tensor]],
+    query: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
-    """Fold every piece into the accumulators ``out [B, H, L, D]`` and ``lse [B, H, L]``, in place."""
-    batch, num_heads, length, _ = query.shape
-    for view, seed in zip(_views(call, length, batch, num_heads, key.shape[1]), seeds):
+    """Fold pieces into the accumulators, in place: what they hold before and the pieces become one softmax.
+
+    Args:
+        seeds: one number per piece, for dropout.
+        pieces: views of pieces, each with the key and value ``[B, G, ..., D]`` that its key rows count in.
+        query: ``[B, H, L, D]``.
+        out, lse: ``[B, H, L, D]`` and ``[B, H, L]``, at least float32; 0 and -inf where nothing is reached yet.
+    """
+    for (view, key, value), seed in zip(pieces, seeds):
         q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
         if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
             q, k, v = (x.flip(2) for x in (q, k, v))
@@ -231,23 +245,25 @@ def _document_forward(
         view_lse.copy_(total)
 
 
-def _document_backward(
+def fold_backward(
     call: Call,
     seeds: Iterator[int],
+    pieces: Iterable[tuple[PieceView, Tensor, Tensor, Tensor, Tensor]],
     grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
 ) -> None:
-    """Add every piece's gradients to ``grad_query``, ``grad_key`` and ``grad_value``, in place."""
-    batch, num_heads, length, _ = query.shape
-    for view, seed in zip(_views(call, length, batch, num_heads, key.shape[1]), seeds):
+    """Add every piece's gradients in place, given the *final* out and lse, of which the pieces may be a part.
+
+    Args:
+        seeds: as in the forward pass.
+        pieces: views of pieces, each with its key and value and where to add their gradients.
+        grad_query: where to add the gradient of the query.
+    """
+    for (view, key, value, grad_key, grad_value), seed in zip(pieces, seeds):
         inputs = [view.of_query(query), view.of_key(key), view.of_key(value)]
         inputs += [view.of_query(x) for x in (out, lse, grad_out)]
         piece_grad_lse = None if grad_lse is None else view.of_query(grad_lse)
