@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from peak_bytes import TensorWatch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from modeling_longnet import head_loss as module
