@@ -13,7 +13,7 @@ from .atomic_folder import atomic_folder, check_target
 from .families import find_family, unfuse
 from .hub import check_repo_id, find_folder, push_folder
 from .steps import CARRIED_FILES, carry_files, check_apart, command_line, versions
-from .verify import skeleton
+from .stored_model import skeleton
 from .weights import StoredTensor, read_header, read_json, write_file
 
 

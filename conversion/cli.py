@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .adapters import convert_adapter
 from .convert import convert_checkpoint
-from .plan import plan_conversion
+from .plan_family import plan_conversion
 from .to_dense import convert_to_dense, plan_to_dense
 
 

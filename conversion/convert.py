@@ -1,53 +1,9 @@
-"""Turn a pretrained dense checkpoint into a LongNet checkpoint: read and check, plan, write, verify, publish.
+"""Turn a pretrained dense checkpoint into a LongNet checkpoint."""
 
-Nothing is written before everything that can be known from headers and config is checked, and nothing is published
-(renamed into place) before the written model has given the source's logits.
-"""
-
-import hashlib
-import json
 from pathlib import Path
 
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
-
-from modeling_longnet import (
-    DilationPattern,
-    LongNetConfig,
-    LongNetForCausalLM,
-    LongNetForQuestionAnswering,
-    LongNetForSequenceClassification,
-    LongNetForTokenClassification,
-    LongNetModel,
-)
-
-from .atomic_folder import atomic_folder, check_target
-from .hub import check_repo_id, push_folder
-from .model_card import fill_model_card
-from .plan import Plan, dtype_name, pattern_fields, plan_conversion
-from .steps import (
-    carry_files,
-    check_apart,
-    check_space,
-    command_line,
-    describe_outcome,
-    describe_verification,
-    hash_files,
-    progress_bar,
-    verify_logits,
-    versions,
-)
-from .verify import MAX_TOKENS, StoredModel, Verification, dense_length, skeleton, verification_tokens
-from .weights import DTYPES, copy_weights, files_are_kept, read_json, read_weights
-
-
-LOADABLE_AS = (
-    LongNetModel,
-    LongNetForCausalLM,
-    LongNetForSequenceClassification,
-    LongNetForTokenClassification,
-    LongNetForQuestionAnswering,
-)
+from . import pipeline
+from .plan_family import plan_conversion
 
 
 def convert_checkpoint(
@@ -120,93 +76,13 @@ def convert_checkpoint(
         "dtype": dtype,
         "revision": revision,
     }
-    command = command_line(
-        source, target, planning | {"push_to_hub": push_to_hub, "no_verify": not verify, "overwrite": overwrite}
+    return pipeline.convert(
+        plan_conversion,
+        source,
+        target,
+        planning,
+        push_to_hub=push_to_hub,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
     )
-    target = Path(target).resolve()
-    check_target(target, overwrite)
-    check_repo_id(push_to_hub)
-    plan = plan_conversion(source, **planning)
-    check_apart(plan.source, target)
-    if progress:
-        print(plan.describe(), flush=True)
-    with atomic_folder(target, overwrite) as folder:
-        check_space(folder, plan.num_bytes)
-        with progress_bar("writing weights", plan.num_bytes, progress) as bar:
-            weight_files = copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update, plan.dtype)
-        _write_config_and_code(plan, folder)
-        carry_files(plan.source, folder)
-        _write_generation_config(plan, folder)
-        verification = _verify(plan, folder, progress) if verify else None
-        report = {"command": command, **_report(plan, folder, hash_files(weight_files, progress), verification)}
-        (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (folder / "README.md").write_text(fill_model_card(plan, report), encoding="utf-8")
-    if progress:
-        print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
-    if push_to_hub is not None:
-        push_folder(target, push_to_hub, f"Convert {plan.name} to LongNet")
-        if progress:
-            print(f"uploaded   {push_to_hub}")
-    return report
-
-
-def _write_config_and_code(plan: Plan, folder: Path) -> None:
-    """Save config.json and the package's own files next to it, as transformers does for custom models."""
-    plan.config.auto_map = {
-        model_class._auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
-        for model_class in LOADABLE_AS
-    }
-    custom_object_save(skeleton(LongNetForCausalLM, plan.config), folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-
-
-def _write_generation_config(plan: Plan, folder: Path) -> None:
-    if not (folder / "generation_config.json").exists():
-        # Old checkpoints keep such settings in config.json, where transformers no longer writes them.
-        fields = read_json(plan.source / "config.json")
-        GenerationConfig.from_model_config(fields).save_pretrained(folder)
-
-
-def _verify(plan: Plan, folder: Path, progress: bool) -> Verification:
-    """Compare the logits of the source and of what was written.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    config = LongNetConfig.from_pretrained(folder)
-    same = dense_length(config.pattern)
-    limits = (same, plan.trained_context, plan.window, MAX_TOKENS)
-    token_ids, text = verification_tokens(plan.source, config.vocab_size, min(limit for limit in limits if limit))
-    if not same:
-        for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
-            setattr(config, name, value)
-    source = StoredModel(plan.family.model_class, plan.reference_config, plan.source_tensors, plan.dtype)
-    target = StoredModel(LongNetForCausalLM, config, read_weights(folder))
-    return verify_logits(source, target, token_ids, text, bool(same), progress)
-
-
-def _report(plan: Plan, folder: Path, weight_files: dict, verification: Verification | None) -> dict:
-    config = plan.config
-    return {
-        "source": {"name": plan.name, "revision": plan.revision, "architecture": plan.family.architecture},
-        "pattern": {
-            "preset": plan.preset,
-            **pattern_fields(config.pattern),
-            "dense_layers": list(config.dense_layers),
-        },
-        "trained_context": plan.trained_context,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_parameters": config.rope_parameters,
-        "weights": {
-            "num_tensors": len(plan.tensors),
-            "num_bytes": plan.num_bytes,
-            "dtypes": sorted({dtype_name(DTYPES[plan.dtype or tensor.dtype]) for tensor in plan.tensors.values()}),
-            "files": weight_files,
-            "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size, plan.dtype),
-        },
-        "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "costs": plan.costs(),
-        "verification": describe_verification(verification),
-        "notes": list(plan.notes),
-        "versions": versions(),
-    }

@@ -13,14 +13,14 @@ from .weights import DTYPES
 
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import LongNetPlan, Plan
     from .to_dense import DensePlan
 
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-def fill_model_card(plan: Plan, report: dict) -> str:
+def fill_model_card(plan: LongNetPlan, report: dict) -> str:
     """Fill the template with a conversion's plan and report.
 
     The licence and language are those that the source's own card states.
@@ -34,7 +34,7 @@ def fill_model_card(plan: Plan, report: dict) -> str:
     """
     metadata, inherited = _metadata(plan, ["longnet", "dilated-attention", "long-context", "custom_code"])
     pattern, costs, dense_layers = plan.config.pattern, report["costs"], report["pattern"]["dense_layers"]
-    return _template("model_card_template.md").substitute(
+    return _template(plan.template).substitute(
         _common(plan, report),
         metadata=metadata,
         license=_license_sentence(inherited, "The code files in this repository are MIT-licensed."),
@@ -80,14 +80,14 @@ def _template(name: str) -> Template:
     return Template(files(__package__).joinpath(name).read_text(encoding="utf-8"))
 
 
-def _common(plan: Plan | DensePlan, report: dict) -> dict[str, str]:
+def _common(plan: Plan, report: dict) -> dict[str, str]:
     """Return what both templates say."""
     on_hub = plan.revision is not None
     return {
         "name": Path(plan.name).name,
         "source": f"[{plan.name}](https://huggingface.co/{plan.name})" if on_hub else f"`{Path(plan.name).name}`",
         "revision": f", revision `{plan.revision}`" if on_hub else "",
-        "architecture": plan.family.architecture,
+        "architecture": plan.architecture if plan.becomes == "LongNet" else plan.becomes,
         "weights": "bit for bit"
         if plan.dtype is None
         else f"rounded to {str(DTYPES[plan.dtype]).removeprefix('torch.')}",
@@ -95,7 +95,7 @@ def _common(plan: Plan | DensePlan, report: dict) -> dict[str, str]:
     }
 
 
-def _metadata(plan: Plan | DensePlan, tags: list[str]) -> tuple[str, dict]:
+def _metadata(plan: Plan, tags: list[str]) -> tuple[str, dict]:
     """Return the card's front matter, and what of it is the source's."""
     source_data = _card_data(plan.source / "README.md")
     inherited = {name: source_data[name] for name in (*LICENSE_FIELDS, "language") if source_data.get(name)}

@@ -1,78 +1,70 @@
-"""What a conversion will do: the source read and checked, the pattern chosen, the costs counted; nothing written."""
+"""What a conversion will do, known before a byte is written; and the plan of every conversion to LongNet."""
 
-import copy
 import dataclasses
 import textwrap
-from collections import Counter
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+from modeling_longnet import (
+    DilationPattern,
+    LongNetConfig,
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetModel,
+)
 
-from .families import Family, find_family, sliding_window
-from .hub import find_folder
-from .steps import DOWNLOADED_FILES, short_number
-from .verify import dense_length, skeleton
+from .model_card import fill_model_card
+from .steps import short_number
+from .stored_model import StoredModel, skeleton
+from .verify import Comparison, verification_tokens
 from .weights import (
     DTYPES,
     StoredTensor,
+    dtype_name,
     files_are_kept,
     files_of,
-    match_weights,
-    read_json,
     read_weights,
     shard_layout,
     total_bytes,
 )
 
 
-# The undilated branch covers the trained context, but no more than this: it sets the cost of every token.
-LONGEST_LOCAL_SEGMENT = 4096
-DEFAULT_STRETCH = 4
-
-ROPE_WORDS = ("yarn", "linear", "ntk", "llama3", "none")
+LOADABLE_AS = (
+    LongNetModel,
+    LongNetForCausalLM,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetForQuestionAnswering,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(ABC):
     """Everything a conversion will do, known before a byte is written.
 
     Args:
         source: folder of the source checkpoint.
         name: the source as the user gave it.
         revision: commit of a source from the Hub, else None.
-        family: what the source is.
-        source_config: the source's config.
-        source_tensors: the stored tensors under the source's names.
-        tensors: the stored tensors to write, under LongNet's names.
-        config: the target's config.
-        preset: name of the pattern's rules.
-        trained_context: tokens the source was trained for, before any RoPE scaling stretched it.
-        window: tokens back that every layer of the source attends, None if there is no limit.
-        reference_config: the source's config with the target's RoPE, whose logits the target must have.
+        architecture: what the source is.
+        tensors: the stored tensors to write, under the target's names.
         max_shard_size: as given to ``convert_checkpoint``.
         dtype: what to round the weights to, as safetensors spells it; None keeps their bits.
-        notes: what the user should know.
     """
 
     source: Path
     name: str
     revision: str | None
-    family: Family
-    source_config: PreTrainedConfig
-    source_tensors: dict[str, StoredTensor]
+    architecture: str
     tensors: dict[str, StoredTensor]
-    config: LongNetConfig
-    preset: str
-    trained_context: int
-    window: int | None
-    reference_config: PreTrainedConfig
     max_shard_size: int | str
     dtype: str | None
-    notes: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -80,17 +72,70 @@ class Plan:
         return total_bytes(self.tensors.values(), self.dtype)
 
     @property
+    @abstractmethod
+    def becomes(self) -> str:
+        """What the target is, in a word."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few lines, at most 80 columns each, what will be converted to what."""
+
+    @abstractmethod
+    def write_config(self, folder: Path) -> None:
+        """Write config.json, and the code that goes with it, to the target's folder."""
+
+    @abstractmethod
+    def write_generation_config(self, folder: Path) -> None:
+        """Write generation_config.json to the target's folder if the source had none to carry."""
+
+    @abstractmethod
+    def comparison(self, folder: Path) -> Comparison:
+        """Return what must give the same logits: the source, and what was written to ``folder``."""
+
+    @abstractmethod
+    def particulars(self) -> dict:
+        """Return what only this kind of conversion has to report."""
+
+    @abstractmethod
+    def card(self, report: dict) -> str:
+        """Fill the target's model card."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LongNetPlan(Plan):
+    """A conversion to LongNet.
+
+    Args:
+        reference: the model whose logits the target must have, where their attention is the same.
+        config: the target's config.
+        preset: name of the pattern's rules.
+        trained: the source's trained context, in words.
+        compared_tokens: how many tokens the two read for that.
+        same_attention: whether the pattern is the reference's attention on these; if not, ordinary attention replaces
+            it for the comparison.
+        generation_fields: fields that generation settings are read from if the source has no file of them.
+        template: of the model card.
+        notes: what the user should know.
+    """
+
+    reference: StoredModel
+    config: LongNetConfig
+    preset: str
+    trained: str
+    compared_tokens: int
+    same_attention: bool
+    generation_fields: dict
+    template: str
+    notes: tuple[str, ...]
+
+    @property
+    def becomes(self) -> str:
+        return "LongNet"
+
+    @property
     def context(self) -> int:
         """The length that the pattern and the costs are planned for."""
         return max(self.config.max_position_embeddings, self.config.pattern.segment_lengths[-1])
-
-    @property
-    def trained(self) -> str:
-        """The trained context in words."""
-        stretched = self.source_config.max_position_embeddings
-        stretch = f", stretched to {stretched:,} by its RoPE" if stretched > self.trained_context else ""
-        window = f", each attending to the last {self.window:,}" if self.window else ""
-        return f"{self.trained_context:,} tokens{stretch}{window}"
 
     def costs(self) -> dict[str, int]:
         """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
@@ -112,8 +157,8 @@ class Plan:
         return costs
 
     def describe(self) -> str:
-        """Say in a few lines, at most 80 columns each, what will be converted to what, and what it costs."""
-        pattern, rope, costs = self.config.pattern, self.config.rope_parameters, self.costs()
+        """Say in a few lines what will be converted to what, and what it costs."""
+        pattern, costs = self.config.pattern, self.costs()
         dense_layers = self.config.dense_layers
         files = len(files_of(self.tensors))
         if files_are_kept(self.tensors, self.max_shard_size, self.dtype):
@@ -122,261 +167,76 @@ class Plan:
             shards = len(shard_layout(self.tensors, self.max_shard_size, self.dtype))
             bits = "bits unchanged" if self.dtype is None else dtype_name(DTYPES[self.dtype])
             weights = f"{_count(files, 'file')} laid out anew as {shards}, {bits}"
-        stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
         flops, dense_flops = costs["pattern_attention_flops"], costs["dense_attention_flops"]
         kv, dense_kv = costs["pattern_kv_bytes"], costs["dense_kv_bytes"]
         lines = [
             f"source     {self.name}",
-            f"           {self.family.architecture}, {short_number(self.num_bytes)}B of weights in {weights}",
+            f"           {self.architecture}, {short_number(self.num_bytes)}B of weights in {weights}",
             f"trained    {self.trained}",
             f"preset     {self.preset}",
             f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
             f"rates      {', '.join(map(str, pattern.dilation_rates))}",
             *([_wrapped(f"dense      layers {', '.join(map(str, dense_layers))}")] if dense_layers else []),
-            f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}",
+            f"positions  {describe_positions(self.config)}",
             f"at {self.context:,} tokens:",
             f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
             f"KV cache   {short_number(kv)}B, dense {short_number(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
         ]
         return "\n".join([*lines, *(_wrapped(f"note       {note}") for note in self.notes)])
 
+    def write_config(self, folder: Path) -> None:
+        """Save config.json and the package's own files next to it, as transformers does for custom models."""
+        self.config.auto_map = {
+            model_class._auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
+            for model_class in LOADABLE_AS
+        }
+        custom_object_save(skeleton(LongNetForCausalLM, self.config), folder, config=self.config)
+        self.config.save_pretrained(folder)
 
-def plan_conversion(
-    source: str | Path,
-    *,
-    preset: str = "retrofit",
-    segment_lengths: list[int] | tuple[int, ...] | None = None,
-    dilation_rates: list[int] | tuple[int, ...] | None = None,
-    dense_layers: list[int] | tuple[int, ...] = (),
-    rope_parameters: dict | str | None = None,
-    max_position_embeddings: int | None = None,
-    local: int | None = None,
-    max_shard_size: int | str = "5GB",
-    dtype: str | None = None,
-    revision: str | None = None,
-) -> Plan:
-    """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
+    def write_generation_config(self, folder: Path) -> None:
+        """Save the generation settings; old checkpoints keep them in config.json, where transformers does no longer."""
+        if not (folder / "generation_config.json").exists():
+            GenerationConfig.from_model_config(self.generation_fields).save_pretrained(folder)
 
-    Args and errors are those of ``convert_checkpoint``.
-    """
-    dtype = written_dtype(dtype)
-    folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
-    fields = read_json(folder / "config.json")
-    family = find_family(fields)
-    source_config = family.read_config(fields)
-    # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
-    source_tensors = {
-        name: tensor for name, tensor in read_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")
-    }
-    try:
-        source_model = skeleton(family.model_class, source_config)
-    except Exception as error:  # a KeyError for an unknown activation, and the like
-        raise ValueError(
-            f"config.json does not describe a {family.architecture} that can be built: {error!r}"
-        ) from error
-    match_weights(source_model, source_tensors)
-    tensors = family.to_longnet(source_config, source_tensors)
-    shard_layout(tensors, max_shard_size, dtype)
+    def comparison(self, folder: Path) -> Comparison:
+        """Return source and target; where the two never have the same attention, both with ordinary attention."""
+        config = LongNetConfig.from_pretrained(folder)
+        token_ids, text = verification_tokens(self.source, config.vocab_size, self.compared_tokens)
+        if not self.same_attention:
+            for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
+                setattr(config, name, value)
+        target = StoredModel(LongNetForCausalLM, config, read_weights(folder))
+        return Comparison(self.reference, target, token_ids, text, self.same_attention)
 
-    trained, window = _trained_context(source_config), sliding_window(source_config)
-    pattern, context = _choose_pattern(
-        source_config, trained, window, preset, segment_lengths, dilation_rates, local, max_position_embeddings
-    )
-    if isinstance(rope_parameters, str):
-        rope_parameters = _rope_from_word(rope_parameters, source_config, trained, context)
-    rope = _rope_parameters(source_config, rope_parameters, trained)
-    # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
-    position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
-    reference_config = copy.deepcopy(source_config)
-    if rope_parameters is not None:
-        try:
-            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
-        except ValueError as error:
-            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
-        if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
-            raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
-        reference_config.max_position_embeddings = position_embeddings
-    dtypes = Counter()
-    for tensor in tensors.values():
-        dtypes[tensor.dtype] += tensor.num_bytes
-    own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
-    longnet_fields = family.longnet_fields(source_config) | {
-        "rope_parameters": rope,
-        "max_position_embeddings": position_embeddings,
-        "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
-        "dense_layers": dense_layers,
-        "trained_context": trained,
-        "source_config": fields,
-        **pattern_fields(pattern),
-    }
-    try:
-        config = LongNetConfig(**longnet_fields)
-    except Exception as error:  # strict-dataclass errors of several lines
-        raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
-    config.architectures = [LongNetForCausalLM.__name__]
-    match_weights(skeleton(LongNetForCausalLM, config), tensors)
-    reference_config.dtype = config.dtype
-    return Plan(
-        source=folder,
-        name=str(source),
-        revision=commit,
-        family=family,
-        source_config=source_config,
-        source_tensors=source_tensors,
-        tensors=tensors,
-        config=config,
-        preset=preset,
-        trained_context=trained,
-        window=window,
-        reference_config=reference_config,
-        max_shard_size=max_shard_size,
-        dtype=dtype if dtypes.keys() != {dtype} else None,
-        notes=tuple(
-            _notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters, dtype)
-        ),
-    )
+    def particulars(self) -> dict:
+        """Return pattern, context, positions, costs and notes."""
+        return {
+            "pattern": {
+                "preset": self.preset,
+                **pattern_fields(self.config.pattern),
+                "dense_layers": list(self.config.dense_layers),
+            },
+            "trained_context": self.config.trained_context,
+            "max_position_embeddings": self.config.max_position_embeddings,
+            "rope_parameters": self.config.rope_parameters,
+            "costs": self.costs(),
+            "notes": list(self.notes),
+        }
+
+    def card(self, report: dict) -> str:
+        """Fill the model card of a LongNet checkpoint."""
+        return fill_model_card(self, report)
 
 
-def written_dtype(name: str | None) -> str | None:
-    """Return safetensors' spelling of a dtype given as ``"bfloat16"``."""
-    spelled = {dtype_name(dtype): spelling for spelling, dtype in DTYPES.items()}
-    if name is not None and name not in spelled:
-        raise ValueError(f"dtype must be one of {', '.join(spelled)}, got {name!r}")
-    return spelled.get(name)
-
-
-def _trained_context(config: PreTrainedConfig) -> int:
-    """Return the length the source was trained for before any RoPE scaling stretched it."""
-    original = config.rope_parameters.get("original_max_position_embeddings")
-    return min(config.max_position_embeddings, original or config.max_position_embeddings)
-
-
-def _choose_pattern(
-    config: PreTrainedConfig,
-    trained: int,
-    window: int | None,
-    preset: str,
-    segment_lengths: list[int] | tuple[int, ...] | None,
-    dilation_rates: list[int] | tuple[int, ...] | None,
-    local: int | None,
-    context: int | None,
-) -> tuple[DilationPattern, int]:
-    """Return the pattern and the target's context."""
-    for name, number in (("max_position_embeddings", context), ("local", local)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be a positive integer, got {number!r}")
-    if segment_lengths is None:
-        if dilation_rates is not None:
-            raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
-        local = local or min(trained, LONGEST_LOCAL_SEGMENT, window or trained)
-        context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
-        last = local
-        while last < context:
-            last *= 2
-        pattern = DilationPattern.geometric(local, last, preset=preset)
-        _check_window(pattern, window)
-        return pattern, context
-    if local is not None:
-        raise ValueError(f"local {local} and segment_lengths {list(segment_lengths)} both set the first; give one")
-    if dilation_rates is None:
-        first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
-        if any(w % first for w in segment_lengths):
-            raise ValueError(
-                f"segment_lengths {list(segment_lengths)} are not multiples of the first, so there are no default "
-                "rates w_i / w_0; give dilation_rates"
-            )
-        dilation_rates = [w // first for w in segment_lengths]
-    pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
-    _check_window(pattern, window)
-    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
-
-
-def _check_window(pattern: DilationPattern, window: int | None) -> None:
-    if window and dense_length(pattern) > window:
-        raise ValueError(
-            f"the source attends in a sliding window of {window} tokens, so it is not this pattern on up to "
-            f"{pattern.segment_lengths[0]} tokens; choose a first segment of at most {window}"
-        )
-
-
-def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: int) -> dict | None:
-    """Write out what a word means for RoPE when the trained context is stretched to ``context``."""
-    if word not in ROPE_WORDS:
-        raise ValueError(f"rope_parameters must be a dict or one of {', '.join(ROPE_WORDS)}, got {word!r}")
-    if word == "none":
-        return None
-    if context <= trained:
-        raise ValueError(
-            f"RoPE {word} has nothing to stretch: the context of {context} tokens is not longer than the {trained} that "
-            "the source was trained for; give a longer one (--context)"
-        )
-    factor = context / trained
-    if word == "ntk":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        theta = config.rope_parameters["rope_theta"] * factor ** (head_dim / (head_dim - 2))
-        return {"rope_type": "default", "rope_theta": theta}
-    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
-    return {"rope_type": word, "factor": factor, **bands}
-
-
-def frozen_rope(config: PreTrainedConfig) -> dict:
-    """Return a source's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
-    rope = dict(config.rope_parameters)
-    if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None:
-        rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
-    return rope
-
-
-def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
-    """Return the target's RoPE settings: the source's, or new ones completed from them."""
-    if override is None:
-        return frozen_rope(config)
-    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
-    if not isinstance(override, dict) or override.get("rope_type") not in known:
-        raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
-    rope = {"rope_theta": config.rope_parameters["rope_theta"], **override}
-    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        rope.setdefault("original_max_position_embeddings", trained)
-    if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):
-        raise ValueError(f"rope_parameters need a number as factor, got {rope['factor']!r}")
-    return rope
-
-
-def _notes(
-    folder: Path,
-    fields: dict,
-    config: LongNetConfig,
-    source_context: int,
-    dtypes: Counter,
-    rope_parameters: dict | None,
-    written: str | None,
-) -> list[str]:
-    """Say what may surprise, one line each."""
-    notes = []
-    pattern, num_kv_heads = config.pattern, config.num_key_value_heads
-    if dense_length(pattern) == 0:
-        notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
-    elif config.max_position_embeddings > source_context and rope_parameters is None:
-        notes.append(f"positions beyond {source_context:,} are new to the model: tune it there")
-    if config.rope_parameters["rope_type"] == "dynamic":
-        notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
-    if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:
-        notes.append(
-            f"rate {unread[-1]} has more offsets than the model has KV heads ({num_kv_heads}): no head reads the far "
-            "tokens at the other offsets"
-        )
-    stored = ", ".join(dtype_name(DTYPES[dtype]) for dtype in dtypes)
-    if written is not None and dtypes.keys() != {written}:
-        notes.append(f"weights are stored as {stored} and rounded to {dtype_name(config.dtype)}")
-    elif stored != dtype_name(config.dtype):
-        notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
-    if fields.get("auto_map"):
-        notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
-    if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
-        notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
-    return notes
+def describe_positions(config: LongNetConfig) -> str:
+    """Say in a few words how a model knows positions."""
+    rope = config.rope_parameters
+    if len(config.layers_without_rope) == config.num_hidden_layers:
+        return "none"
+    if config.xpos:
+        return f"xPos, theta {rope['rope_theta']:g}, scale base {config.xpos_scale_base}"
+    stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
+    return f"RoPE {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}"
 
 
 def pattern_fields(pattern: DilationPattern) -> dict:
@@ -387,11 +247,6 @@ def pattern_fields(pattern: DilationPattern) -> dict:
 
 def _dtype(name: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name) if isinstance(name, str) else name
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """Write a dtype as config.json does: ``"bfloat16"``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _wrapped(line: str) -> str:

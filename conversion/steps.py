@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from .verify import StoredModel, Verification, compare_logits
+from .verify import Comparison, Verification, compare_logits
 from .weights import copy_bytes, total_bytes
 
 
@@ -71,25 +70,18 @@ def carry_files(source: Path, folder: Path) -> None:
                 copy_bytes(original, copy, path.stat().st_size)
 
 
-def verify_logits(
-    source: StoredModel, target: StoredModel, token_ids: Tensor, text: str, pattern_used: bool, progress: bool
-) -> Verification:
-    """Compare the logits of two stored models.
-
-    Args:
-        source, target: the models, of which the second must be the first.
-        token_ids: ``[1, L]`` int64.
-        text: what the tokens are.
-        pattern_used: False if the LongNet model was given one dense branch for this.
-        progress: whether to show a bar.
+def verify_logits(comparison: Comparison, progress: bool) -> Verification:
+    """Compare the logits of two stored models, with a bar if ``progress``.
 
     Raises:
         ValueError: if they differ.
     """
+    source, target = comparison.source, comparison.target
     num_bytes = total_bytes(source.tensors.values()) + total_bytes(target.tensors.values())
     for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
         with progress_bar("verifying logits", num_bytes * len(source.compute_dtypes), progress) as bar:
-            verification = compare_logits(source, target, token_ids, text, pattern_used, bar.update)
+            verification = compare_logits(comparison, bar.update)
+            bar.total = bar.n  # of an embedding only a few rows are read
         if verification.passed:
             return verification
     if verification.relative_error > verification.tolerance:

@@ -1,7 +1,6 @@
 """Turn a LongNet checkpoint back into the ordinary one that it was converted from, with the weights it has now."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,27 +8,16 @@ from transformers import PreTrainedConfig
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .atomic_folder import atomic_folder, check_target
+from . import pipeline
 from .families import Family, find_family, sliding_window
-from .hub import check_repo_id, find_folder, push_folder
+from .hub import find_folder
 from .model_card import fill_dense_card
-from .plan import dtype_name, frozen_rope, pattern_fields, written_dtype
-from .steps import (
-    DOWNLOADED_FILES,
-    carry_files,
-    check_apart,
-    check_space,
-    command_line,
-    describe_outcome,
-    describe_verification,
-    hash_files,
-    progress_bar,
-    short_number,
-    verify_logits,
-    versions,
-)
-from .verify import MAX_TOKENS, StoredModel, Verification, dense_length, skeleton, verification_tokens
-from .weights import DTYPES, StoredTensor, copy_weights, match_weights, read_json, read_weights, total_bytes
+from .plan import Plan, pattern_fields
+from .plan_family import frozen_rope
+from .steps import DOWNLOADED_FILES, short_number
+from .stored_model import StoredModel, skeleton
+from .verify import MAX_TOKENS, Comparison, dense_length, verification_tokens
+from .weights import DTYPES, StoredTensor, dtype_name, match_weights, read_json, read_weights, written_dtype
 
 
 # What tuning may change of a config besides RoPE and context: tokens added, a padding token chosen, heads untied.
@@ -37,39 +25,26 @@ TUNED_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "t
 
 
 @dataclasses.dataclass(frozen=True)
-class DensePlan:
-    """Everything the way back will do, known before a byte is written.
+class DensePlan(Plan):
+    """The way back.
 
     Args:
-        source: folder of the LongNet checkpoint.
-        name: the source as the user gave it.
-        revision: commit of a source from the Hub, else None.
         config: the source's config.
         source_tensors: the stored tensors under LongNet's names.
         family: what the target will be.
         dense_fields: the target's config.json.
         dense_config: the same, read.
-        tensors: the stored tensors to write, under the target's names.
-        max_shard_size: as given to ``convert_to_dense``.
-        dtype: what to round the weights to, as safetensors spells it; None keeps their bits.
     """
 
-    source: Path
-    name: str
-    revision: str | None
     config: LongNetConfig
     source_tensors: dict[str, StoredTensor]
     family: Family
     dense_fields: dict
     dense_config: PreTrainedConfig
-    tensors: dict[str, StoredTensor]
-    max_shard_size: int | str
-    dtype: str | None
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of weights to write."""
-        return total_bytes(self.tensors.values(), self.dtype)
+    def becomes(self) -> str:
+        return self.family.architecture
 
     def describe(self) -> str:
         """Say in a few lines what will be converted to what."""
@@ -79,10 +54,44 @@ class DensePlan:
                 f"source     {self.name}",
                 f"           LongNet, {short_number(self.num_bytes)}B of weights",
                 f"target     {self.family.architecture}, ordinary attention",
-                f"RoPE       {rope['rope_type']}, theta {rope['rope_theta']:g}",
+                f"positions  RoPE {rope['rope_type']}, theta {rope['rope_theta']:g}",
                 f"context    {self.dense_config.max_position_embeddings:,} tokens",
             ]
         )
+
+    def write_config(self, folder: Path) -> None:
+        """Write the source's original config.json with what changed since."""
+        (folder / "config.json").write_text(json.dumps(self.dense_fields, indent=2, sort_keys=True) + "\n")
+
+    def write_generation_config(self, folder: Path) -> None:
+        """Write nothing: a LongNet checkpoint has a file of generation settings, which is carried."""
+
+    def comparison(self, folder: Path) -> Comparison:
+        """Return the LongNet model and what was written; up to the first segment the two are one."""
+        config = LongNetConfig.from_dict(self.config.to_dict())
+        config.dtype = self.dense_config.dtype
+        same = dense_length(config.pattern)
+        limits = (same, config.trained_context, sliding_window(self.dense_config), MAX_TOKENS)
+        token_ids, text = verification_tokens(self.source, config.vocab_size, min(limit for limit in limits if limit))
+        if not same:
+            for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
+                setattr(config, name, value)
+        dense_config = self.family.read_config(read_json(folder / "config.json"))
+        return Comparison(
+            StoredModel(LongNetForCausalLM, config, self.source_tensors, self.dtype),
+            StoredModel(self.family.model_class, dense_config, read_weights(folder)),
+            token_ids,
+            text,
+            bool(same),
+        )
+
+    def particulars(self) -> dict:
+        """Return what the target is."""
+        return {"architecture": self.family.architecture}
+
+    def card(self, report: dict) -> str:
+        """Fill the model card of a checkpoint with ordinary attention again."""
+        return fill_dense_card(self, report)
 
 
 def convert_to_dense(
@@ -124,45 +133,17 @@ def convert_to_dense(
         "dtype": dtype,
         "revision": revision,
     }
-    given = planning | {"push_to_hub": push_to_hub, "no_verify": not verify, "overwrite": overwrite, "to_dense": True}
-    command = command_line(source, target, given)
-    target = Path(target).resolve()
-    check_target(target, overwrite)
-    check_repo_id(push_to_hub)
-    plan = plan_to_dense(source, **planning)
-    check_apart(plan.source, target)
-    if progress:
-        print(plan.describe(), flush=True)
-    with atomic_folder(target, overwrite) as folder:
-        check_space(folder, plan.num_bytes)
-        with progress_bar("writing weights", plan.num_bytes, progress) as bar:
-            weight_files = copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update, plan.dtype)
-        config = json.dumps(plan.dense_fields, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json").write_text(config)
-        carry_files(plan.source, folder)
-        verification = _verify(plan, folder, progress) if verify else None
-        report = {
-            "command": command,
-            "source": {"name": plan.name, "revision": plan.revision, "architecture": LongNetForCausalLM.__name__},
-            "architecture": plan.family.architecture,
-            "weights": {
-                "num_tensors": len(plan.tensors),
-                "num_bytes": plan.num_bytes,
-                "files": hash_files(weight_files, progress),
-            },
-            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-            "verification": describe_verification(verification),
-            "versions": versions(),
-        }
-        (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (folder / "README.md").write_text(fill_dense_card(plan, report), encoding="utf-8")
-    if progress:
-        print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
-    if push_to_hub is not None:
-        push_folder(target, push_to_hub, f"Convert {plan.name} to {plan.family.architecture}")
-        if progress:
-            print(f"uploaded   {push_to_hub}")
-    return report
+    return pipeline.convert(
+        plan_to_dense,
+        source,
+        target,
+        planning,
+        kind={"to_dense": True},
+        push_to_hub=push_to_hub,
+        verify=verify,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def plan_to_dense(
@@ -198,6 +179,7 @@ def plan_to_dense(
         source=folder,
         name=str(source),
         revision=commit,
+        architecture=LongNetForCausalLM.__name__,
         config=config,
         source_tensors=source_tensors,
         family=family,
@@ -238,23 +220,3 @@ def _dense_fields(config: LongNetConfig, context: int | None, dtype: str | None)
     fields["rope_parameters"] = rope
     fields["max_position_embeddings"] = context or config.max_position_embeddings
     return fields
-
-
-def _verify(plan: DensePlan, folder: Path, progress: bool) -> Verification:
-    """Compare the logits of the LongNet model and of what was written.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    config = LongNetConfig.from_dict(plan.config.to_dict())
-    config.dtype = plan.dense_config.dtype
-    same = dense_length(config.pattern)
-    limits = (same, config.trained_context, sliding_window(plan.dense_config), MAX_TOKENS)
-    token_ids, text = verification_tokens(plan.source, config.vocab_size, min(limit for limit in limits if limit))
-    if not same:
-        for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
-            setattr(config, name, value)
-    source = StoredModel(LongNetForCausalLM, config, plan.source_tensors, plan.dtype)
-    dense_config = plan.family.read_config(read_json(folder / "config.json"))
-    target = StoredModel(plan.family.model_class, dense_config, read_weights(folder))
-    return verify_logits(source, target, token_ids, text, bool(same), progress)

@@ -1,30 +1,21 @@
-"""Proof that a conversion kept the model: source and target must give the same logits on a real text.
+"""Proof that a conversion kept the model: source and target must give the same logits on a real text."""
 
-Both models are built without weights; for the time of its forward, and only then, each module's weights are read from
-the safetensors files into one buffer that all modules share. Memory is then that of the largest single module,
-so a checkpoint far larger than the machine's memory can be verified.
-"""
-
-import contextlib
-import ctypes
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from modeling_longnet import DilationPattern
 
-from .weights import DTYPES, StoredTensor, match_weights, read_tensor
+from .stored_model import Advance, StoredModel
 
 
 MAX_TOKENS = 512
 TOLERANCE = 1e-4
+SLICE = 2048  # tokens of the vocabulary whose logits are compared at a time
 
 # Herman Melville, Moby-Dick, chapter 1 (public domain).
 TEXT = """\
@@ -51,30 +42,6 @@ some looking over the bulwarks of ships from China; some high aloft in the riggi
 better seaward peep. But these are all landsmen; of week days pent up in lath and plaster—tied to counters, nailed to \
 benches, clinched to desks. How then is this? Are the green fields gone? What do they here?
 """
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model whose weights lie in files.
-
-    Args:
-        model_class: what to build.
-        config: of the model; its dtype is the model's own.
-        tensors: its weights, by name.
-        rounded_to: dtype, as safetensors spells it, that weights are rounded to when read; None: as they are stored.
-    """
-
-    model_class: type[PreTrainedModel]
-    config: PreTrainedConfig
-    tensors: dict[str, StoredTensor]
-    rounded_to: str | None = None
-
-    @property
-    def compute_dtypes(self) -> list[torch.dtype]:
-        """float32, and the model's own dtype if that is another."""
-        own = self.config.dtype or torch.float32
-        own = getattr(torch, own) if isinstance(own, str) else own
-        return list(dict.fromkeys((torch.float32, own)))
 
 
 @dataclass(frozen=True)
@@ -163,143 +130,114 @@ def verification_tokens(source: Path, vocab_size: int, max_tokens: int) -> tuple
     ) % vocab_size, "spread token ids (the source has no usable tokenizer)"
 
 
-def compare_logits(
-    source: StoredModel,
-    target: StoredModel,
-    token_ids: Tensor,
-    text: str,
-    pattern_used: bool = True,
-    advance: Callable[[int], object] = lambda num_bytes: None,
-) -> Verification:
-    """Run two stored models on the same tokens, in float32 and in the source's own dtype, and compare their logits.
-
-    Logits that are not finite must be so in both models, else ``max_error`` is infinite; they do not count otherwise.
+@dataclass(frozen=True)
+class Comparison:
+    """Two stored models that must give the same logits on a text.
 
     Args:
         source, target: the models.
         token_ids: ``[1, L]`` int64.
         text: what the tokens are.
         pattern_used: False if the LongNet model was given one dense branch for this.
-        advance: called with every number of bytes of weights read.
     """
-    num_tokens = token_ids.shape[1]
-    labels = token_ids[0].roll(-1)
-    labels[-1] = -100  # nothing follows the last token
-    exact = _run(source, token_ids, torch.float32, advance)  # [L, vocabulary]
-    ours = _run(target, token_ids, torch.float32, advance)
-    max_logit = source_loss = target_loss = 0.0
-    num_not_finite = 0
-    for theirs, mine, next_ids in _rows(exact, ours, labels):
+
+    source: StoredModel
+    target: StoredModel
+    token_ids: Tensor
+    text: str
+    pattern_used: bool = True
+
+
+def compare_logits(comparison: Comparison, advance: Advance = lambda num_bytes: None) -> Verification:
+    """Run two stored models on the same tokens, in float32 and in the source's own dtype, and compare their logits.
+
+    Logits that are not finite must be so in both models, else ``max_error`` is infinite; they do not count otherwise.
+    Never more than a slice of the vocabulary is held.
+
+    ``advance`` is called with every number of bytes of weights read.
+    """
+    source, target, token_ids = comparison.source, comparison.target, comparison.token_ids
+    exact, *own = source.compute_dtypes
+    runs = [(source.run(token_ids, dtype, advance), target.run(token_ids, dtype, advance)) for dtype in (exact, *own)]
+    vocabulary, next_ids = runs[0][0].head.shape[0], token_ids[0, 1:]
+    error, own_error, source_rounding, target_rounding = _Distance(), _Distance(), _Distance(), _Distance()
+    source_loss, target_loss = _Loss(next_ids), _Loss(next_ids)
+    max_logit, num_not_finite = 0.0, 0
+    for first in range(0, vocabulary, SLICE):
+        last = min(first + SLICE, vocabulary)
+        theirs, ours = (logits.slice(first, last) for logits in runs[0])  # [L, slice]
         finite = theirs.isfinite()
         num_not_finite += int(finite.logical_not().sum())
         max_logit = max(max_logit, float(theirs.where(finite, 0.0).abs().max()))
-        source_loss += float(F.cross_entropy(theirs, next_ids, reduction="sum")) / max(num_tokens - 1, 1)
-        target_loss += float(F.cross_entropy(mine, next_ids, reduction="sum")) / max(num_tokens - 1, 1)
-    max_error, _ = _distance(exact, ours)
-    del ours  # gigabytes where the vocabulary is large
-
+        source_loss.add(theirs, first)
+        target_loss.add(ours, first)
+        error.add(theirs, ours)
+        for rounded in runs[1:]:
+            their_rounded, our_rounded = (logits.slice(first, last) for logits in rounded)
+            own_error.add(their_rounded, our_rounded)
+            source_rounding.add(theirs, their_rounded)
+            target_rounding.add(theirs, our_rounded)
     own_dtype = None
-    for dtype in source.compute_dtypes[1:]:
-        theirs, mine = (_run(model, token_ids, dtype, advance) for model in (source, target))
+    if own:
         own_dtype = OwnDtype(
-            dtype=str(dtype).removeprefix("torch."),
-            max_error=_distance(theirs, mine)[0],
-            source_rounding=_distance(exact, theirs)[1],
-            target_rounding=_distance(exact, mine)[1],
+            dtype=str(own[0]).removeprefix("torch."),
+            max_error=own_error.largest,
+            source_rounding=source_rounding.root_mean_square,
+            target_rounding=target_rounding.root_mean_square,
         )
     return Verification(
-        num_tokens,
-        text,
-        max_error,
+        token_ids.shape[1],
+        comparison.text,
+        error.largest,
         max_logit,
-        source_loss,
-        target_loss,
+        source_loss.mean,
+        target_loss.mean,
         num_not_finite,
         own_dtype,
-        pattern_used,
+        comparison.pattern_used,
     )
 
 
-def _distance(expected: Tensor, logits: Tensor) -> tuple[float, float]:
-    """Return the largest and the root mean square difference of finite logits ``[L, vocabulary]``."""
-    largest = total = 0.0
-    for theirs, mine in _rows(expected, logits):
-        finite = theirs.isfinite()
-        if not torch.equal(finite, mine.isfinite()):
-            return math.inf, math.inf
-        difference = (mine.float() - theirs.float()).where(finite, 0.0)
-        largest = max(largest, float(difference.abs().max()))
-        total += float(difference.square().sum())
-    return largest, math.sqrt(total / expected.numel())
+@dataclass
+class _Distance:
+    """The largest and the root mean square difference of finite logits, infinite where only one of two is finite."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, expected: Tensor, logits: Tensor) -> None:
+        finite = expected.isfinite()
+        if not torch.equal(finite, logits.isfinite()):
+            self.largest = self.total = math.inf
+        difference = (logits.float() - expected.float()).where(finite, 0.0)
+        self.largest = max(self.largest, float(difference.abs().max()))
+        self.total += float(difference.square().sum())
+        self.count += difference.numel()
+
+    @property
+    def root_mean_square(self) -> float:
+        return math.sqrt(self.total / self.count)
 
 
-def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Give a few rows of each tensor at a time, for the sake of memory."""
-    return zip(*(tensor.split(64) for tensor in tensors))
+@dataclass
+class _Loss:
+    """The mean negative log-likelihood of a text, nats per token."""
 
+    next_ids: Tensor  # [L - 1]
+    normaliser: Tensor = field(init=False)  # [L - 1] log-sum-exp so far
+    of_next: Tensor = field(init=False)  # [L - 1] logits of the tokens that do follow
 
-def _run(stored: StoredModel, token_ids: Tensor, dtype: torch.dtype, advance: Callable[[int], object]) -> Tensor:
-    model = skeleton(stored.model_class, stored.config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(stored.config)  # its frequencies are computed, not stored
-    with torch.no_grad(), _borrowed_weights(model.eval(), stored, dtype, advance):
-        return model(token_ids, use_cache=False).logits[0]  # [L, vocabulary]
+    def __post_init__(self):
+        self.normaliser = torch.full(self.next_ids.shape, -torch.inf)
+        self.of_next = torch.zeros(self.next_ids.shape)
 
+    def add(self, logits: Tensor, first: int) -> None:
+        logits = logits[:-1]  # nothing follows the last token
+        self.normaliser = torch.logaddexp(self.normaliser, logits.logsumexp(-1))
+        here = (self.next_ids >= first) & (self.next_ids < first + logits.shape[1])
+        self.of_next[here] = logits[here, self.next_ids[here] - first]
 
-def skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model whose tensors have shapes but no memory."""
-    with torch.device("meta"):
-        return model_class(config)
-
-
-@contextlib.contextmanager
-def _borrowed_weights(
-    model: nn.Module, source: StoredModel, dtype: torch.dtype, advance: Callable[[int], object]
-) -> Iterator[None]:
-    """Let each module's parameters be its stored weights, in ``dtype``, for the time of its forward only."""
-    stored = match_weights(model, source.tensors)
-    owned = {
-        module: {name: stored[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)}
-        for path, module in model.named_modules()
-    }
-    longest = max(sum(math.prod(tensor.shape) for tensor in own.values()) for own in owned.values())
-    largest = max(tensor.num_bytes for tensor in stored.values())
-    buffers = torch.empty(longest, dtype=dtype), torch.empty(largest, dtype=torch.uint8)
-    lender = _Lender(*buffers, DTYPES.get(source.rounded_to), advance)
-    hooks = []
-    for module, own in owned.items():
-        if own:
-            hooks.append(module.register_forward_pre_hook(partial(lender.lend, own)))
-            hooks.append(module.register_forward_hook(lender.take_back))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@dataclass(frozen=True)
-class _Lender:
-    """Two buffers that hold the weights of one module at a time."""
-
-    weights: Tensor
-    stored: Tensor  # bytes as in the file
-    rounded_to: torch.dtype | None
-    advance: Callable[[int], object]
-
-    def lend(self, own: dict[str, StoredTensor], module: nn.Module, arguments: tuple) -> None:
-        lent = 0
-        for name, tensor in own.items():
-            size = math.prod(tensor.shape)
-            weight = self.weights[lent : lent + size].view(tensor.shape)
-            stored = read_tensor(tensor, self.stored)
-            weight.copy_(stored if self.rounded_to is None else stored.to(self.rounded_to))
-            module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-            lent += size
-            self.advance(tensor.num_bytes)
-
-    def take_back(self, module: nn.Module, arguments: tuple, output) -> None:
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        # glibc before 2.38 hardly reuses the aligned blocks that torch frees: without this, memory grows by the layer.
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+    @property
+    def mean(self) -> float:
+        return float((self.normaliser - self.of_next).sum()) / max(len(self.next_ids), 1)

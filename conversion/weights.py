@@ -48,20 +48,35 @@ class StoredTensor:
         return sum(part.num_bytes for part in self.ranges)
 
 
+def row_slice(tensor: StoredTensor, first: int, last: int, name: str | None = None) -> StoredTensor:
+    """Take the rows from ``first`` up to ``last`` of a stored tensor; no byte moves.
+
+    Args:
+        tensor: of at least one dimension; each of its ranges holds whole rows.
+        first, last: ``0 <= first <= last <= rows``.
+        name: of the slice; None: the tensor's.
+    """
+    row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
+    start, end, passed, ranges = first * row_bytes, last * row_bytes, 0, []
+    for place in tensor.ranges:
+        low, high = max(start - passed, 0), min(end - passed, place.num_bytes)
+        if low < high:
+            ranges.append(ByteRange(place.file, place.start + low, high - low))
+        passed += place.num_bytes
+    return StoredTensor(name or tensor.name, tensor.dtype, (last - first, *tensor.shape[1:]), tuple(ranges))
+
+
 def split_rows(tensor: StoredTensor, parts: dict[str, int]) -> list[StoredTensor]:
     """Cut a stored tensor along its first dimension; no byte moves.
 
     Args:
-        tensor: one whole tensor of a file.
+        tensor: what to cut.
         parts: number of rows of each part by its name, in order, together all rows.
     """
-    (whole,) = tensor.ranges
-    row_bytes = whole.num_bytes // tensor.shape[0]
-    cut, start = [], whole.start
+    cut, first = [], 0
     for name, num_rows in parts.items():
-        place = ByteRange(whole.file, start, num_rows * row_bytes)
-        cut.append(StoredTensor(name, tensor.dtype, (num_rows, *tensor.shape[1:]), (place,)))
-        start += place.num_bytes
+        cut.append(row_slice(tensor, first, first + num_rows, name))
+        first += num_rows
     return cut
 
 
@@ -370,6 +385,19 @@ def total_bytes(tensors: Iterable[StoredTensor], dtype: str | None = None) -> in
 
 def _first_of(names: list[str]) -> str:
     return f"the tensor {names[0]}" if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+
+
+def written_dtype(name: str | None) -> str | None:
+    """Return safetensors' spelling of a dtype given as ``"bfloat16"``."""
+    spelled = {dtype_name(dtype): spelling for spelling, dtype in DTYPES.items()}
+    if name is not None and name not in spelled:
+        raise ValueError(f"dtype must be one of {', '.join(spelled)}, got {name!r}")
+    return spelled.get(name)
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Write a dtype as config.json does: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def read_json(path: Path) -> dict:

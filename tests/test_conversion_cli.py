@@ -49,7 +49,7 @@ def test_a_conversion_prints_its_plan_and_outcome_and_nothing_on_stderr(source, 
     for line in (
         "segments   32, 128",
         "rates      1, 2",
-        "RoPE       yarn, theta 10000, factor 4",
+        "positions  RoPE yarn, theta 10000, factor 4",
         "at 128 tokens:",
     ):
         assert line in result.stdout.splitlines()
@@ -195,7 +195,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(source, tmp_path, capsys, monke
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("conversion.convert.copy_weights", interrupt)
+    monkeypatch.setattr("conversion.pipeline.copy_weights", interrupt)
     assert main([str(source), str(tmp_path / "target"), "--quiet"]) == 1
     assert capsys.readouterr().err == "longnet-convert: error: interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []

@@ -7,13 +7,13 @@ import pytest
 import torch
 from checkpoints import CONTEXT, assert_same_bits, make_checkpoint, stored_tensors
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import conversion.weights
 from conversion import convert_checkpoint
-from conversion.plan import plan_conversion
+from conversion.plan_family import plan_conversion
 from conversion.verify import verification_tokens
-from modeling_longnet import LongNetForCausalLM
+from modeling_longnet import LongNetModel
 
 
 QUIET = {"progress": False}
@@ -52,7 +52,8 @@ def test_a_word_for_rope_stretches_the_trained_context_to_the_new_one(source, tm
 def test_ntk_leaves_the_fastest_rotation_alone_and_stretches_the_slowest_by_the_factor(source):
     plan = plan_conversion(source, rope_parameters="ntk", max_position_embeddings=8 * CONTEXT)
     before, after = (
-        LlamaForCausalLM(config).model.rotary_emb.inv_freq for config in (plan.source_config, plan.reference_config)
+        LlamaForCausalLM(config).model.rotary_emb.inv_freq
+        for config in (LlamaConfig.from_pretrained(source), plan.reference.config)
     )
     assert after[0] == before[0]
     torch.testing.assert_close(before[-1] / after[-1], torch.tensor(8.0))
@@ -138,13 +139,14 @@ def test_logits_are_compared_in_the_checkpoints_own_dtype_too(tmp_path, dtype):
 
 def test_a_model_that_is_wrong_in_its_own_dtype_only_is_refused(tmp_path, monkeypatch):
     def wrong_in_bfloat16(self, *args, **kwargs):
-        output = LlamaForCausalLM.forward(self, *args, **kwargs)
-        if output.logits.dtype == torch.bfloat16:
-            output.logits = output.logits * 1.1
+        output = forward(self, *args, **kwargs)
+        if output.last_hidden_state.dtype == torch.bfloat16:
+            output.last_hidden_state = output.last_hidden_state * 1.1
         return output
 
     make_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
-    monkeypatch.setattr(LongNetForCausalLM, "forward", wrong_in_bfloat16)
+    forward = LongNetModel.forward
+    monkeypatch.setattr(LongNetModel, "forward", wrong_in_bfloat16)
     with pytest.raises(ValueError, match=r"in bfloat16 the converted model's logits are .* at most twice"):
         convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

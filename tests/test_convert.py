@@ -19,10 +19,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-import conversion.convert
+import conversion.pipeline
 import conversion.weights
 from conversion import convert_checkpoint
-from conversion.plan import plan_conversion
+from conversion.plan_family import plan_conversion
 from conversion.weights import copy_weights, read_header
 from modeling_longnet import DilationPattern, LongNetForCausalLM
 
@@ -632,7 +632,7 @@ def test_wrong_logits_refuse_the_target(source, tmp_path, monkeypatch):
         save_file(weights, files[0], metadata={"format": "pt"})
         return files
 
-    monkeypatch.setattr(conversion.convert, "copy_weights", copy_with_one_wrong_number)
+    monkeypatch.setattr(conversion.pipeline, "copy_weights", copy_with_one_wrong_number)
     with pytest.raises(ValueError, match="logits differ from the source's by .* nothing was written"):
         convert_checkpoint(source, tmp_path / "target", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -6,7 +6,7 @@ from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint, sto
 from transformers import AutoModelForCausalLM
 
 from conversion import convert_checkpoint
-from conversion.plan import plan_conversion
+from conversion.plan_family import plan_conversion
 from modeling_longnet import LongNetForCausalLM
 
 

@@ -1,0 +1,265 @@
+"""Plan the conversion of a dense checkpoint: read and check the source, choose pattern and RoPE; write nothing."""
+
+import copy
+from collections import Counter
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+
+from .families import find_family, sliding_window
+from .hub import find_folder
+from .plan import LongNetPlan, pattern_fields
+from .steps import DOWNLOADED_FILES
+from .stored_model import StoredModel, skeleton
+from .verify import MAX_TOKENS, dense_length
+from .weights import DTYPES, dtype_name, match_weights, read_json, read_weights, shard_layout, written_dtype
+
+
+# The undilated branch covers the trained context, but no more than this: it sets the cost of every token.
+LONGEST_LOCAL_SEGMENT = 4096
+DEFAULT_STRETCH = 4
+
+ROPE_WORDS = ("yarn", "linear", "ntk", "llama3", "none")
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    preset: str = "retrofit",
+    segment_lengths: list[int] | tuple[int, ...] | None = None,
+    dilation_rates: list[int] | tuple[int, ...] | None = None,
+    dense_layers: list[int] | tuple[int, ...] = (),
+    rope_parameters: dict | str | None = None,
+    max_position_embeddings: int | None = None,
+    local: int | None = None,
+    max_shard_size: int | str = "5GB",
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> LongNetPlan:
+    """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
+
+    Args and errors are those of ``convert_checkpoint``.
+    """
+    dtype = written_dtype(dtype)
+    folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
+    fields = read_json(folder / "config.json")
+    family = find_family(fields)
+    source_config = family.read_config(fields)
+    # Old Llama checkpoints hold the RoPE frequencies of every layer; models compute them.
+    source_tensors = {
+        name: tensor for name, tensor in read_weights(folder).items() if not name.endswith("rotary_emb.inv_freq")
+    }
+    try:
+        source_model = skeleton(family.model_class, source_config)
+    except Exception as error:  # a KeyError for an unknown activation, and the like
+        raise ValueError(
+            f"config.json does not describe a {family.architecture} that can be built: {error!r}"
+        ) from error
+    match_weights(source_model, source_tensors)
+    tensors = family.to_longnet(source_config, source_tensors)
+    shard_layout(tensors, max_shard_size, dtype)
+
+    trained, window = _trained_context(source_config), sliding_window(source_config)
+    pattern, context = _choose_pattern(
+        source_config, trained, window, preset, segment_lengths, dilation_rates, local, max_position_embeddings
+    )
+    if isinstance(rope_parameters, str):
+        rope_parameters = _rope_from_word(rope_parameters, source_config, trained, context)
+    rope = _rope_parameters(source_config, rope_parameters, trained)
+    # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
+    position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
+    reference_config = copy.deepcopy(source_config)
+    if rope_parameters is not None:
+        try:
+            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+        except ValueError as error:
+            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
+        if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
+            raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
+        reference_config.max_position_embeddings = position_embeddings
+    dtypes = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype] += tensor.num_bytes
+    own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
+    longnet_fields = family.longnet_fields(source_config) | {
+        "rope_parameters": rope,
+        "max_position_embeddings": position_embeddings,
+        "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
+        "dense_layers": dense_layers,
+        "trained_context": trained,
+        "source_config": fields,
+        **pattern_fields(pattern),
+    }
+    try:
+        config = LongNetConfig(**longnet_fields)
+    except Exception as error:  # strict-dataclass errors of several lines
+        raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
+    config.architectures = [LongNetForCausalLM.__name__]
+    match_weights(skeleton(LongNetForCausalLM, config), tensors)
+    reference_config.dtype = config.dtype
+    rounded_to = dtype if dtypes.keys() != {dtype} else None
+    same = dense_length(pattern)
+    return LongNetPlan(
+        source=folder,
+        name=str(source),
+        revision=commit,
+        architecture=family.architecture,
+        tensors=tensors,
+        max_shard_size=max_shard_size,
+        dtype=rounded_to,
+        reference=StoredModel(family.model_class, reference_config, source_tensors, rounded_to),
+        config=config,
+        preset=preset,
+        trained=_in_words(trained, source_config.max_position_embeddings, window),
+        compared_tokens=min(limit for limit in (same, trained, window, MAX_TOKENS) if limit),
+        same_attention=bool(same),
+        generation_fields=fields,
+        template="model_card_template.md",
+        notes=tuple(
+            _notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters, dtype)
+        ),
+    )
+
+
+def _in_words(trained: int, stretched: int, window: int | None) -> str:
+    """Say what the source was trained for."""
+    stretch = f", stretched to {stretched:,} by its RoPE" if stretched > trained else ""
+    attending = f", each attending to the last {window:,}" if window else ""
+    return f"{trained:,} tokens{stretch}{attending}"
+
+
+def _trained_context(config: PreTrainedConfig) -> int:
+    """Return the length the source was trained for before any RoPE scaling stretched it."""
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    return min(config.max_position_embeddings, original or config.max_position_embeddings)
+
+
+def _choose_pattern(
+    config: PreTrainedConfig,
+    trained: int,
+    window: int | None,
+    preset: str,
+    segment_lengths: list[int] | tuple[int, ...] | None,
+    dilation_rates: list[int] | tuple[int, ...] | None,
+    local: int | None,
+    context: int | None,
+) -> tuple[DilationPattern, int]:
+    """Return the pattern and the target's context."""
+    for name, number in (("max_position_embeddings", context), ("local", local)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be a positive integer, got {number!r}")
+    if segment_lengths is None:
+        if dilation_rates is not None:
+            raise ValueError(f"dilation_rates {list(dilation_rates)} need segment_lengths; give both or neither")
+        local = local or min(trained, LONGEST_LOCAL_SEGMENT, window or trained)
+        context = context or max(config.max_position_embeddings, DEFAULT_STRETCH * local)
+        last = local
+        while last < context:
+            last *= 2
+        pattern = DilationPattern.geometric(local, last, preset=preset)
+        _check_window(pattern, window)
+        return pattern, context
+    if local is not None:
+        raise ValueError(f"local {local} and segment_lengths {list(segment_lengths)} both set the first; give one")
+    if dilation_rates is None:
+        first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
+        if any(w % first for w in segment_lengths):
+            raise ValueError(
+                f"segment_lengths {list(segment_lengths)} are not multiples of the first, so there are no default "
+                "rates w_i / w_0; give dilation_rates"
+            )
+        dilation_rates = [w // first for w in segment_lengths]
+    pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    _check_window(pattern, window)
+    return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
+
+
+def _check_window(pattern: DilationPattern, window: int | None) -> None:
+    if window and dense_length(pattern) > window:
+        raise ValueError(
+            f"the source attends in a sliding window of {window} tokens, so it is not this pattern on up to "
+            f"{pattern.segment_lengths[0]} tokens; choose a first segment of at most {window}"
+        )
+
+
+def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: int) -> dict | None:
+    """Write out what a word means for RoPE when the trained context is stretched to ``context``."""
+    if word not in ROPE_WORDS:
+        raise ValueError(f"rope_parameters must be a dict or one of {', '.join(ROPE_WORDS)}, got {word!r}")
+    if word == "none":
+        return None
+    if context <= trained:
+        raise ValueError(
+            f"RoPE {word} has nothing to stretch: the context of {context} tokens is not longer than the {trained} that "
+            "the source was trained for; give a longer one (--context)"
+        )
+    factor = context / trained
+    if word == "ntk":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        theta = config.rope_parameters["rope_theta"] * factor ** (head_dim / (head_dim - 2))
+        return {"rope_type": "default", "rope_theta": theta}
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
+    return {"rope_type": word, "factor": factor, **bands}
+
+
+def frozen_rope(config: PreTrainedConfig) -> dict:
+    """Return a source's RoPE settings, with nothing left that follows max_position_embeddings by itself."""
+    rope = dict(config.rope_parameters)
+    if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None:
+        rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+    return rope
+
+
+def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
+    """Return the target's RoPE settings: the source's, or new ones completed from them."""
+    if override is None:
+        return frozen_rope(config)
+    known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
+    if not isinstance(override, dict) or override.get("rope_type") not in known:
+        raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
+    rope = {"rope_theta": config.rope_parameters["rope_theta"], **override}
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope.setdefault("original_max_position_embeddings", trained)
+    if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):
+        raise ValueError(f"rope_parameters need a number as factor, got {rope['factor']!r}")
+    return rope
+
+
+def _notes(
+    folder: Path,
+    fields: dict,
+    config: LongNetConfig,
+    source_context: int,
+    dtypes: Counter,
+    rope_parameters: dict | None,
+    written: str | None,
+) -> list[str]:
+    """Say what may surprise, one line each."""
+    notes = []
+    pattern, num_kv_heads = config.pattern, config.num_key_value_heads
+    if dense_length(pattern) == 0:
+        notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
+    elif config.max_position_embeddings > source_context and rope_parameters is None:
+        notes.append(f"positions beyond {source_context:,} are new to the model: tune it there")
+    if config.rope_parameters["rope_type"] == "dynamic":
+        notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
+    if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:
+        notes.append(
+            f"rate {unread[-1]} has more offsets than the model has KV heads ({num_kv_heads}): no head reads the far "
+            "tokens at the other offsets"
+        )
+    stored = ", ".join(dtype_name(DTYPES[dtype]) for dtype in dtypes)
+    if written is not None and dtypes.keys() != {written}:
+        notes.append(f"weights are stored as {stored} and rounded to {dtype_name(config.dtype)}")
+    elif stored != dtype_name(config.dtype):
+        notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
+    if fields.get("auto_map"):
+        notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
+    if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
+        notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
+    return notes
