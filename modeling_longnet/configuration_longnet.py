@@ -20,6 +20,8 @@ PATTERN_FIELDS = (
 # Longer than any document: one such undilated branch is ordinary attention.
 UNBOUNDED = 2**62
 
+LOSS_IMPLEMENTATIONS = ("auto", "chunked", "torch", "liger", "logits")
+
 # Which decoder layers there are, and what a field is with them where it is left out.
 BACKBONES = {
     "llama": {
@@ -66,6 +68,8 @@ class LongNetConfig(LlamaConfig):
         layers_without_rope: indices of layers that use no rotary embedding, and no xPos (SmolLM3).
         qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
         attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
+        loss_implementation: how a causal LM computes its loss in training: without logits, ``"auto"`` (what is best
+            here), ``"chunked"``, ``"torch"`` or ``"liger"``; or ``"logits"``, from all of them, which are then returned.
         trained_context: tokens that a converted model's source was trained for; xPos rounds its angles there as the
             official code does, other models do not read it.
         source_config: a converted model's source's config.json, for the way back; the model does not read it.
@@ -97,6 +101,7 @@ class LongNetConfig(LlamaConfig):
     layers_without_rope: list[int] | tuple[int, ...] = ()
     qk_norm: bool = False
     attention_output_bias: bool | None = None
+    loss_implementation: str = "auto"
     trained_context: int | None = None
     source_config: dict | None = None
 
@@ -107,6 +112,7 @@ class LongNetConfig(LlamaConfig):
                 "backbone",
                 "sub_layernorm",
                 "xpos_scale_base",
+                "loss_implementation",
                 "dense_layers",
                 "layers_without_rope",
             )
@@ -157,6 +163,11 @@ class LongNetConfig(LlamaConfig):
         for name in ("sub_layernorm", "scale_embedding"):
             if getattr(self, name) and self.backbone != "magneto":
                 raise ValueError(f"{name} needs backbone 'magneto', got {self.backbone!r}")
+        if self.loss_implementation not in LOSS_IMPLEMENTATIONS:
+            raise ValueError(
+                f"loss_implementation must be one of {', '.join(LOSS_IMPLEMENTATIONS)}, got "
+                f"{self.loss_implementation!r}"
+            )
         if self.xpos_scale_base < 1:
             raise ValueError(f"xpos_scale_base must be at least 1 token, got {self.xpos_scale_base}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:

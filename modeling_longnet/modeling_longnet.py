@@ -10,9 +10,9 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_longnet import LongNetAttention
@@ -20,7 +20,9 @@ from .backbone_llama import LongNetDecoderLayer
 from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .head_loss import head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
+from .sequence_tiles import in_tiles
 from .token_layout import locate_tokens
 
 
@@ -139,7 +141,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
                 layout=layout,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = in_tiles(self.norm, hidden_states, [self.norm], self.gradient_checkpointing and self.training)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
@@ -151,6 +154,76 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LongNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits, and the loss if there are labels.
+
+        Logits of a long sequence are larger than all else together. In training, where only the loss is wanted, they
+        are never made as a whole, and ``logits`` is None in the output.
+
+        Args:
+            labels: ``[B, T]``, usually ``input_ids``: each token is predicted from those before it. -100: not
+                predicted.
+            logits_to_keep: compute only the last so many logits (0: all), or those at these indices.
+            num_items_in_batch: what the sum of the tokens' losses is divided by; None: the number of labels.
+            skip_logits: return the loss alone. None: in training (``config.loss_implementation="logits"``: never). A
+                loss function of the user's own gets its logits always.
+            **kwargs: ``shift_labels [B, T]``, instead of ``labels``: the token to predict *at* each place;
+                ``label_smoothing``: weight of the uniform distribution in the target. Other arguments are those of
+                ``LongNetModel``.
+        """
+        # Not in the signature: Trainer takes every name with "label" there for one that all batches have.
+        shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep > 0:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+
+        loss = logits = None
+        with_loss = labels is not None or shift_labels is not None
+        own_loss = hasattr(self, "_loss_function")  # set by the user
+        if skip_logits is None:
+            skip_logits = self.training and self.config.loss_implementation != "logits"
+        if not (with_loss and skip_logits) or own_loss:
+            logits = self.lm_head(hidden_states)
+        if with_loss and logits is not None and (own_loss or not label_smoothing):
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch, **kwargs,
+            )  # fmt: skip
+        elif with_loss:
+            targets = next_tokens(labels) if shift_labels is None else shift_labels
+            options = {"num_items": num_items_in_batch, "label_smoothing": label_smoothing}
+            if logits is not None:
+                loss = logits_loss(logits, targets, **options)
+            else:
+                name = self.config.loss_implementation
+                options["implementation"] = "auto" if name == "logits" else name
+                loss = head_loss(hidden_states, self.lm_head, targets, **options)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

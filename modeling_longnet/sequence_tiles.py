@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 TILE_TOKENS = 8192
 
 
-def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+def in_tiles(
+    function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], recompute: bool = True
+) -> Tensor:
     """Compute ``function(x)`` on tiles of ``TILE_TOKENS`` tokens, keeping none of its intermediates.
 
     Output and gradients are those of ``function(x)`` (weights' gradients summed over tiles in at least float32).
@@ -29,6 +31,8 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[
             (dropout) are drawn again alike in the backward pass.
         x: ``[B, L, hidden]``.
         modules: those whose parameters the function uses.
+        recompute: whether saving memory is worth a second forward pass of the function; if not, tiles are for calls
+            without gradients only.
 
     Returns:
         ``[B, L, ...]``, what the function gives.
@@ -36,6 +40,8 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[
     if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling():
         return function(x)
     parameters = trainable(modules)
+    if torch.is_grad_enabled() and not recompute:
+        return function(x)
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return join(function, x.split(TILE_TOKENS, dim=1), x.shape[1])
     if are_partitioned(modules):

@@ -22,3 +22,17 @@ class LongNetTrainer(Trainer):
             raise ValueError(
                 f"LongNetTrainer needs a LongNet model, got {type(self.model).__name__}; convert the checkpoint first"
             )
+        # The stock Trainer smooths labels over all logits at once; the model does it chunk by chunk.
+        self.label_smoother = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Compute the loss as the stock Trainer does, with label smoothing left to the model."""
+        if self.args.label_smoothing_factor:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluate one batch; where only its loss is wanted, without logits."""
+        if prediction_loss_only:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
