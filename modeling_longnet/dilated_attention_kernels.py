@@ -156,7 +156,10 @@ def _tile(tile, offset, rate, tokens, period, tiles_per_period, LAST_FIRST: tl.c
     base += offset
     tile %= tiles_per_period
     if LAST_FIRST:  # late causal queries meet the most keys: starting with them leaves the short work for the end
-        tile = tiles_per_period - 1 - tile
+        # The last period may be short: what is turned round are the tiles that it has, not those of a whole one.
+        last = (_count_before(limit, base, rate) + TILE - 1) // TILE - 1
+        limit = tl.where(tile <= last, limit, 0)
+        tile = tl.maximum(last - tile, 0)
     first = base + tile * TILE * rate
     count = tl.minimum(_count_before(limit, first, rate), TILE)
     return base, first, first + (count - 1) * rate, count
