@@ -62,7 +62,7 @@ def dilated_attention(
     Raises:
         ValueError: if shapes, dtypes, devices, the pattern, the mask or the backend do not fit.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_for_autocast(query, key, value)
     _check_tensors(query, key, value, pattern)
     _check_documents(query, attention_mask, cu_seqlens)
     if not 0.0 <= dropout < 1.0:
@@ -73,7 +73,7 @@ def dilated_attention(
     if attention_mask is not None:
         attention_mask = attention_mask != 0
 
-    backend = _choose_backend(backend, query, key, value, pattern, attention_mask, cu_seqlens, dropout)
+    backend = choose_backend(backend, query, key, value, pattern, attention_mask, cu_seqlens, dropout)
     if backend == "eager":
         positions, documents = _positions(query, attention_mask, cu_seqlens)
         out, lse, _ = eager_attention(
@@ -93,7 +93,7 @@ def dilated_attention(
     return (out, lse) if return_lse else out
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 and half tensors to the autocast dtype where autocast is on, as PyTorch's own attention does."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(device_type):
@@ -103,7 +103,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in lower else x for x in tensors)
 
 
-def _choose_backend(
+def choose_backend(
     backend: str,
     query: Tensor,
     key: Tensor,
@@ -113,6 +113,11 @@ def _choose_backend(
     cu_seqlens: Tensor | None,
     dropout: float,
 ) -> str:
+    """Return the backend that runs a call: the one asked for, or the fastest that supports it for ``"auto"``.
+
+    Raises:
+        ValueError: if there is no such backend, or it does not support the call.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend in ("eager", "torch"):
