@@ -1,0 +1,125 @@
+"""The group of processes that share one sequence, and how they talk: small agreements, clear errors."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+# A model's forward is called through layers of code that cannot hand on an argument: trainers, wrappers for data
+# parallelism, checkpoints. A context variable reaches it, belongs to one thread of control, and undoes itself. It is
+# read once per forward pass; everything below gets the group in its arguments, so that a backward pass or a
+# recomputation outside the context finds it too.
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("longnet_sequence_group", default=None)
+
+
+@contextmanager
+def sequence_parallel(group: dist.ProcessGroup | DeviceMesh) -> Iterator[None]:
+    """Let LongNet models run on slices of a sequence: rank i of ``group`` holds the i-th of equal contiguous slices.
+
+    Theorem: hidden states, logits and gradients are the slices of what one process computes on the whole sequence. A
+    loss given by ``shard_sequence``'s labels is this rank's part of it: added over the ranks they are the whole.
+
+    Args:
+        group: a process group, or a one-dimensional device mesh, that this process belongs to.
+
+    Raises:
+        ValueError: if there is no such group, or this process is not in it.
+    """
+    token = _group.set(as_process_group(group))
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """Return the group of the innermost ``sequence_parallel``, None outside."""
+    return _group.get()
+
+
+def as_process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
+    """Take a process group, or the one of a one-dimensional device mesh."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"a sequence runs along one dimension, the device mesh has {group.ndim}: {group.mesh_dim_names}; "
+                'pass one of them, such as mesh["cp"]'
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a process group or a device mesh that this process is part of, got {group!r}; "
+            "torch.distributed.group.WORLD holds all processes, after init_process_group()"
+        )
+    return group
+
+
+def talk(group: dist.ProcessGroup, what: str, exchange: Callable):
+    """Call a collective, or wait for one; a failure says which exchange failed, on which rank.
+
+    Raises:
+        RuntimeError: if the group breaks or its time runs out.
+    """
+    try:
+        return exchange()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"sequence parallelism broke down on rank {group.rank()} of {group.size()} during {what}: another rank has "
+            f"died or has not come to the same point in time; its own error stands in its log ({error})"
+        ) from error
+
+
+def gather_numbers(
+    group: dist.ProcessGroup, device: torch.device, numbers: Sequence[int], what: str
+) -> list[list[int]]:
+    """Return every rank's numbers, of which each must bring as many."""
+    mine = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    everyone = mine.new_empty(group.size() * len(mine))
+    parts = list(everyone.split(len(mine))) if len(mine) else []
+    if parts:
+        talk(group, what, lambda: dist.all_gather(parts, mine, group=group))
+    return [part.tolist() for part in everyone.view(group.size(), -1).unbind()] if parts else [[]] * group.size()
+
+
+def require_agreement(group: dist.ProcessGroup, device: torch.device, terms: dict[str, object]) -> None:
+    """Compare what must be the same on all ranks.
+
+    Args:
+        terms: the same names on every rank, each with a value that prints as what it is.
+
+    Raises:
+        ValueError: on every rank, naming the first term that differs and who has what.
+    """
+    hashes = [_hash(f"{name}={value}") for name, value in terms.items()]
+    everyone = gather_numbers(group, device, [_hash("".join(terms)), *hashes], "the comparison of inputs")
+    if all(numbers == everyone[0] for numbers in everyone):
+        return
+    descriptions: list = [None] * group.size()
+    mine = {name: str(value) for name, value in terms.items()}
+    talk(group, "the comparison of inputs", lambda: dist.all_gather_object(descriptions, mine, group=group))
+    for name in mine:
+        values = [description.get(name) for description in descriptions]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise ValueError(
+                f"the ranks of a sequence-parallel group must agree on {name}: rank 0 has {values[0]}, rank {other} "
+                f"has {values[other]}"
+            )
+    raise ValueError(f"the ranks of a sequence-parallel group run different programs: {descriptions}")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def all_gather(group: dist.ProcessGroup, tensor: Tensor, what: str) -> list[Tensor]:
+    """Return every rank's tensor, all of one shape and dtype."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    talk(group, what, lambda: dist.all_gather(parts, tensor.contiguous(), group=group))
+    return parts

@@ -1,0 +1,120 @@
+"""Cut a batch into the slices of a sequence-parallel group, and put slices together again."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .logical_positions import positions_from_cu_seqlens
+from .sequence_group import all_gather, as_process_group, require_agreement, talk
+
+
+IGNORED_LABEL = -100
+# What fills up the last slice; every other tensor gets zeros.
+FILLING = {"labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
+# What packing collators add for other kernels: all of it stands in cu_seq_lens_q, or in position_ids.
+PACKING_EXTRAS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dict:
+    """Cut a batch that every rank has into slices, one per rank, for a model under ``sequence_parallel(group)``.
+
+    All tensors ``[B, N, ...]`` are cut along N; if the world size does not divide N, the end is padded and masked.
+    Labels are shifted before, since a slice's last token is trained on the next slice's first, and their number in the
+    whole batch goes with them: the model's loss is then this rank's part of the whole batch's mean. Add the parts over
+    the ranks to report it, and the ranks' gradients to train on it (data-parallel wrappers average: multiply by the
+    world size).
+
+    Args:
+        batch: what the model takes, with ``input_ids`` or ``inputs_embeds``. ``cu_seq_lens_q`` becomes
+            ``position_ids``.
+        group: the ranks that share the sequence.
+
+    Returns:
+        This rank's batch, a dict; tensors without the sequence dimension as they are.
+
+    Raises:
+        ValueError: on every rank, if they have batches of different shapes.
+    """
+    group = as_process_group(group)
+    batch = {name: x for name, x in batch.items() if name not in PACKING_EXTRAS}
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        raise ValueError("shard_sequence needs input_ids [B, N] or inputs_embeds [B, N, hidden] to know the length")
+    num_rows, length = tokens.shape[:2]
+    device = collective_device(group, tokens.device)
+    terms = {"the shape of the whole batch": [num_rows, length], "its contents": sorted(batch)}
+    require_agreement(group, device, terms)
+
+    cu_seqlens = batch.pop("cu_seq_lens_q", None)
+    if cu_seqlens is not None and "position_ids" not in batch:
+        batch["position_ids"] = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)[0]
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == (num_rows, length):
+        if "shift_labels" not in batch:
+            batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        if "num_items_in_batch" not in batch:
+            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORED_LABEL).sum()
+    slice_length = -(-length // group.size())
+    if length % group.size() and batch.get("attention_mask") is None:
+        batch["attention_mask"] = tokens.new_ones(num_rows, length, dtype=torch.long)
+    first = group.rank() * slice_length
+    return {
+        name: _cut(x, first, slice_length, FILLING.get(name, 0)) if _has_sequence(x, length) else x
+        for name, x in batch.items()
+    }
+
+
+def _has_sequence(x, length: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == length
+
+
+def _cut(x: Tensor, first: int, length: int, filling: int) -> Tensor:
+    part = x[:, first : first + length]
+    missing = length - part.shape[1]
+    if missing:
+        part = torch.cat([part, part.new_full((part.shape[0], missing, *part.shape[2:]), filling)], dim=1)
+    return part.contiguous()
+
+
+def gather_sequence(tensor: Tensor, group: dist.ProcessGroup | DeviceMesh, length: int | None = None) -> Tensor:
+    """Put the ranks' slices together on every rank, differentiably: logits, hidden states, attention outputs.
+
+    Args:
+        tensor: this rank's slice ``[B, n, ...]``, of one shape on all ranks.
+        group: the ranks that share the sequence.
+        length: tokens of the whole, if its end was padded.
+
+    Returns:
+        ``[B, n * world size, ...]``, or ``[B, length, ...]``. The gradient of a slice is the sum of what all ranks give.
+    """
+    group = as_process_group(group)
+    terms = {"the shape of the slices to gather": list(tensor.shape), "their dtype": tensor.dtype}
+    require_agreement(group, collective_device(group, tensor.device), terms)
+    return _Gather.apply(tensor, group)[:, :length]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return torch.cat(all_gather(group, tensor, "the gathering of slices"), dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        group = ctx.group
+        sent = torch.stack(grad.chunk(group.size(), dim=1)).contiguous()
+        received = torch.empty_like(sent)
+        what = "the scattering of gradients"
+        talk(group, what, lambda: dist.all_to_all_single(received, sent, group=group))
+        return received.sum(0), None
+
+
+def collective_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
+    """Return a device whose tensors the group can exchange: the given one unless only CUDA tensors travel."""
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
