@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .sequence_tiles import GradientSum, are_partitioned, trainable
+from .sequence_tiles import GradientSum, are_fsdp_units, are_partitioned, trainable
 
 
 # Logits of one chunk: 1 GiB of them in float32, 2048 tokens of a vocabulary of 131,072.
@@ -173,15 +173,16 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _chunked(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: float) -> Tensor:
-    if not torch.compiler.is_compiling() and not are_partitioned([head]):
-        return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))
-
-    def loss(states: Tensor, targets: Tensor) -> Tensor:  # with logits once more in the backward pass
+    def loss(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
 
-    size = _chunk_tokens(head)
+    if are_fsdp_units([head]):
+        return loss(hidden, targets)
+    if not torch.compiler.is_compiling() and not are_partitioned([head]):
+        return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))
+    size = _chunk_tokens(head)  # with logits once more in the backward pass
     chunks = zip(hidden.split(size), targets.split(size))
     return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 

@@ -37,7 +37,7 @@ def in_tiles(
     Returns:
         ``[B, L, ...]``, what the function gives.
     """
-    if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling():
+    if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling() or are_fsdp_units(modules):
         return function(x)
     parameters = trainable(modules)
     if torch.is_grad_enabled() and not recompute:
@@ -74,6 +74,14 @@ def are_partitioned(modules: Iterable[nn.Module]) -> bool:
     Then they cannot be named as inputs of a function, and the graph has to be built inside the modules' calls.
     """
     return any(p.numel() == 0 for module in modules for p in module.parameters())
+
+
+def are_fsdp_units(modules: Iterable[nn.Module]) -> bool:
+    """Whether FSDP2 gathers parameters at the call of one of these modules itself: it must be called once per pass.
+
+    By name: importing the class costs more than this file.
+    """
+    return any(base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__)
 
 
 class GradientSum:
