@@ -1,0 +1,124 @@
+"""Documents and rows: whole packages, nothing lost or doubled, no leak between documents, resumption to the byte."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from training.documents import python_packages
+from training.packing import PackedRows
+
+
+def documents(count: int = 40, longest: int = 90):
+    """Yield documents whose tokens say which they are and where: 1000 * document + position."""
+    lengths = torch.randint(1, longest, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, length in enumerate(lengths):
+        yield {"input_ids": [1000 * (i + 1) + p for p in range(length)]}
+
+
+def streaming() -> datasets.IterableDataset:
+    stream = datasets.IterableDataset.from_generator(documents)
+    return stream.map(lambda document: {"input_ids": document["input_ids"]})
+
+
+def packed(source=None, **options) -> PackedRows:
+    return PackedRows(list(documents()) if source is None else source, 50, **{"buffer": 4, "filler": -1, **options})
+
+
+def content(rows) -> list[dict]:
+    return [{name: x.tolist() for name, x in row.items()} for row in rows]
+
+
+def test_every_token_comes_once_and_short_documents_stay_whole():
+    rows = list(packed())
+    assert {len(row["input_ids"]) for row in rows} == {50}
+    tokens = torch.cat([row["input_ids"] for row in rows])
+    expected = [token for document in documents() for token in document["input_ids"]]
+    assert sorted(tokens[tokens != -1].tolist()) == sorted(expected)
+    for row in rows:
+        starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], 50]):
+            piece = row["input_ids"][start:end]
+            if piece[0] == -1:
+                assert (piece == -1).all() and end == 50
+                continue
+            assert (piece.diff() == 1).all(), "a piece is one stretch of one document"
+            assert piece[0] % 1000 % 50 == 0, "only documents longer than a row are cut, at rows"
+
+
+def test_documents_are_labelled_but_for_their_first_token_and_the_filler():
+    for row in packed():
+        ids, labels = row["input_ids"], row["labels"]
+        expected = ids.masked_fill((row["position_ids"] == 0) | (ids == -1), -100)
+        assert torch.equal(labels, expected)
+
+
+def test_little_is_filled():
+    rows = list(packed(buffer=16))
+    assert sum((row["input_ids"] == -1).sum().item() for row in rows) < 0.05 * 50 * len(rows)
+
+
+@pytest.mark.parametrize("source", [lambda: list(documents()), streaming], ids=["list", "streaming"])
+@pytest.mark.parametrize("stop", [0, 1, 17])
+def test_resumption_gives_exactly_the_rows_that_would_have_followed(source, stop):
+    whole = content(packed(source()))
+    first = packed(source())
+    iterator = iter(first)
+    before = content(next(iterator) for _ in range(stop))
+    state = json.dumps(first.state_dict())
+    second = packed(source())
+    second.load_state_dict(json.loads(state))
+    assert before + content(second) == whole
+    assert content(second) == whole, "the epoch after starts at the start"
+    assert json.dumps(first.state_dict()) == state, "the state taken is a copy"
+
+
+def test_ranks_share_the_rows_out():
+    whole = content(packed())
+    parts = [content(packed(rank=rank, world_size=3)) for rank in range(3)]
+    assert [parts[i % 3][i // 3] for i in range(len(whole))] == whole
+
+
+def test_a_packed_row_is_computed_as_its_documents_alone():
+    model = tiny_model("retrofit")
+    row = next(iter(PackedRows([{"input_ids": list(range(3, 3 + n))} for n in (30, 12, 5)], 50)))
+    inputs = {name: row[name][None] for name in ("input_ids", "position_ids")}
+    together = model(**inputs, use_cache=False).logits[0]
+    starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+    assert len(starts) == 4  # three documents, and the filler
+    for start, end in zip(starts, [*starts[1:], 50]):
+        torch.testing.assert_close(together[start:end], model(inputs["input_ids"][:, start:end]).logits[0])
+
+
+def test_bad_numbers_and_worker_processes_are_refused():
+    with pytest.raises(ValueError, match="length=1, buffer=64, rank=0, world_size=1"):
+        PackedRows([], 1)
+    with pytest.raises(ValueError, match="rank=2, world_size=2"):
+        PackedRows([], 8, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="use num_workers=0, got 2"):
+        next(iter(torch.utils.data.DataLoader(packed(), batch_size=None, num_workers=2)))
+
+
+def test_packages_are_whole_real_and_divided_into_two_kinds():
+    training = {document["name"]: document["text"] for document in python_packages()}
+    held_out = {document["name"]: document["text"] for document in python_packages(held_out=True)}
+    assert not training.keys() & held_out.keys()
+    assert {"json", "asyncio", "argparse"} <= training.keys() | held_out.keys()
+    both = training | held_out
+    assert "# json/__init__.py\n" in both["json"] and "# json/decoder.py\n" in both["json"]
+    assert both["json"].index("# json/decoder.py\n") < both["json"].index("# json/encoder.py\n")
+    assert "site-packages" not in both
+    assert sum(map(len, both.values())) > 5e6
+    assert 0.02 < len(held_out) / len(both) < 0.3
+
+
+def test_documents_come_in_the_same_order_from_any_folder(tmp_path):
+    for name in ("b/two.py", "b/one.py", "a.py", "b/empty.py", "c/deep/er.py", "notes.txt", "site-packages/x.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("" if "empty" in name else f"text of {name}")
+    found = list(python_packages([tmp_path], held_out_in=10**9))
+    assert [document["name"] for document in found] == ["a", "b", "c"]
+    assert found[1]["text"] == "# b/one.py\ntext of b/one.py\n\n# b/two.py\ntext of b/two.py\n"

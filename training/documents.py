@@ -1,0 +1,62 @@
+"""Long documents from the Python source on this machine: one package, all its files in order, is one document.
+
+Real text, present wherever this runs. Whole packages are what long context is for: a file uses names that another
+file of its package defines, tens of thousands of tokens away.
+"""
+
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+
+# Tables rather than prose of programmers, or not in every Python.
+SKIPPED_FOLDERS = {"__pycache__", "encodings", "idle_test", "pydoc_data"}
+
+
+class Document(TypedDict):
+    """A text, and the package that it is."""
+
+    name: str
+    text: str
+
+
+def standard_library() -> Path:
+    """Return the folder of Python's own source files."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def installed_packages() -> Path:
+    """Return the folder of what pip has installed."""
+    return Path(sysconfig.get_path("purelib"))
+
+
+def python_packages(
+    roots: Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8
+) -> Iterator[Document]:
+    """Yield packages as documents, in an order that is the same in every run.
+
+    Args:
+        roots: folders that hold packages and modules; the standard library's if empty. ``site-packages`` inside a root
+            is passed over: name it as a root of its own.
+        held_out: yield those kept for evaluation instead of those to train on. The two share no package.
+        held_out_in: one package in so many is held out, chosen by its name alone.
+    """
+    for root in map(Path, roots or [standard_library()]):
+        for entry in sorted(root.iterdir()):
+            if entry.name in SKIPPED_FOLDERS or entry.name.endswith(("-packages", ".dist-info", ".egg-info")):
+                continue
+            name = entry.stem
+            if (zlib.crc32(name.encode()) % held_out_in == 0) != held_out:
+                continue
+            files = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py")) if entry.is_dir() else []
+            texts = [_text(path, root) for path in files if SKIPPED_FOLDERS.isdisjoint(path.parts)]
+            if texts := [text for text in texts if text]:
+                yield {"name": name, "text": "\n".join(texts)}
+
+
+def _text(path: Path, root: Path) -> str:
+    """Read a file, headed by its path, which imports elsewhere in the package speak of; "" for an empty one."""
+    text = path.read_text(encoding="utf-8", errors="ignore").strip()
+    return f"# {path.relative_to(root).as_posix()}\n{text}\n" if text else ""

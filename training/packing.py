@@ -1,0 +1,120 @@
+"""Rows of one length, packed from tokenized documents without padding between them and without leaks.
+
+``position_ids`` restart at each document, which LongNet models understand as a border that attention does not cross.
+The stream can be stopped after any row and continued later with exactly the rows that would have followed.
+"""
+
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+
+class PackedRows(IterableDataset):
+    """Pack tokenized documents into rows of ``length`` tokens.
+
+    A document is never split if it fits into a row; a longer one is cut into rows of its own, and its rest is packed.
+    Of the ``buffer`` documents read ahead, each row takes the longest that still fits, again and again. What no
+    document fills (at the end of the stream, or for want of a short one) is filled with ``filler``, unlabelled and a
+    document by itself.
+
+    Args:
+        documents: yields ``{"input_ids": [...]}`` in the same order at each iteration; a streaming
+            ``datasets.IterableDataset`` is asked for its own state, anything else is read from its start on resumption.
+        length: tokens per row.
+        buffer: documents read ahead.
+        rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``.
+        filler: token id.
+
+    Yields:
+        ``{"input_ids", "position_ids", "labels"}``, each ``[length]`` int64. The first token of a document, which
+        nothing predicts, has the label -100.
+
+    Raises:
+        ValueError: if a number does not fit, or worker processes would each read the whole stream.
+    """
+
+    def __init__(
+        self, documents: Iterable[dict], length: int, *, buffer: int = 64, rank: int = 0, world_size: int = 1,
+        filler: int = 0,
+    ):  # fmt: skip
+        if length < 2 or buffer < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"PackedRows needs length >= 2, buffer >= 1 and 0 <= rank < world_size, got {length=}, {buffer=}, "
+                f"{rank=}, {world_size=}"
+            )
+        self.documents = documents
+        self.length = length
+        self.buffer = buffer
+        self.rank, self.world_size = rank, world_size
+        self.filler = filler
+        self._resumed = False
+        self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})
+
+    def state_dict(self) -> dict:
+        """Return all that the next row depends on, as plain numbers and lists, to be saved in any way."""
+        source = self._source
+        if self._reading and hasattr(self.documents, "state_dict"):
+            source = deepcopy(self.documents.state_dict())
+        waiting = [piece.tolist() for piece in self._waiting]
+        return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Let the next iteration continue where ``state_dict`` was taken."""
+        self._rows, self._read = state["rows"], state["read"]
+        self._waiting = [torch.tensor(piece, dtype=torch.long) for piece in state["waiting"]]
+        self._source = state["source"]
+        self._reading = False
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+            raise ValueError(f"PackedRows is one stream: use num_workers=0, got {worker.num_workers}")
+        pieces = self._pieces()
+        exhausted = False
+        while True:
+            while not exhausted and len(self._waiting) < self.buffer:
+                document = next(pieces, None)
+                if document is None:
+                    exhausted = True
+                else:
+                    self._waiting += document
+            if not self._waiting:
+                break
+            row = self._row()
+            self._rows += 1
+            if (self._rows - 1) % self.world_size == self.rank:
+                yield row
+        self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})  # the next epoch
+
+    def _pieces(self) -> Iterator[list[Tensor]]:
+        """Yield the unread documents, each as pieces no longer than a row."""
+        read = self._read
+        if hasattr(self.documents, "load_state_dict") and (self._source is not None or self._resumed):
+            # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
+            self.documents.load_state_dict(deepcopy(self._source))
+            self._resumed, read = self._source is not None, 0
+        self._reading = True
+        for document in islice(iter(self.documents), read, None):
+            self._read += 1
+            yield [*torch.as_tensor(document["input_ids"], dtype=torch.long).split(self.length)]
+
+    def _row(self) -> dict[str, Tensor]:
+        chosen, room = [], self.length
+        while fitting := [i for i, piece in enumerate(self._waiting) if len(piece) <= room]:
+            longest = max(fitting, key=lambda i: len(self._waiting[i]))  # the first of equals
+            chosen.append(self._waiting.pop(longest))
+            room -= len(chosen[-1])
+            if not room:
+                break
+        positions = [torch.arange(len(piece)) for piece in chosen]
+        labels = [torch.where(p > 0, piece, -100) for p, piece in zip(positions, chosen)]
+        if room:
+            chosen.append(torch.full((room,), self.filler))
+            positions.append(torch.arange(room))
+            labels.append(torch.full((room,), -100))
+        return {
+            "input_ids": torch.cat(chosen), "position_ids": torch.cat(positions), "labels": torch.cat(labels)
+        }  # fmt: skip
