@@ -13,11 +13,13 @@ from .adapters import convert_adapter
 from .convert import convert_checkpoint
 from .plan_family import plan_conversion
 from .to_dense import convert_to_dense, plan_to_dense
+from .torchscale import convert_torchscale, plan_torchscale
 
 
 DESCRIPTION = """\
 Convert a dense checkpoint (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3) to
-LongNet's dilated attention. The weights keep their bits; with the default
+LongNet's dilated attention, or one of the official LongNet code to this
+package. The weights keep their bits; with the default
 preset the converted model has the source's logits on every input up to its
 first segment length, which is verified before TARGET appears. TARGET loads
 with trust_remote_code=True where this package is not installed.
@@ -31,7 +33,12 @@ examples:
       --dilation-rates 1,4,8 --dense-layers 0,16
   longnet-convert ./llama-32k-tuned ./llama-dense --to-dense
   longnet-convert ./lora-of-llama ./lora-of-longnet --adapter ./llama-32k
+  longnet-convert ./checkpoint_best.pt ./longnet --from torchscale
 """
+
+
+# What the help calls options that are named after an argument of convert_checkpoint.
+SHORTER = {"max_position_embeddings": "context", "rope_parameters": "rope"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,6 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="SOURCE is a LoRA adapter (peft): write it for BASE, the LongNet conversion of its base model, or the "
         "other way round",
     )
+    other.add_argument(
+        "--from",
+        choices=["torchscale"],
+        metavar="CODE",
+        help="torchscale: SOURCE is a LongNetDecoder of the official code: a file of weights, or a folder with one",
+    )
+    other.add_argument(
+        "--arguments",
+        metavar="FILE",
+        help="with --from torchscale: JSON file of the arguments that the decoder was built with (default: those in "
+        "the checkpoint, or in args.json, arguments.json or config.json beside it)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -140,9 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status, 0 or 1."""
     parser = build_parser()
     options = vars(parser.parse_args(argv))
-    dry_run, quiet, debug, to_dense = (options.pop(name) for name in ("dry_run", "quiet", "debug", "to_dense"))
+    dry_run, quiet, debug = (options.pop(name) for name in ("dry_run", "quiet", "debug"))
+    to_dense, from_torchscale = options.pop("to_dense"), options.pop("from") == "torchscale"
     convert, plan = convert_checkpoint, plan_conversion
-    if to_dense:
+    if from_torchscale:
+        if to_dense:
+            return _fail("--to-dense does not go with this kind of conversion", debug=False)
+        convert, plan = convert_torchscale, plan_torchscale
+    elif to_dense:
         convert, plan = convert_to_dense, plan_to_dense
     elif options["adapter"] is not None:
         convert, plan = convert_adapter, None
@@ -151,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chosen = {name: value for name, value in options.items() if value != parser.get_default(name)}
         if strange := chosen.keys() - inspect.signature(convert).parameters.keys():
-            raise ValueError(f"--{min(strange).replace('_', '-')} does not go with this kind of conversion")
+            option = SHORTER.get(min(strange), min(strange)).replace("_", "-")
+            raise ValueError(f"--{option} does not go with this kind of conversion")
         if dry_run:
             if plan is None:
                 raise ValueError("--dry-run does not go with --adapter, which checks everything before it writes")

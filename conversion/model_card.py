@@ -37,6 +37,7 @@ def fill_model_card(plan: LongNetPlan, report: dict) -> str:
     return _template(plan.template).substitute(
         _common(plan, report),
         metadata=metadata,
+        architecture=plan.architecture,
         license=_license_sentence(inherited, "The code files in this repository are MIT-licensed."),
         growth="linearly" if not dense_layers else "linearly but for the dense layers",
         dense_layers=_dense_sentence(dense_layers),
@@ -48,6 +49,7 @@ def fill_model_card(plan: LongNetPlan, report: dict) -> str:
         window=pattern.window,
         trained=plan.trained,
         context=f"{plan.config.max_position_embeddings:,}",
+        positions=plan.positions,
         rope=", ".join(f"{name} {value}" for name, value in plan.config.rope_parameters.items()),
         cost_length=f"{costs['length']:,}",
         attention_ratio=f"{costs['dense_attention_flops'] / costs['pattern_attention_flops']:.1f}",
@@ -71,6 +73,7 @@ def fill_dense_card(plan: DensePlan, report: dict) -> str:
     return _template("dense_card_template.md").substitute(
         _common(plan, report),
         metadata=metadata,
+        architecture=plan.becomes,
         license=_license_sentence(inherited),
         verification=_verification_sentence(report["verification"], first_segment),
     )
@@ -87,7 +90,6 @@ def _common(plan: Plan, report: dict) -> dict[str, str]:
         "name": Path(plan.name).name,
         "source": f"[{plan.name}](https://huggingface.co/{plan.name})" if on_hub else f"`{Path(plan.name).name}`",
         "revision": f", revision `{plan.revision}`" if on_hub else "",
-        "architecture": plan.architecture if plan.becomes == "LongNet" else plan.becomes,
         "weights": "bit for bit"
         if plan.dtype is None
         else f"rounded to {str(DTYPES[plan.dtype]).removeprefix('torch.')}",

@@ -20,6 +20,7 @@ from modeling_longnet import (
 )
 
 from .model_card import fill_model_card
+from .source_weights import read_weights
 from .steps import short_number
 from .stored_model import StoredModel, skeleton
 from .verify import Comparison, verification_tokens
@@ -29,7 +30,6 @@ from .weights import (
     dtype_name,
     files_are_kept,
     files_of,
-    read_weights,
     shard_layout,
     total_bytes,
 )
@@ -49,7 +49,7 @@ class Plan(ABC):
     """Everything a conversion will do, known before a byte is written.
 
     Args:
-        source: folder of the source checkpoint.
+        source: folder or file of the source checkpoint.
         name: the source as the user gave it.
         revision: commit of a source from the Hub, else None.
         architecture: what the source is.
@@ -137,6 +137,17 @@ class LongNetPlan(Plan):
         """The length that the pattern and the costs are planned for."""
         return max(self.config.max_position_embeddings, self.config.pattern.segment_lengths[-1])
 
+    @property
+    def positions(self) -> str:
+        """How the target knows positions, in a few words."""
+        rope = self.config.rope_parameters
+        if len(self.config.layers_without_rope) == self.config.num_hidden_layers:
+            return "none"
+        if self.config.xpos:
+            return f"xPos, theta {rope['rope_theta']:g}, scale base {self.config.xpos_scale_base}"
+        stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
+        return f"RoPE {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}"
+
     def costs(self) -> dict[str, int]:
         """Count attention FLOPs of one forward and KV bytes at the target context, for the pattern and for dense."""
         config, length = self.config, self.context
@@ -171,13 +182,13 @@ class LongNetPlan(Plan):
         kv, dense_kv = costs["pattern_kv_bytes"], costs["dense_kv_bytes"]
         lines = [
             f"source     {self.name}",
-            f"           {self.architecture}, {short_number(self.num_bytes)}B of weights in {weights}",
+            _wrapped(f"{' ' * 11}{self.architecture}, {short_number(self.num_bytes)}B of weights in {weights}"),
             f"trained    {self.trained}",
             f"preset     {self.preset}",
             f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
             f"rates      {', '.join(map(str, pattern.dilation_rates))}",
             *([_wrapped(f"dense      layers {', '.join(map(str, dense_layers))}")] if dense_layers else []),
-            f"positions  {describe_positions(self.config)}",
+            f"positions  {self.positions}",
             f"at {self.context:,} tokens:",
             f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
             f"KV cache   {short_number(kv)}B, dense {short_number(dense_kv)}B ({dense_kv / kv:.1f} times as many)",
@@ -226,17 +237,6 @@ class LongNetPlan(Plan):
     def card(self, report: dict) -> str:
         """Fill the model card of a LongNet checkpoint."""
         return fill_model_card(self, report)
-
-
-def describe_positions(config: LongNetConfig) -> str:
-    """Say in a few words how a model knows positions."""
-    rope = config.rope_parameters
-    if len(config.layers_without_rope) == config.num_hidden_layers:
-        return "none"
-    if config.xpos:
-        return f"xPos, theta {rope['rope_theta']:g}, scale base {config.xpos_scale_base}"
-    stretch = f", factor {rope['factor']:g}" if rope.get("factor") else ""
-    return f"RoPE {rope['rope_type']}, theta {rope['rope_theta']:g}{stretch}"
 
 
 def pattern_fields(pattern: DilationPattern) -> dict:

@@ -12,10 +12,11 @@ from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 from .families import find_family, sliding_window
 from .hub import find_folder
 from .plan import LongNetPlan, pattern_fields
+from .source_weights import PICKLED_INDEX_NAME, read_weights
 from .steps import DOWNLOADED_FILES
 from .stored_model import StoredModel, skeleton
 from .verify import MAX_TOKENS, dense_length
-from .weights import DTYPES, dtype_name, match_weights, read_json, read_weights, shard_layout, written_dtype
+from .weights import DTYPES, dtype_name, match_weights, read_json, shard_layout, without_copies, written_dtype
 
 
 # The undilated branch covers the trained context, but no more than this: it sets the cost of every token.
@@ -45,6 +46,8 @@ def plan_conversion(
     """
     dtype = written_dtype(dtype)
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
+    if commit is not None and not any(folder.glob("*.safetensors")):  # older models on the Hub have no other weights
+        folder, commit = find_folder(source, revision, ["pytorch_model*.bin", PICKLED_INDEX_NAME])
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
     fields = read_json(folder / "config.json")
@@ -61,6 +64,7 @@ def plan_conversion(
             f"config.json does not describe a {family.architecture} that can be built: {error!r}"
         ) from error
     match_weights(source_model, source_tensors)
+    source_tensors = without_copies(source_model, source_tensors)
     tensors = family.to_longnet(source_config, source_tensors)
     shard_layout(tensors, max_shard_size, dtype)
 

@@ -61,7 +61,12 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 
 def carry_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence, byte for byte, and no code."""
+    """Copy tokenizer, chat template, generation settings and licence, byte for byte, and no code.
+
+    A source that is a single file has none of its own.
+    """
+    if not source.is_dir():
+        return
     for path in sorted(path for pattern in CARRIED_FILES for path in source.glob(pattern)):
         carried = folder / path.relative_to(source)
         if path.is_file() and path.suffix != ".py" and not carried.exists():

@@ -14,10 +14,11 @@ from .hub import find_folder
 from .model_card import fill_dense_card
 from .plan import Plan, pattern_fields
 from .plan_family import frozen_rope
+from .source_weights import read_weights
 from .steps import DOWNLOADED_FILES, short_number
 from .stored_model import StoredModel, skeleton
 from .verify import MAX_TOKENS, Comparison, dense_length, verification_tokens
-from .weights import DTYPES, StoredTensor, dtype_name, match_weights, read_json, read_weights, written_dtype
+from .weights import DTYPES, StoredTensor, dtype_name, match_weights, read_json, written_dtype
 
 
 # What tuning may change of a config besides RoPE and context: tokens added, a padding token chosen, heads untied.

@@ -120,7 +120,8 @@ def verification_tokens(source: Path, vocab_size: int, max_tokens: int) -> tuple
         ``[1, L]`` int64 with ``1 <= L <= max_tokens``, and a few words on what the tokens are.
     """
     try:
-        ids = AutoTokenizer.from_pretrained(source, trust_remote_code=False)(TEXT)["input_ids"][:max_tokens]
+        folder = source if source.is_dir() else source.parent
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT)["input_ids"][:max_tokens]
     except Exception:  # tokenizer files are anybody's: whatever is wrong with them, the weights can still be compared
         ids = []
     if ids and max(ids) < vocab_size:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: what they hold, and how to copy or re-shard them byte by byte.
+"""Stored tensors: byte ranges of files, and how to copy or re-shard them byte by byte into safetensors files.
 
 A stored tensor is a byte range of a file, so nothing here decodes a weight: re-sharding writes new headers and copies
 ranges, bit for bit, in a few megabytes of memory whatever the size of the checkpoint.
@@ -98,39 +98,6 @@ def join_rows(name: str, tensors: list[StoredTensor]) -> StoredTensor:
     return StoredTensor(name, first.dtype, (num_rows, *first.shape[1:]), ranges)
 
 
-def read_weights(folder: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a checkpoint folder from the headers of its safetensors files.
-
-    The index, if there is one, and the headers must tell the same story.
-
-    Raises:
-        ValueError: if there are no safetensors weights, a file is missing, truncated or outside the folder, or the
-            index and the files disagree.
-    """
-    if (folder / SINGLE_NAME).exists():  # as in transformers, it wins over an index
-        return read_header(folder / SINGLE_NAME)
-    if not (folder / INDEX_NAME).exists():
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
-        found = f"; found {others[0]}, which is not safetensors: re-save it with safe_serialization" if others else ""
-        raise ValueError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}{found}")
-
-    shard_of = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise ValueError(f"{folder / INDEX_NAME} has no weight_map from tensor names to file names")
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise ValueError(f"{folder / INDEX_NAME} names the shard {shard!r}, which is not a file of that folder")
-        for name, tensor in read_header(folder / shard).items():
-            if shard_of.get(name) != shard:
-                listed = f"in {shard_of[name]}" if name in shard_of else "nowhere"
-                raise ValueError(f"tensor {name} lies in {shard}, but {INDEX_NAME} lists it {listed}")
-            tensors[name] = tensor
-    if missing := sorted(shard_of.keys() - tensors.keys()):
-        raise ValueError(f"{INDEX_NAME} lists {missing[0]} in {shard_of[missing[0]]}, which does not hold it")
-    return tensors
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """List the tensors of one safetensors file, in the order of their bytes.
 
@@ -157,12 +124,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def match_weights(
+    model: PreTrainedModel, tensors: dict[str, StoredTensor], described_by: str = "this config.json"
+) -> dict[str, StoredTensor]:
     """Find the stored tensor of every parameter of a model; tied parameters may share one.
 
     Args:
         model: any instance, on the meta device too.
         tensors: what a checkpoint holds.
+        described_by: what says of which sizes the model is, for messages.
 
     Raises:
         ValueError: if a tensor is missing, unknown to the model, of another shape, or not floating point.
@@ -172,13 +142,13 @@ def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> d
     matched = {name: tensors.get(name) or tensors.get(ties.get(name)) for name in parameters}
     architecture = type(model).__name__
     if missing := [name for name, tensor in matched.items() if tensor is None]:
-        raise ValueError(f"the weights lack {_first_of(missing)} that {architecture} needs with this config.json")
+        raise ValueError(f"the weights lack {_first_of(missing)} that {architecture} needs with {described_by}")
     if unknown := [name for name in tensors if name not in parameters]:
-        raise ValueError(f"the weights hold {_first_of(unknown)} that {architecture} lacks with this config.json")
+        raise ValueError(f"the weights hold {_first_of(unknown)} that {architecture} lacks with {described_by}")
     for name, tensor in matched.items():
         if tensor.shape != tuple(parameters[name].shape):
             raise ValueError(
-                f"tensor {tensor.name} has shape {list(tensor.shape)}, but config.json says "
+                f"tensor {tensor.name} has shape {list(tensor.shape)}, but with {described_by} it has "
                 f"{list(parameters[name].shape)}"
             )
         if tensor.dtype not in DTYPES:
@@ -186,6 +156,14 @@ def match_weights(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> d
                 f"tensor {tensor.name} is stored as {tensor.dtype}; only {', '.join(DTYPES)} weights are converted"
             )
     return matched
+
+
+def without_copies(model: PreTrainedModel, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Leave out tied tensors that a file lists twice for the same bytes, as PyTorch's own files do."""
+    ties = model.all_tied_weights_keys.items()
+    same = {name for name, origin in ties if name in tensors and origin in tensors
+            and tensors[name].ranges == tensors[origin].ranges}  # fmt: skip
+    return {name: tensor for name, tensor in tensors.items() if name not in same}
 
 
 def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
@@ -260,6 +238,8 @@ def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str, 
         return False
     held = {}
     for file in files_of(tensors):
+        if file.suffix != ".safetensors":
+            return False
         in_file = read_header(file)
         if len(shard_layout(in_file, max_shard_size)) > 1:
             return False

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import edit_json, make_checkpoint
 
-from conversion import convert_adapter, convert_checkpoint, convert_to_dense
+from conversion import convert_adapter, convert_checkpoint, convert_to_dense, convert_torchscale
 from conversion.cli import build_parser, main
 
 
@@ -235,7 +235,8 @@ def test_plan_and_help_fit_80_columns(source, tmp_path, capsys, monkeypatch):
 
 
 def test_help_names_every_option_of_every_conversion():
-    options = {action.dest for action in build_parser()._actions} - {"help", "dry_run", "debug", "quiet", "to_dense"}
-    functions = (convert_checkpoint, convert_to_dense, convert_adapter)
+    not_arguments = {"help", "dry_run", "debug", "quiet", "to_dense", "from"}
+    options = {action.dest for action in build_parser()._actions} - not_arguments
+    functions = (convert_checkpoint, convert_to_dense, convert_torchscale, convert_adapter)
     arguments = set().union(*(inspect.signature(function).parameters for function in functions))
     assert options == arguments - {"progress"}

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,29 @@ def test_a_pattern_that_is_not_dense_on_short_inputs_is_verified_through_one_tha
     assert difference.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("form", ["one file", "shards", "tied"])
+def test_pytorchs_own_files_are_converted_bit_for_bit(tmp_path, form):
+    source = tmp_path / "source"
+    model = make_checkpoint(source, dtype=torch.bfloat16, tie_word_embeddings=form == "tied")
+    (source / "model.safetensors").unlink()
+    weights = model.state_dict()
+    if form == "shards":
+        names = sorted(weights)
+        halves = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        for file, held in halves.items():
+            torch.save({name: weights[name] for name in held}, source / file)
+        weight_map = {name: file for file, held in halves.items() for name in held}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(weights, source / "pytorch_model.bin")
+    report = convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert report["verification"]["max_error"] < 1e-3
+    expected = {name: x for name, x in weights.items() if form != "tied" or name != "lm_head.weight"}
+    assert_same_bits(stored_tensors(tmp_path / "target"), expected)
+    assert report["weights"]["files_unchanged"] is False
+    AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+
+
 def test_new_rope_is_completed_from_the_source_and_verified_against_llama_with_the_same_rope(source, tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0}
     report = convert_checkpoint(source, tmp_path / "target", rope_parameters=yarn, **QUIET)
@@ -446,8 +470,52 @@ def link_shard_to_itself(source: Path) -> None:
     shard.symlink_to(shard.name)
 
 
-def swap_weights_for_bin(source: Path) -> None:
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+def spoil_bin(change):
+    """Save the weights in PyTorch's own file, and spoil that."""
+
+    def spoil(source: Path) -> None:
+        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+        change(source / "pytorch_model.bin")
+
+    return spoil
+
+
+def save_with_code(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "hook": RunsCode()}, path)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/longnet_conversion_ran_code",)
+
+
+def compress(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+def swap_records(path: Path) -> None:
+    """Give two records of one archive each other's names: torch still reads it, but guesses where their bytes lie."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    data = [i for i, (name, _) in enumerate(records) if "/data/" in name]
+    records[data[0]], records[data[5]] = records[data[5]], records[data[0]]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records:
+            archive.writestr(name, content)
+
+
+def edit_bin(change):
+    def edit(path: Path) -> None:
+        tensors = torch.load(path, weights_only=True)
+        change(tensors)
+        torch.save(tensors, path)
+
+    return spoil_bin(edit)
 
 
 def config(**fields):
@@ -476,7 +544,17 @@ BAD_SOURCES = {
     "bad activation": (config(hidden_act="nosuch"), "config.json does not describe a LlamaForCausalLM"),
     "heads do not divide": (config(num_attention_heads=5), "config.json is not a valid LlamaConfig"),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), "has neither model.safetensors nor"),
-    "pickled weights": (swap_weights_for_bin, "found pytorch_model.bin, which is not safetensors"),
+    "other weights": (lambda source: (source / "model.safetensors").rename(source / "model.gguf"), "found model.gguf"),
+    "pickled code": (spoil_bin(save_with_code), "would have to run code to be read, which is refused"),
+    "pickle truncated": (spoil_bin(truncate), "pytorch_model.bin is not a zip archive of torch's: truncated"),
+    "pickle of old": (spoil_bin(lambda path: torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False)),
+                      "saved before torch 1.6"),
+    "pickle compressed": (spoil_bin(compress), "pytorch_model.bin"),
+    "pickle rearranged": (spoil_bin(swap_records), "has no place of its own"),
+    "pickled list": (spoil_bin(lambda path: torch.save([torch.ones(2)], path)), "holds no state dict"),
+    "pickle transposed": (edit_bin(lambda x: x.update({Q_PROJ: x[Q_PROJ].T})), f"{Q_PROJ} in "),
+    "pickle lacks one": (edit_bin(lambda x: x.pop(Q_PROJ)), f"lack the tensor {Q_PROJ}"),
+    "pickle of integers": (edit_bin(lambda x: x.update({Q_PROJ: x[Q_PROJ].int()})), f"{Q_PROJ} is stored as int32"),
     "adapter": (lambda source: (source / "config.json").rename(source / "adapter_config.json"), "is an adapter"),
     "truncated": (lambda source: truncate(source / "model.safetensors"), "not a valid safetensors file"),
     "not safetensors": (lambda source: (source / "model.safetensors").write_bytes(b"PK" * 50),
@@ -489,7 +567,7 @@ BAD_SOURCES = {
     "biases unannounced": (tensors(lambda x: x.update({Q_PROJ.replace("weight", "bias"): torch.ones(32)})),
                            "hold the tensor model.layers.0.self_attn.q_proj.bias"),
     "wrong shape": (tensors(lambda x: x.update({Q_PROJ: torch.ones(32, 31)})),
-                    f"{Q_PROJ} has shape [32, 31], but config.json says [32, 32]"),
+                    f"{Q_PROJ} has shape [32, 31], but with this config.json it has [32, 32]"),
     "wrong dtype": (tensors(lambda x: x.update({Q_PROJ: torch.ones(32, 32, dtype=torch.int8)})),
                     f"{Q_PROJ} is stored as I8; only F64, F32, F16, BF16"),
     "missing shard": (lambda source: make_sharded(source) or (source / "model-00002-of-00006.safetensors").unlink(),

@@ -163,7 +163,7 @@ REFUSED_WAYS_BACK = {
     "classifier": (lambda x: edit_json(x / "config.json", architectures=["LongNetForSequenceClassification"]), {},
                    "the source is LongNetForSequenceClassification; only"),
     "bad config": (lambda x: edit_json(x / "config.json", window=3), {}, "config.json is not a valid LongNetConfig"),
-    "wrong shape": (spoil_one_weight, {}, "up_proj.weight has shape [40, 32], but config.json says [48, 32]"),
+    "wrong shape": (spoil_one_weight, {}, "up_proj.weight has shape [40, 32], but with this config.json it has [48, 32]"),
     "dtype": (lambda x: None, {"dtype": "int8"}, "dtype must be one of"),
 }  # fmt: skip
 
