@@ -25,6 +25,8 @@ from .modeling_longnet import (
     LongNetForTokenClassification,
     LongNetModel,
 )
+from .sequence_group import sequence_parallel
+from .sequence_shards import gather_sequence, shard_sequence
 from .trainer_longnet import LongNetTrainer
 
 
@@ -84,4 +86,7 @@ __all__ = [
     "LongNetModel",
     "LongNetTrainer",
     "dilated_attention",
+    "gather_sequence",
+    "sequence_parallel",
+    "shard_sequence",
 ]

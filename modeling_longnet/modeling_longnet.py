@@ -22,6 +22,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .head_loss import head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
+from .sequence_group import current_group
 from .sequence_tiles import in_tiles
 from .token_layout import locate_tokens
 
@@ -54,6 +55,17 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         """Save as ``transformers`` does; the checkpoint carries the code, and loads as any of the LongNet classes."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """Distribute as ``transformers`` does; with tensor parallelism each rank knows which KV heads are its own."""
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
+        if distributed_config is not None and (ranks := distributed_config.tp_size or 1) > 1:
+            heads = model.config.num_key_value_heads
+            if heads % ranks:
+                raise ValueError(f"tp_size={ranks} does not divide the {heads} KV heads; use a divisor of {heads}")
+            model.config.first_kv_head = model._device_mesh["tp"].get_local_rank() * (heads // ranks)
+        return model
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
@@ -124,11 +136,12 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             position_ids,
             cu_seq_lens_q,
             past_key_values,
+            self.config,
         )
-        if use_cache and past_key_values is None and layout.cu_seqlens is None:
+        if use_cache and past_key_values is None and layout.cu_seqlens is None and layout.sequence is None:
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
-            position_ids = layout.positions.clamp(min=0)
+            position_ids = layout.positions_by_row(*inputs_embeds.shape[:2]).clamp(min=0)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -189,6 +202,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         """
         # Not in the signature: Trainer takes every name with "label" there for one that all batches have.
         shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
+        if current_group() is not None and labels is not None and (shift_labels is None or num_items_in_batch is None):
+            raise ValueError(
+                "under sequence_parallel a slice's last token is trained on the next rank's first, and the loss is a "
+                "part of the whole batch's mean: give shift_labels and num_items_in_batch, as shard_sequence does"
+            )
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
@@ -245,6 +263,16 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         )
 
 
+def _refuse_slices(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> None:
+    """Before a head's forward: raise if it would take a rank's slice for the whole sequence."""
+    reads_whole_rows = not isinstance(head, LongNetForTokenClassification) or kwargs.get("labels") is not None
+    if current_group() is not None and reads_whole_rows:
+        raise ValueError(
+            f"{type(head).__name__} reads whole sequences, and a sequence-parallel rank holds a slice: run its "
+            "base model under sequence_parallel, then gather_sequence, and the head outside"
+        )
+
+
 # transformers' own heads build their base model through AutoModel, which fails when the code comes with a checkpoint.
 class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
     """LongNet with a linear head on each row's last real token."""
@@ -254,6 +282,7 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         self.num_labels = config.num_labels
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
         self.post_init()
 
 
@@ -267,6 +296,7 @@ class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTra
         classifier_dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if classifier_dropout is None else classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
         self.post_init()
 
 
@@ -277,6 +307,7 @@ class LongNetForQuestionAnswering(GenericForQuestionAnswering, LongNetPreTrained
         LongNetPreTrainedModel.__init__(self, config)
         self.model = LongNetModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
         self.post_init()
 
 

@@ -87,19 +87,26 @@ def gather_numbers(
     return [part.tolist() for part in everyone.view(group.size(), -1).unbind()] if parts else [[]] * group.size()
 
 
-def require_agreement(group: dist.ProcessGroup, device: torch.device, terms: dict[str, object]) -> None:
+def require_agreement(
+    group: dist.ProcessGroup, device: torch.device, terms: dict[str, object], maxima: Sequence[int] = ()
+) -> list[int]:
     """Compare what must be the same on all ranks.
 
     Args:
         terms: the same names on every rank, each with a value that prints as what it is.
+        maxima: numbers of which the largest over all ranks is wanted.
+
+    Returns:
+        The maxima.
 
     Raises:
         ValueError: on every rank, naming the first term that differs and who has what.
     """
     hashes = [_hash(f"{name}={value}") for name, value in terms.items()]
-    everyone = gather_numbers(group, device, [_hash("".join(terms)), *hashes], "the comparison of inputs")
-    if all(numbers == everyone[0] for numbers in everyone):
-        return
+    numbers = [_hash("".join(terms)), *hashes]
+    everyone = gather_numbers(group, device, [*numbers, *map(int, maxima)], "the comparison of inputs")
+    if all(theirs[: len(numbers)] == numbers for theirs in everyone):
+        return [max(column) for column in list(zip(*everyone))[len(numbers) :]]
     descriptions: list = [None] * group.size()
     mine = {name: str(value) for name, value in terms.items()}
     talk(group, "the comparison of inputs", lambda: dist.all_gather_object(descriptions, mine, group=group))

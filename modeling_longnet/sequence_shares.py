@@ -66,12 +66,15 @@ class SequenceSlice(NamedTuple):
     group: dist.ProcessGroup
     shares: tuple[Share, ...]
     documents: tuple[Document, ...]
+    longest: int  # tokens that no document exceeds
+    packed: bool = False  # whether a row holds several documents, on whatever ranks
 
 
 def find_shares(
     group: dist.ProcessGroup,
     parts: Sequence[Part],
     num_rows: int,
+    length: int,
     packed: bool,
     ends: dict[int, tuple[int, int]] | None,
     device: torch.device,
@@ -81,6 +84,7 @@ def find_shares(
     Args:
         parts: this rank's, row by row, none of them empty.
         num_rows: rows of the batch.
+        length: tokens of a slice of a row, padding included.
         packed: whether the tensors to come hold all parts in one row; otherwise each row holds its own.
         ends: the given position of the first and of the last token of each row that has any; a slice goes on with the
             document before it if its first position follows the last one there. None: every row is one document.
@@ -96,10 +100,13 @@ def find_shares(
             summaries += [0] * 5
     everyone = gather_numbers(group, device, summaries, "the search for documents on several ranks")
     tables = [[numbers[5 * row : 5 * row + 5] for numbers in everyone] for row in range(num_rows)]
-    documents = tuple(
-        document for row, table in enumerate(tables) for document in _row_documents(row, table, ends is not None)
+    chains = [_row_documents(row, table, ends is not None) for row, table in enumerate(tables)]
+    documents = tuple(document for row_chains in chains for document in row_chains if len(document.holders) > 1)
+    several = any(
+        len(row_chains) > 1 or any(parts > 2 for parts, *_ in table) for row_chains, table in zip(chains, tables)
     )
-    return SequenceSlice(group, tuple(_shares(group.rank(), parts, rows, packed, documents)), documents)
+    shares = tuple(_shares(group.rank(), parts, rows, packed, documents))
+    return SequenceSlice(group, shares, documents, group.size() * length, several)
 
 
 def whole_rows(group: dist.ProcessGroup, num_rows: int, length: int) -> SequenceSlice:
@@ -107,19 +114,20 @@ def whole_rows(group: dist.ProcessGroup, num_rows: int, length: int) -> Sequence
     holders = tuple(Holder(rank, Span(rank * length, (rank + 1) * length)) for rank in range(group.size()))
     mine = holders[group.rank()].span
     if group.size() == 1 or length == 0:
-        return SequenceSlice(group, tuple(Share(row, 0, mine) for row in range(num_rows)), ())
+        return SequenceSlice(group, tuple(Share(row, 0, mine) for row in range(num_rows)), (), length)
     documents = tuple(Document(row, holders) for row in range(num_rows))
-    return SequenceSlice(group, tuple(Share(row, 0, mine, documents[row]) for row in range(num_rows)), documents)
+    shares = tuple(Share(row, 0, mine, documents[row]) for row in range(num_rows))
+    return SequenceSlice(group, shares, documents, group.size() * length)
 
 
 def _row_documents(row: int, table: Sequence[Sequence[int]], positions_given: bool) -> list[Document]:
-    """Chain the parts at the edges of the slices of one row into documents, of which those on several ranks count."""
+    """Chain the parts at the edges of the slices of one row into documents."""
     documents: list[Document] = []
     chain: list[Holder] = []
     last_position = 0
 
     def close() -> None:
-        if len(chain) > 1:
+        if chain:
             documents.append(Document(row, tuple(chain)))
         chain.clear()
 

@@ -26,7 +26,6 @@ TRANSFORMERS_FILES = {
     "configuration_longnet",
     "modeling_longnet",
     "rotary_longnet",
-    "sequence_parallel",
     "token_layout",
     "trainer_longnet",
 }

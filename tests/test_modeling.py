@@ -109,7 +109,7 @@ def test_layers_without_rope_do_not_see_positions():
 
 def layer_inputs(model: LongNetForCausalLM, tokens: torch.Tensor) -> dict:
     """What the model hands to each of its layers for unpadded tokens."""
-    layout = locate_tokens(tokens.shape, tokens.device, None, None, None, None)
+    layout = locate_tokens(tokens.shape, tokens.device, None, None, None, None, model.config)
     rotary = model.model.rotary_emb(torch.zeros(1, dtype=model.dtype), layout.positions)
     return {"position_embeddings": rotary, "layout": layout}
 
