@@ -4,150 +4,345 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .cache_slots import CacheSlots, Places, plan_slots
 from .dilation_pattern import DilationPattern
 from .logical_positions import PADDING, positions_from_mask
+
+
+SMALLEST_GROWTH = 64  # tokens
+
+
+class SharedPlaces:
+    """Remembers where the tokens of the last forward pass stand, for all layers with the same slots."""
+
+    def __init__(self):
+        self._positions: Tensor | None = None
+        self._places: dict[tuple[CacheSlots, int], Places] = {}
+
+    def locate(self, slots: CacheSlots, positions: Tensor, num_kv_heads: int) -> Places:
+        """Return ``slots.locate`` for ``positions [B, T]``, computed once per tensor."""
+        if torch.compiler.is_compiling():  # the compiler sees by itself that layers compute the same
+            return slots.locate(positions[:, None], num_kv_heads)
+        if positions is not self._positions:
+            self._positions, self._places = positions, {}
+        key = (slots, num_kv_heads)
+        if key not in self._places:
+            self._places[key] = slots.locate(positions[:, None], num_kv_heads)
+        return self._places[key]
+
+    def __deepcopy__(self, memo) -> "SharedPlaces":
+        return memo.setdefault(id(self), SharedPlaces())
 
 
 class LongNetCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, with the logical position of each entry, per KV head.
 
-    Invariant: every key that a query at or after the next position can reach is held. Entries beyond
-    ``pattern.cache_entries`` are dropped once ``w_0`` of them have gathered, so that a KV head never holds more than
-    ``cache_entries(tokens) + w_0`` entries between steps and dropping costs O(1) per token. Each KV head keeps entries
-    of its own, since its offsets are its own; where heads or rows hold different numbers, the shorter are padded with
-    entries at position -1, which no query reaches.
+    Invariant: every key that a query at or after the next position can reach is held, in the slot that ``CacheSlots``
+    gives its position. One more slot, the last, takes what nobody keeps. Slots that hold nothing have position -1, and
+    what stands in a slot until another token takes it may be out of reach: whoever attends compares positions.
+
+    Without ``max_length`` the slots grow with the sequence, so that there are never more than
+    ``cache_entries(tokens) + w_0`` of them, until the longest window is whole. With it they are allocated once, at fixed
+    addresses, and a step of one token is a few writes in place: it compiles into one graph that serves a whole
+    generation.
+
+    Args:
+        pattern: the branches and their rules.
+        max_length: the most tokens that will come, or None if nobody knows. Patterns whose longest window it covers go
+            on beyond it.
+        places: shared by the layers of a model.
     """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, pattern: DilationPattern):
+    def __init__(self, pattern: DilationPattern, max_length: int | None = None, places: SharedPlaces | None = None):
         super().__init__()
         self.pattern = pattern
+        self.max_length = max_length
         self.record_past = False
+        self.places = SharedPlaces() if places is None else places
         self._forget()
 
     def _forget(self) -> None:
-        self.keys = self.values = None
-        self.key_positions: Tensor | None = None  # [B, G, entries], -1 where nothing stands
-        self.attended_positions: Tensor | None = None  # the same for the tensors that update returned last
+        self.keys = self.values = None  # [B, G, capacity + 1, D]
+        self.slots: CacheSlots | None = None
+        self.key_positions: Tensor | None = None  # [B, G, capacity + 1], -1 where nothing stands
+        self.key_branches: Tensor | None = None  # the same shape: bit i is set where branch i keeps the entry
+        # Tokens that a crop may take back, not in their slots yet: keys, values [B, G, P, D] and positions [B, P].
+        self.pending: tuple[Tensor, Tensor, Tensor] | None = None
+        # Positions and branches of the tensors that update returned last.
+        self.attended_positions = self.attended_branches = None
         self.seen: Tensor | None = None  # [B] real tokens so far: the next logical position
-        self.columns = 0  # tokens so far, padding included
-        self.unpruned = 0  # how many of the last entries are, in order, the last columns of every head
+        self.columns: int | Tensor = 0  # tokens so far, padding included; a tensor where slots are fixed
+        # Positions [B, T] of the tokens in the slots, update by update, until one takes the slot of another.
+        self.history: list[Tensor] | None = None if self.is_compileable else []
+        self.is_empty = True
         self.is_initialized = False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a step of one token is the same graph at every length."""
+        return self.max_length is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate an empty cache of the dtype, device and batch of ``key_states [B, G, T, D]``."""
-        batch, num_kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.key_positions = torch.empty(batch, num_kv_heads, 0, dtype=torch.int64, device=self.device)
-        self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.seen = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)
+        if self.is_compileable:
+            self._allocate(plan_slots(self.pattern, self.max_length), key_states, value_states)
+            self.columns = torch.zeros((), dtype=torch.int64, device=self.device)
+            if not torch.compiler.is_compiling():
+                for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
+                    torch._dynamo.mark_static_address(x)
         self.is_initialized = True
 
+    def _allocate(self, slots: CacheSlots, key_states: Tensor, value_states: Tensor) -> None:
+        self.slots = slots
+        shape = (*key_states.shape[:2], slots.capacity + 1)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.key_positions = torch.full(shape, PADDING, dtype=torch.int64, device=key_states.device)
+        self.key_branches = torch.zeros_like(self.key_positions)
+
     def update(self, key_states: Tensor, value_states: Tensor, *, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new entries, and drop those that no later query can reach.
+        """Take in new entries, over the slots of those that no later query can reach.
 
         Args:
             key_states, value_states: ``[B, G, T, D]``.
             positions: ``[B, T]`` logical positions of the new tokens, -1 for padding.
 
         Returns:
-            ``(keys, values)`` that the new tokens attend to, ``[B, G, entries + T, D]``: what was held before this
-            call and the new entries. Their positions ``[B, G, entries + T]`` are left in ``attended_positions``, since
-            ``Cache.update`` hands on two tensors only.
+            ``(keys, values)`` that the new tokens attend to, ``[B, G, S, D]``: what was held before this call and the
+            new entries. Their positions and branches ``[B, G, S]`` are left in ``attended_positions`` and
+            ``attended_branches``, since ``Cache.update`` hands on two tensors only.
+
+        Raises:
+            ValueError: if there are more tokens than ``max_length``, and than fit.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[2]
-        new_positions = positions[:, None].expand(-1, key_states.shape[1], -1)
-        keys = torch.cat([self.keys, key_states], dim=2)
-        values = torch.cat([self.values, value_states], dim=2)
-        key_positions = torch.cat([self.key_positions, new_positions], dim=2)
-        self.keys, self.values, self.key_positions = keys, values, key_positions
-        self.seen = self.seen + (positions >= 0).sum(-1)
+        self._make_room(num_tokens, key_states, value_states)
+        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        places = self.places.locate(self.slots, positions, key_states.shape[1])
+        new = (key_states, value_states, positions)
+        # A single token takes the slot of one that it cannot reach itself: it may attend to the slots as they are.
+        in_place = num_tokens == 1 and not self.record_past and self.pending is None
+        if not in_place:
+            attended = self._beside_new(new, places)
+        self.seen = self._add(self.seen, (positions >= 0).sum(-1))
         self.columns += num_tokens
-        self.unpruned += num_tokens
-        self._prune()
-        self.attended_positions = key_positions
+        if self.record_past:
+            pending = [new] if self.pending is None else [self.pending, new]
+            self.pending = tuple(torch.cat(x, dim=-1 if x[0].ndim == 2 else -2) for x in zip(*pending))
+        else:
+            self._commit_pending()
+            self._keep_history(positions)
+            self._write(key_states, value_states, positions[:, None], places)
+        if in_place:
+            attended = self._held()
+        self.is_empty = False
+        keys, values, self.attended_positions, self.attended_branches = attended
         return keys, values
 
-    def _prune(self) -> None:
-        bound = self.pattern.cache_entries(self.columns) + self.pattern.segment_lengths[0]
-        if self.record_past or self.keys.shape[2] <= bound:
-            return
-        needed = self._reachable_later()  # [B, G, entries]
-        entries = int(needed.sum(-1).max())
-        # A stable sort keeps the entries in order; heads that need fewer end in entries at position -1.
-        order = torch.argsort(needed.logical_not().byte(), dim=-1, stable=True)[..., :entries]
-        self.key_positions = self.key_positions.masked_fill(~needed, PADDING).gather(2, order)
-        rows = order[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        self.keys, self.values = self.keys.gather(2, rows), self.values.gather(2, rows)
-        self.unpruned = 0
+    def adopt(self, keys: Tensor, values: Tensor, key_positions: Tensor, seen: Tensor, columns: int) -> None:
+        """Take in, while empty, all that later queries can reach of tokens that others have read.
 
-    def _reachable_later(self) -> Tensor:
-        """Say which entries a query at or after each row's next position can reach, ``[B, G, entries]`` bool."""
-        u = self.key_positions
-        following = self.seen[:, None, None]
-        reachable = torch.zeros_like(u, dtype=torch.bool)
-        for (w, r), offsets in zip(self.pattern.branches, self.pattern.offsets(u.shape[1])):
-            offset = torch.tensor(offsets, device=u.device)[:, None]
-            near = (u // w == following // w) if self.pattern.window == "segment" else (following - u < w)
-            reachable |= ((u % w) % r == offset) & near
-        return reachable & (u >= 0)
+        Args:
+            keys, values: ``[B, G, S, D]``.
+            key_positions: ``[B, G, S]`` logical positions, -1 for entries that hold nothing.
+            seen: ``[B]`` real tokens read so far, per row.
+            columns: tokens read so far, padding included.
+
+        Raises:
+            ValueError: if tokens are held already.
+        """
+        if not self.is_empty:
+            raise ValueError(f"only an empty cache can adopt entries, this one holds {self.get_seq_length()} tokens")
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._make_room(columns, keys, values)
+        self.seen = self._add(self.seen, seen.to(self.seen.device))
+        self.columns += columns
+        self.history = None
+        self._write(keys, values, key_positions, self.slots.locate(key_positions, keys.shape[1]))
+        self.is_empty = False
+
+    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys, values, positions and branches of the slots in use."""
+        used = self.slots.capacity + 1
+        if self.slots.is_linear and not self.is_compileable:  # one slot per column: nothing stands beyond
+            used = min(self.columns, used)
+        return tuple(x[:, :, :used] for x in (self.keys, self.values, self.key_positions, self.key_branches))
+
+    def _beside_new(self, new: tuple[Tensor, Tensor, Tensor], places: Places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys, values, positions and branches of what is held and of new tokens, one after the other."""
+        num_kv_heads = self.keys.shape[1]
+        parts = [] if self.is_empty else [self._held()]
+        for tokens in (self.pending, new):
+            if tokens is not None:
+                keys, values, positions = tokens
+                branches = (places if tokens is new else self.slots.locate(positions[:, None], num_kv_heads)).branches
+                parts.append((keys, values, positions[:, None].expand(-1, num_kv_heads, -1), branches))
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts))
+
+    def _commit_pending(self) -> None:
+        if self.pending is not None:
+            keys, values, positions = self.pending
+            self.pending = None
+            self._keep_history(positions)
+            self._write(keys, values, positions[:, None], self.slots.locate(positions[:, None], keys.shape[1]))
+
+    def _keep_history(self, positions: Tensor) -> None:
+        if self.history is not None:
+            self.history.append(positions)
+            shortest = min(self.pattern.segment_lengths[ring.branch] for ring in self.slots.rings)
+            if not self.slots.is_linear and self.columns > shortest:
+                self.history = None
+
+    def _make_room(self, num_tokens: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Grow the slots where the sequence outgrows them, and put what they held into the new ones."""
+        if self.is_compileable:
+            if not self.slots.is_endless and not torch.compiler.is_compiling():
+                columns = int(self.columns) + num_tokens
+                if columns > self.max_length:
+                    raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {columns}")
+            return
+        columns = self.columns + num_tokens
+        if self.slots is not None and (self.slots.is_endless or columns <= self.slots.length):
+            return
+        old = None if self.slots is None else (self.keys, self.values, self.key_positions)
+        self._allocate(self._grown(columns), key_states if old is None else old[0], value_states)
+        if old is not None:
+            self._write(*old, self.slots.locate(old[2], key_states.shape[1]))
+
+    def _grown(self, columns: int) -> CacheSlots:
+        """Plan slots for so many tokens and some more, as many as the bound allows."""
+        bound = self.pattern.cache_entries(columns) + self.pattern.segment_lengths[0]
+        more = min(self.pattern.segment_lengths[0], max(SMALLEST_GROWTH, columns))
+        longest = max(self.pattern.segment_lengths)
+        while True:
+            slots = plan_slots(self.pattern, min(columns + more, max(longest, columns)))
+            if more == 0 or slots.capacity + 1 <= bound:
+                return slots
+            more //= 2
+
+    def _write(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places) -> None:
+        """Put entries at ``positions [B, 1 or G, T]`` into their slots."""
+        slots, branches = places.slots, places.branches
+        positions = positions.expand_as(slots)
+        if slots.shape[2] > 1:  # of several tokens for one slot only the last is in reach of what comes
+            survives = self.seen[:, None, None] - positions <= places.lifetimes
+            slots = torch.where(survives, slots, self.slots.capacity)
+            branches = torch.where(survives, branches, 0)
+        positions = torch.where(slots < self.slots.capacity, positions, PADDING)
+        rows = slots[..., None].expand(-1, -1, -1, keys.shape[-1])
+        self.keys = self._scatter(self.keys, rows, keys)
+        self.values = self._scatter(self.values, rows, values)
+        self.key_positions = self._scatter(self.key_positions, slots, positions)
+        self.key_branches = self._scatter(self.key_branches, slots, branches)
+
+    @staticmethod
+    def _scatter(held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+        """Write in place, unless somebody may ask for gradients through what was held."""
+        if torch.is_grad_enabled() and (new.requires_grad or held.requires_grad):
+            return held.scatter(2, slots, new)
+        return held.scatter_(2, slots, new)
+
+    def _add(self, total: Tensor, more: Tensor) -> Tensor:
+        return total.add_(more) if self.is_compileable else total + more
 
     def activate_past_recording(self) -> None:
         """Drop nothing until the next ``crop``, so that candidate tokens can be taken back."""
         self.record_past = True
 
+    @property
+    def croppable(self) -> int:
+        """How many of the last tokens can be taken back: all until a slot changes hands, then those recorded."""
+        if not self.is_initialized:
+            return 0
+        if self.history is not None:
+            return int(self.columns)
+        return 0 if self.pending is None else self.pending[2].shape[1]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            ValueError: if the number is positive, or entries of those tokens have been dropped already.
+            ValueError: if the number is positive, or those tokens have taken the slots of others already.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove as a negative integer, got {tokens_to_remove}")
         removed = -tokens_to_remove
         if not self.is_initialized:
             return
-        if removed > self.unpruned:
+        if removed > self.croppable:
             raise ValueError(
-                f"cannot take back {removed} tokens: only the last {self.unpruned} are held whole; call "
+                f"cannot take back {removed} tokens: only the last {self.croppable} are held whole; call "
                 "activate_past_recording() before generating them"
             )
-        if removed:
-            held = self.keys.shape[2] - removed
-            self.seen = self.seen - (self.key_positions[:, 0, held:] >= 0).sum(-1)
-            self.keys, self.values = self.keys[:, :, :held], self.values[:, :, :held]
-            self.key_positions = self.key_positions[..., :held]
-            self.columns -= removed
-            self.unpruned -= removed
-        recording, self.record_past = self.record_past, False
-        self._prune()
-        self.record_past = recording
+        self.columns -= removed
+        if self.pending is not None:
+            keys, values, positions = self.pending
+            kept = max(positions.shape[1] - removed, 0)
+            self.seen = self._add(self.seen, -(positions[:, kept:] >= 0).sum(-1))
+            removed -= positions.shape[1] - kept
+            self.pending = (keys[:, :, :kept], values[:, :, :kept], positions[:, :kept])
+            self._commit_pending()
+        while removed:
+            positions = self.history.pop()
+            kept = max(positions.shape[1] - removed, 0)
+            self.seen = self._add(self.seen, -(positions[:, kept:] >= 0).sum(-1))
+            removed -= positions.shape[1] - kept
+            if kept:
+                self.history.append(positions[:, :kept])
+            taken_back = self.key_positions >= self.seen[:, None, None]
+            self.key_positions.masked_fill_(taken_back, PADDING)
+            self.key_branches.masked_fill_(taken_back, 0)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._forget()
+        if not (self.is_initialized and self.is_compileable):
+            self._forget()
+            return
+        self.key_positions.fill_(PADDING)  # fixed addresses stay
+        self.key_branches.zero_()
+        self.seen.zero_()
+        self.columns.zero_()
+        self.pending = self.attended_positions = self.attended_branches = None
+        self.is_empty = True
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:
         """Return the number of tokens so far, padding included, held or not."""
         return self.columns
 
     def get_max_length(self) -> int:
-        """Return -1: the sequence may go on for ever."""
-        return -1
+        """Return -1 if the sequence may go on for ever, else the most tokens that fit."""
+        if self.max_length is None or self.max_length >= max(self.pattern.segment_lengths):
+            return -1
+        return self.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the columns that a padding mask for the next ``query_length`` tokens has, and its first column."""
         return self.columns + query_length, 0
 
     def _select_rows(self, index: Tensor) -> None:
-        if self.is_initialized:
-            for name in ("keys", "values", "key_positions", "seen"):
-                x = getattr(self, name)
-                setattr(self, name, x.index_select(0, index.to(x.device)))
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "key_positions", "key_branches", "seen"):
+            x = getattr(self, name)
+            if x is None:
+                continue
+            rows = x.index_select(0, index.to(x.device))
+            if self.is_compileable and rows.shape == x.shape:  # fixed addresses stay
+                x.copy_(rows)
+            else:
+                setattr(self, name, rows)
+        if self.pending is not None:
+            self.pending = tuple(x.index_select(0, index.to(x.device)) for x in self.pending)
+        if self.history is not None:
+            self.history = [x.index_select(0, index.to(x.device)) for x in self.history]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of the batch, for beam search."""
@@ -160,7 +355,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
         if self.is_initialized:
-            self._select_rows(torch.arange(self.keys.shape[0], device=self.seen.device).repeat_interleave(repeats))
+            self._select_rows(torch.arange(len(self.seen), device=self.seen.device).repeat_interleave(repeats))
 
 
 class LongNetCache(Cache):
@@ -171,11 +366,33 @@ class LongNetCache(Cache):
     Args:
         config: a ``LongNetConfig``; the patterns of its layers count.
         offloading: keep the layers in CPU memory and fetch them one ahead (CUDA only).
+        max_length: allocate once for sequences of up to so many tokens, at fixed addresses: decoding a token is then
+            one graph at every length, and on CUDA ``generate`` compiles it. None: grow as tokens come.
+
+    Raises:
+        ValueError: if ``max_length`` is not positive, or fixed addresses meet offloading.
     """
 
-    def __init__(self, config, offloading: bool = False):
-        layers = [LongNetCacheLayer(config.layer_pattern(i)) for i in range(config.num_hidden_layers)]
+    def __init__(self, config, offloading: bool = False, max_length: int | None = None):
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, got {max_length}")
+        if max_length is not None and offloading:
+            raise ValueError("offloading moves the cache, which max_length keeps in place; leave one of them out")
+        places = SharedPlaces()
+        layers = [
+            LongNetCacheLayer(config.layer_pattern(i), max_length, places) for i in range(config.num_hidden_layers)
+        ]
         super().__init__(layers=layers, offloading=offloading)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has come yet; known without waiting for the device."""
+        return self.layers[0].is_empty
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
+        for layer in sorted(self.layers, key=lambda layer: layer.croppable):  # the one that may refuse comes first
+            layer.crop(tokens_to_remove)
 
     def next_positions(self, attention_mask: Tensor | None, batch: int, num_tokens: int, device) -> Tensor:
         """Number the next tokens of each row, after those the cache has seen.
