@@ -14,6 +14,8 @@ from .cached_attention import cached_attention
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_eager import eager_attention
+from .sequence_cache import hold_reachable_keys
+from .sequence_parallel import sequence_parallel_attention
 from .token_layout import TokenLayout, pack, unpack
 from .xpos_decay import BLOCK, XPosDecay
 
@@ -34,7 +36,13 @@ def _backend_forward(backend: str):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         pattern = module.config.layer_pattern(module.layer_idx)
-        if backend == "eager":  # the only one that has weights to show
+        if layout.sequence is not None:
+            weights = None
+            out, _ = sequence_parallel_attention(
+                query, key, value, pattern, layout.sequence, is_causal=module.is_causal, scale=scaling,
+                dropout=dropout, backend=backend,
+            )  # fmt: skip
+        elif backend == "eager":  # the only one that has weights to show
             out, _, weights = eager_attention(
                 query, key, value, pattern, positions=layout.positions, documents=layout.documents,
                 is_causal=module.is_causal, scale=scaling, dropout=dropout,
@@ -90,10 +98,10 @@ class LongNetAttention(LlamaAttention):
         past_key_values: LongNetCache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        if kwargs.get("is_causal") is not None:  # Accelerate's context parallelism sets it, on a permuted sequence
+        if kwargs.get("is_causal") is not None and layout.sequence is None:  # Accelerate's context parallelism sets it
             raise ValueError(
-                "this context parallelism reorders the sequence, which dilated attention cannot follow; train with "
-                "cp_size=1"
+                "the stock Trainer's context parallelism (cp_size > 1) reorders the sequence, which dilated attention "
+                "cannot follow; train with LongNetTrainer, or with cp_size=1"
             )
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim)
@@ -106,12 +114,16 @@ class LongNetAttention(LlamaAttention):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
 
-        if past_key_values is not None:
+        continues = False
+        if past_key_values is not None and layout.sequence is not None:
+            positions = layout.positions_by_row(batch, length)
+            hold_reachable_keys(past_key_values.layers[self.layer_idx], key, value, positions, layout.sequence.group)
+        elif past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
             # A single token is always served from the slots: one graph, whatever came before.
             continues = not cache.is_empty or query.shape[2] == 1
             keys, values = past_key_values.update(key, value, self.layer_idx, positions=layout.positions)
-        if past_key_values is not None and continues:
+        if continues:
             out, weights = self._attend_cached(query, keys, values, cache, layout.positions, dropout)
         else:
             query, key, value = (pack(x, layout) for x in (query, key, value))
@@ -129,7 +141,13 @@ class LongNetAttention(LlamaAttention):
         """Attend among the tokens of the layout; the result is ``[B, T, H, D]``."""
         if self.decay is not None:
             pattern = self.config.layer_pattern(self.layer_idx)
-            span = self.decay.shared_span(pattern, query.shape[2], query.dtype)
+            span = self.decay.shared_span(pattern, layout.longest_document(), query.dtype)
+            if span is None and layout.sequence is not None:
+                raise ValueError(
+                    f"xPos can be computed over {self.decay.longest_span(query.dtype)} tokens at once in "
+                    f"{str(query.dtype).removeprefix('torch.')}, and a sequence-parallel group holds up to "
+                    f"{layout.longest_document()}; use segments whose common multiple is not longer, or one rank"
+                )
             if span is None:
                 return self._attend_in_blocks(query, key, value, layout, dropout)
             query, key = self.decay.scale_aligned(query, key, layout.positions, span)

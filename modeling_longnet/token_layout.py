@@ -3,10 +3,14 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .cache_longnet import LongNetCache
-from .logical_positions import positions_from_cu_seqlens, positions_from_mask
+from .configuration_longnet import LongNetConfig
+from .logical_positions import PADDING, positions_from_cu_seqlens, positions_from_mask
+from .sequence_group import current_group, require_agreement
+from .sequence_shares import Part, SequenceSlice, find_shares, whole_rows
 
 
 class TokenLayout(NamedTuple):
@@ -14,7 +18,8 @@ class TokenLayout(NamedTuple):
 
     Exactly one of three kinds: whole rows (both optional fields None), padded rows (``padding_mask``), or documents
     packed into the rows (``cu_seqlens`` over the real tokens of all rows in order, ``real_tokens`` their flat indices
-    or None if there is no padding).
+    or None if there is no padding). Under ``sequence_parallel`` the tokens are this rank's slice of every row, and
+    padded ones are packed.
     """
 
     positions: Tensor  # [B, T] logical positions, -1 for padding; [1, real tokens] if packed
@@ -22,6 +27,18 @@ class TokenLayout(NamedTuple):
     cu_seqlens: Tensor | None = None  # [documents + 1] int32
     documents: Tensor | None = None  # [1, real tokens] document indices, if packed
     real_tokens: Tensor | None = None  # [real tokens] int64
+    sequence: SequenceSlice | None = None  # which documents the slice holds, under sequence_parallel
+
+    def positions_by_row(self, batch: int, length: int) -> Tensor:
+        """Return the logical positions as ``[batch, length]``, -1 for padding, packed or not."""
+        if self.real_tokens is None:
+            return self.positions.reshape(batch, length)
+        padded = self.positions.new_full((batch * length,), PADDING)
+        return padded.index_copy(0, self.real_tokens, self.positions[0]).view(batch, length)
+
+    def longest_document(self) -> int:
+        """Return a number of tokens that no document exceeds, the same on all ranks."""
+        return self.positions.shape[1] if self.sequence is None else self.sequence.longest
 
 
 def locate_tokens(
@@ -31,8 +48,12 @@ def locate_tokens(
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     cache: LongNetCache | None,
+    config: LongNetConfig,
 ) -> TokenLayout:
     """Work out the logical positions of the new tokens, and how documents and padding divide them.
+
+    Under ``sequence_parallel`` the ranks do so together, and make sure that they run the same model on slices of one
+    shape.
 
     Args:
         shape: ``(B, T)`` of the new tokens.
@@ -41,9 +62,11 @@ def locate_tokens(
             real token before it starts a new document.
         cu_seqlens: ``[documents + 1]`` starts of packed documents (B == 1), or None.
         cache: the cache in use, or None.
+        config: the model's.
 
     Raises:
-        ValueError: if the mask has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding.
+        ValueError: if the mask has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
+            if the ranks of a group disagree, or go on with a cache.
     """
     batch, length = shape
     begins = cache is None or cache.is_empty
@@ -56,6 +79,13 @@ def locate_tokens(
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
+    if (group := current_group()) is not None:
+        if cu_seqlens is not None:
+            raise ValueError(
+                "cu_seq_lens_q counts the tokens of a whole batch, a rank holds a slice; shard_sequence turns it into "
+                "position_ids"
+            )
+        return _locate_slice(group, shape, device, attention_mask, position_ids, cache, config)
     if cu_seqlens is not None and attention_mask is not None:
         raise ValueError(
             "cu_seq_lens_q and an attention_mask with padding exclude one another: leave padding out of packed documents"
@@ -78,6 +108,88 @@ def locate_tokens(
     if attention_mask is not None:
         return TokenLayout(positions_from_mask(attention_mask), attention_mask)
     return TokenLayout(torch.arange(length, device=device).expand(batch, -1))
+
+
+def _locate_slice(
+    group: dist.ProcessGroup,
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: LongNetCache | None,
+    config: LongNetConfig,
+) -> TokenLayout:
+    """Locate the tokens of a rank's slice, together with all ranks of the group."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"the cache holds {cache.get_seq_length()} tokens already: sequence_parallel shares one long prompt, and "
+            "every rank decodes for itself, outside of it"
+        )
+    batch, length = shape
+    terms = {
+        "rows and tokens of a slice": [batch, length],
+        "the dilation pattern": config.pattern,
+        "layers, dense layers, heads, KV heads": [
+            config.num_hidden_layers, list(config.dense_layers), config.num_attention_heads,
+            config.num_key_value_heads,
+        ],
+        "whether position_ids are given": position_ids is not None,
+        "whether a cache is filled": cache is not None,
+    }  # fmt: skip
+    masked = attention_mask is not None
+    (any_masked,) = require_agreement(group, device, terms, maxima=[masked])
+    if not any_masked and position_ids is None:
+        sequence = whole_rows(group, batch, length)
+        positions = torch.arange(length, device=device).expand(batch, -1) + group.rank() * length
+        return TokenLayout(positions, sequence=sequence)
+
+    real_tokens = attention_mask.flatten().nonzero().flatten() if masked else None
+    starts, ends = _row_parts(position_ids, real_tokens, shape, device)
+    num_tokens = batch * length if real_tokens is None else len(real_tokens)
+    edges = [*starts, num_tokens]
+    tokens = torch.arange(num_tokens, device=device) if real_tokens is None else real_tokens
+    rows = (tokens[torch.tensor(starts, dtype=torch.long, device=device)] // length).tolist() if starts else []
+    packed = real_tokens is not None or len(starts) > batch
+    parts = [Part(row, start if packed else 0, stop - start) for row, start, stop in zip(rows, edges, edges[1:])]
+    sequence = find_shares(group, parts, batch, length, packed, ends, device)
+    if cache is not None and sequence.packed:
+        raise ValueError(
+            "packed documents cannot share one KV cache; pass one document per row with an attention_mask"
+        )
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+    shifts = torch.tensor([share.span.first - start for share, start in zip(sequence.shares, starts)], device=device)
+    documents = torch.arange(len(parts), device=device).repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=device) + shifts[documents] if parts else documents
+    if not packed:
+        return TokenLayout(positions.view(shape), sequence=sequence)
+    return TokenLayout(positions[None], None, cu_seqlens, documents[None], real_tokens, sequence)
+
+
+def _row_parts(
+    position_ids: Tensor | None, real_tokens: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> tuple[list[int], dict[int, tuple[int, int]] | None]:
+    """Find where documents, or the rows' parts of them, start among the real tokens of all rows in order.
+
+    Returns:
+        The starts, and per row with real tokens the given position of its first and last one; None without
+        ``position_ids``, where every row is one document.
+    """
+    batch, length = shape
+    rows = torch.arange(batch, device=device).repeat_interleave(length)
+    rows = rows if real_tokens is None else rows[real_tokens]
+    if len(rows) == 0:
+        return [], None if position_ids is None else {}
+    new_row = rows[1:] != rows[:-1]
+    if position_ids is None:
+        return [0, *(new_row.nonzero().flatten() + 1).tolist()], None
+    flat = position_ids.expand(shape).flatten()
+    flat = flat if real_tokens is None else flat[real_tokens]
+    restarts = flat[1:] != flat[:-1] + 1
+    starts = [0, *((new_row | restarts).nonzero().flatten() + 1).tolist()]
+    firsts = torch.cat([torch.zeros_like(rows[:1]), new_row.nonzero().flatten() + 1])
+    lasts = torch.cat([firsts[1:], torch.full_like(firsts[:1], len(rows))]) - 1
+    ends = zip(rows[firsts].tolist(), flat[firsts].tolist(), flat[lasts].tolist())
+    return starts, {row: (first, last) for row, first, last in ends}
 
 
 def _documents_from_position_ids(
