@@ -14,6 +14,7 @@ from .convert import convert_checkpoint
 from .plan_family import plan_conversion
 from .to_dense import convert_to_dense, plan_to_dense
 from .torchscale import convert_torchscale, plan_torchscale
+from .verify import MOST_TOKENS
 
 
 DESCRIPTION = """\
@@ -148,6 +149,13 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at TARGET")
     output.add_argument(
         "--no-verify", dest="verify", action="store_false", help="skip the comparison of logits with the source"
+    )
+    output.add_argument(
+        "--verify-tokens",
+        type=int,
+        default=MOST_TOKENS,
+        metavar="N",
+        help="compare logits on at most N tokens of text (default: %(default)s, or the first segment if shorter)",
     )
     output.add_argument("--dry-run", action="store_true", help="check the source and print the plan, write nothing")
     output.add_argument("--quiet", action="store_true", help="print nothing but failures")

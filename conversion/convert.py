@@ -4,6 +4,7 @@ from pathlib import Path
 
 from . import pipeline
 from .plan_family import plan_conversion
+from .verify import MOST_TOKENS
 
 
 def convert_checkpoint(
@@ -22,6 +23,7 @@ def convert_checkpoint(
     revision: str | None = None,
     push_to_hub: str | None = None,
     verify: bool = True,
+    verify_tokens: int = MOST_TOKENS,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -54,6 +56,7 @@ def convert_checkpoint(
         revision: branch, tag or commit of a source on the Hub.
         push_to_hub: repository to upload the finished target to; created, private, if it does not exist.
         verify: compare logits of source and target, in float32 and the checkpoint's dtype, before ``target`` appears.
+        verify_tokens: how many tokens of text to compare, at most ``w_0`` and the trained context.
         overwrite: replace an existing checkpoint at ``target``, in one step at the end.
         progress: print the plan to stdout and progress bars to stderr.
 
@@ -75,6 +78,7 @@ def convert_checkpoint(
         "max_shard_size": max_shard_size,
         "dtype": dtype,
         "revision": revision,
+        "verify_tokens": verify_tokens,
     }
     return pipeline.convert(
         plan_conversion,

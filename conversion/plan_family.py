@@ -15,7 +15,7 @@ from .plan import LongNetPlan, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
 from .steps import DOWNLOADED_FILES
 from .stored_model import StoredModel, skeleton
-from .verify import MAX_TOKENS, dense_length
+from .verify import MOST_TOKENS, check_verify_tokens, dense_length
 from .weights import DTYPES, dtype_name, match_weights, read_json, shard_layout, without_copies, written_dtype
 
 
@@ -39,12 +39,14 @@ def plan_conversion(
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
     revision: str | None = None,
+    verify_tokens: int = MOST_TOKENS,
 ) -> LongNetPlan:
     """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
 
     Args and errors are those of ``convert_checkpoint``.
     """
     dtype = written_dtype(dtype)
+    check_verify_tokens(verify_tokens)
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
     if commit is not None and not any(folder.glob("*.safetensors")):  # older models on the Hub have no other weights
         folder, commit = find_folder(source, revision, ["pytorch_model*.bin", PICKLED_INDEX_NAME])
@@ -120,7 +122,7 @@ def plan_conversion(
         config=config,
         preset=preset,
         trained=_in_words(trained, source_config.max_position_embeddings, window),
-        compared_tokens=min(limit for limit in (same, trained, window, MAX_TOKENS) if limit),
+        compared_tokens=min(limit for limit in (same, trained, window, verify_tokens) if limit),
         same_attention=bool(same),
         generation_fields=fields,
         template="model_card_template.md",

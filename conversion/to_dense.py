@@ -17,7 +17,7 @@ from .plan_family import frozen_rope
 from .source_weights import read_weights
 from .steps import DOWNLOADED_FILES, short_number
 from .stored_model import StoredModel, skeleton
-from .verify import MAX_TOKENS, Comparison, dense_length, verification_tokens
+from .verify import MOST_TOKENS, Comparison, check_verify_tokens, dense_length, verification_tokens
 from .weights import DTYPES, StoredTensor, dtype_name, match_weights, read_json, written_dtype
 
 
@@ -35,6 +35,7 @@ class DensePlan(Plan):
         family: what the target will be.
         dense_fields: the target's config.json.
         dense_config: the same, read.
+        verify_tokens: how many tokens to compare at most.
     """
 
     config: LongNetConfig
@@ -42,6 +43,7 @@ class DensePlan(Plan):
     family: Family
     dense_fields: dict
     dense_config: PreTrainedConfig
+    verify_tokens: int
 
     @property
     def becomes(self) -> str:
@@ -72,7 +74,7 @@ class DensePlan(Plan):
         config = LongNetConfig.from_dict(self.config.to_dict())
         config.dtype = self.dense_config.dtype
         same = dense_length(config.pattern)
-        limits = (same, config.trained_context, sliding_window(self.dense_config), MAX_TOKENS)
+        limits = (same, config.trained_context, sliding_window(self.dense_config), self.verify_tokens)
         token_ids, text = verification_tokens(self.source, config.vocab_size, min(limit for limit in limits if limit))
         if not same:
             for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():
@@ -105,6 +107,7 @@ def convert_to_dense(
     revision: str | None = None,
     push_to_hub: str | None = None,
     verify: bool = True,
+    verify_tokens: int = MOST_TOKENS,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -119,7 +122,7 @@ def convert_to_dense(
         target: folder to create.
         max_position_embeddings: context in the target's config; if None the original one, or LongNet's where RoPE was
             changed.
-        max_shard_size, dtype, revision, push_to_hub, verify, overwrite, progress: as for ``convert_checkpoint``.
+        max_shard_size, dtype, revision, push_to_hub, verify, verify_tokens, overwrite, progress: as for ``convert_checkpoint``.
 
     Returns:
         The report that is also written to ``conversion_report.json``.
@@ -133,6 +136,7 @@ def convert_to_dense(
         "max_shard_size": max_shard_size,
         "dtype": dtype,
         "revision": revision,
+        "verify_tokens": verify_tokens,
     }
     return pipeline.convert(
         plan_to_dense,
@@ -154,12 +158,14 @@ def plan_to_dense(
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
     revision: str | None = None,
+    verify_tokens: int = MOST_TOKENS,
 ) -> DensePlan:
     """Read and check a LongNet checkpoint and decide on everything, without writing (a Hub source is downloaded).
 
     Args and errors are those of ``convert_to_dense``.
     """
     dtype = written_dtype(dtype)
+    check_verify_tokens(verify_tokens)
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
     fields = read_json(folder / "config.json")
     if fields.get("architectures") != [LongNetForCausalLM.__name__]:
@@ -187,6 +193,7 @@ def plan_to_dense(
         dense_fields=dense_fields,
         dense_config=dense_config,
         tensors=tensors,
+        verify_tokens=verify_tokens,
         max_shard_size=max_shard_size,
         dtype=dtype if any(tensor.dtype != dtype for tensor in tensors.values()) else None,
     )

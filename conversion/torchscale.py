@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .plan import LongNetPlan, pattern_fields
 from .steps import DOWNLOADED_FILES
 from .stored_model import StoredModel, skeleton
 from .torchscale_decoder import ACTIVATIONS, DecoderArguments, TorchscaleDecoder, xpos_scale
-from .verify import MAX_TOKENS
+from .verify import MOST_TOKENS, check_verify_tokens
 from .weights import (
     DTYPES,
     StoredTensor,
@@ -108,6 +109,7 @@ def convert_torchscale(
     revision: str | None = None,
     push_to_hub: str | None = None,
     verify: bool = True,
+    verify_tokens: int = MOST_TOKENS,
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -123,7 +125,7 @@ def convert_torchscale(
         target: folder to create.
         arguments: JSON file with the arguments that the model was built with; None: those that the checkpoint holds
             (``args``, ``cfg``), or else ``args.json``, ``arguments.json`` or ``config.json`` beside it.
-        max_shard_size, dtype, revision, push_to_hub, verify, overwrite, progress: as for ``convert_checkpoint``.
+        max_shard_size, dtype, revision, push_to_hub, verify, verify_tokens, overwrite, progress: as for ``convert_checkpoint``.
 
     Returns:
         The report that is also written to ``conversion_report.json``.
@@ -137,6 +139,7 @@ def convert_torchscale(
         "max_shard_size": max_shard_size,
         "dtype": dtype,
         "revision": revision,
+        "verify_tokens": verify_tokens,
     }
     return pipeline.convert(
         plan_torchscale,
@@ -158,12 +161,14 @@ def plan_torchscale(
     max_shard_size: int | str = "5GB",
     dtype: str | None = None,
     revision: str | None = None,
+    verify_tokens: int = MOST_TOKENS,
 ) -> LongNetPlan:
     """Read and check a source and decide on everything, without writing (a Hub source is downloaded).
 
     Args and errors are those of ``convert_torchscale``.
     """
     dtype = written_dtype(dtype)
+    check_verify_tokens(verify_tokens)
     place, commit = _find_source(source, revision)
     file = _weights_file(place)
     stored, held_arguments = _read_file(file)
@@ -191,7 +196,7 @@ def plan_torchscale(
         config=config,
         preset="torchscale",
         trained=f"up to {config.trained_context:,} tokens",
-        compared_tokens=MAX_TOKENS,
+        compared_tokens=min(verify_tokens, config.trained_context, _comparable_tokens(decoder)),
         same_attention=True,
         generation_fields=config.to_dict(),
         template="torchscale_card_template.md",
@@ -422,6 +427,12 @@ def _longnet_config(chosen: dict, given: dict, decoder: DecoderArguments, dtype:
         raise ValueError(f"these arguments make no LongNetConfig: {error}") from error
     config.architectures = [LongNetForCausalLM.__name__]
     return config
+
+
+def _comparable_tokens(decoder: DecoderArguments) -> int:
+    """Return up to which length the official way to compute xPos stays inside half precision (3,966 for its 512)."""
+    fastest_doubling = decoder.xpos_scale_base / math.log2(1.4 / 0.4)
+    return max(1, int(2 * 7 * fastest_doubling)) if decoder.xpos else MOST_TOKENS
 
 
 def _notes(given: dict, decoder: DecoderArguments) -> list[str]:

@@ -97,7 +97,7 @@ class _Attention(nn.Module):
         )  # [B, H, L, D]
         if self.config.xpos:
             query, key = _xpos(query, self.config.xpos_scale_base), _xpos(key, -self.config.xpos_scale_base)
-        heads = dilated_attention(query, key, value, self.config.pattern, backend="eager").transpose(1, 2).flatten(2)
+        heads = dilated_attention(query, key, value, self.config.pattern).transpose(1, 2).flatten(2)
         return self.out_proj(self.inner_attn_ln(heads) if self.config.sub_norm else heads)
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from modeling_longnet import DilationPattern
 from .stored_model import Advance, StoredModel
 
 
-MAX_TOKENS = 512
+MOST_TOKENS = 4096  # as many as the converter's default first segment has at most
 TOLERANCE = 1e-4
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer has on average
 SLICE = 2048  # tokens of the vocabulary whose logits are compared at a time
 
 # Herman Melville, Moby-Dick, chapter 1 (public domain).
@@ -111,21 +113,35 @@ def dense_length(pattern: DilationPattern) -> int:
     return first.segment_length
 
 
-def verification_tokens(source: Path, vocab_size: int, max_tokens: int) -> tuple[Tensor, str]:
-    """Encode the built-in text with the source's tokenizer, without running any code of the source.
+def check_verify_tokens(number: int) -> None:
+    """Refuse a number of tokens to compare that is none.
 
-    A source without a usable tokenizer gets token ids spread over the vocabulary instead.
+    Raises:
+        ValueError: if it is not a positive integer.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(
+            f"verify_tokens must be a positive integer, got {number!r}; to compare none, pass verify=False (--no-verify)"
+        )
+
+
+def verification_tokens(source: Path, vocab_size: int, max_tokens: int) -> tuple[Tensor, str]:
+    """Encode a real text with the source's tokenizer, without running any code of the source.
+
+    The text is the opening of Moby-Dick, and after it the language reference that comes with Python. A source without a usable tokenizer gets token ids spread over the vocabulary instead.
 
     Returns:
         ``[1, L]`` int64 with ``1 <= L <= max_tokens``, and a few words on what the tokens are.
     """
+    reference = "\n\n".join(topics[name] for name in sorted(topics))
+    text = (TEXT + reference)[: CHARACTERS_PER_TOKEN * max_tokens]
     try:
         folder = source if source.is_dir() else source.parent
-        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT)["input_ids"][:max_tokens]
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text)["input_ids"][:max_tokens]
     except Exception:  # tokenizer files are anybody's: whatever is wrong with them, the weights can still be compared
         ids = []
     if ids and max(ids) < vocab_size:
-        return torch.tensor([ids]), "the opening of Moby-Dick"
+        return torch.tensor([ids]), "Moby-Dick's opening and Python's language reference"
     return (
         torch.arange(max_tokens)[None] * 7919
     ) % vocab_size, "spread token ids (the source has no usable tokenizer)"

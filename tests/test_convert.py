@@ -621,6 +621,7 @@ BAD_OPTIONS = {
     "rope without type": ({"rope_parameters": {"factor": 2.0}}, "rope_type among"),
     "rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters do not fit"),
     "rope with a word": ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "number as factor, got '4'"),
+    "no tokens": ({"verify_tokens": 0}, "verify_tokens must be a positive integer, got 0"),
     "shard size": ({"max_shard_size": "5 apples"}, "max_shard_size must be bytes or a size"),
     "source": ({"source": "no/such/folder"}, "no/such/folder is not a folder"),
 }

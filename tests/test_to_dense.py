@@ -339,7 +339,7 @@ def test_the_command_goes_back_and_says_so(source, tmp_path, capsys):
     report = json.loads((tmp_path / "dense" / "conversion_report.json").read_text())
     assert (
         report["command"]
-        == f"longnet-convert {tmp_path / 'longnet'} {tmp_path / 'dense'} --max-shard-size 5GB --to-dense"
+        == f"longnet-convert {tmp_path / 'longnet'} {tmp_path / 'dense'} --max-shard-size 5GB --verify-tokens 4096 --to-dense"
     )
 
 
