@@ -34,13 +34,16 @@ class Call(NamedTuple):
         """Return the fields as the flat numbers and strings that a registered operator takes."""
         p = self.pattern
         rules = (p.head_offsets, p.count_overlaps, p.dilate_queries, p.window)
-        return (list(p.segment_lengths), list(p.dilation_rates), *rules, *self[1:])
+        return (list(p.segment_lengths), list(p.dilation_rates), list(p.held_heads or ()), *rules, *self[1:])
 
     @classmethod
-    def unflatten(cls, segment_lengths: list[int], dilation_rates: list[int], *numbers) -> "Call":
+    def unflatten(
+        cls, segment_lengths: list[int], dilation_rates: list[int], held_heads: list[int], *numbers
+    ) -> "Call":
         """Undo ``flatten``."""
         rules, rest = numbers[:4], numbers[4:]
-        return cls(DilationPattern(tuple(segment_lengths), tuple(dilation_rates), *rules), *rest)
+        pattern = DilationPattern(tuple(segment_lengths), tuple(dilation_rates), *rules)
+        return cls(pattern.of_heads(*held_heads) if held_heads else pattern, *rest)
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Call], tuple[Tensor, Tensor]]
@@ -82,12 +85,12 @@ def attention_operator(
     @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def registered(
         query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-        segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-        dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
+        segment_lengths: list[int], dilation_rates: list[int], held_heads: list[int], head_offsets: str,
+        count_overlaps: bool, dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         call = Call.unflatten(
-            segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window, is_causal, scale,
-            dropout, seed,
+            segment_lengths, dilation_rates, held_heads, head_offsets, count_overlaps, dilate_queries, window,
+            is_causal, scale, dropout, seed,
         )  # fmt: skip
         out, lse = forward(query, key, value, attention_mask, cu_seqlens, call)
         return _laid_out(out, empty_like(query)), lse.contiguous()
@@ -100,12 +103,12 @@ def attention_operator(
     def registered_backward(
         grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
         attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-        segment_lengths: list[int], dilation_rates: list[int], head_offsets: str, count_overlaps: bool,
-        dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
+        segment_lengths: list[int], dilation_rates: list[int], held_heads: list[int], head_offsets: str,
+        count_overlaps: bool, dilate_queries: bool, window: str, is_causal: bool, scale: float, dropout: float, seed: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         call = Call.unflatten(
-            segment_lengths, dilation_rates, head_offsets, count_overlaps, dilate_queries, window, is_causal, scale,
-            dropout, seed,
+            segment_lengths, dilation_rates, held_heads, head_offsets, count_overlaps, dilate_queries, window,
+            is_causal, scale, dropout, seed,
         )  # fmt: skip
         gradients = backward(grad_out, grad_lse, query, key, value, out, lse, attention_mask, cu_seqlens, call)
         return tuple(_laid_out(g, empty_like(x)) for g, x in zip(gradients, (query, key, value)))

@@ -87,9 +87,10 @@ class CacheSlots(NamedTuple):
     def _offset(self, branch: int, heads: Tensor) -> Tensor:
         """Compute ``DilationPattern.offset`` of all heads, without a copy from the host."""
         rate = self.pattern.dilation_rates[branch]
+        first, all_heads = self.pattern.held_heads or (0, heads.shape[0])
         if self.pattern.head_offsets == "interleaved":
-            return heads % rate
-        return heads // -(-heads.shape[0] // rate)
+            return (heads + first) % rate
+        return (heads + first) // -(-all_heads // rate)
 
     def _kept_before(self, u: Tensor, branch: int, heads: Tensor) -> Tensor:
         """Count the tokens before u that a branch of a nested pattern keeps."""

@@ -81,6 +81,8 @@ class LongNetConfig(LlamaConfig):
     """
 
     model_type = "longnet"
+    # The first KV head that this process holds, where tensor parallelism gives it a share of them: no field, never saved.
+    first_kv_head = None
 
     segment_lengths: list[int] | tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilation_rates: list[int] | tuple[int, ...] = (1, 2, 4, 6, 12)
@@ -142,9 +144,16 @@ class LongNetConfig(LlamaConfig):
 
     def layer_pattern(self, layer_index: int) -> DilationPattern:
         """Return the pattern of one layer: ``pattern``, or ordinary attention for ``dense_layers``."""
-        if layer_index in self.dense_layers:
-            return DilationPattern((UNBOUNDED,), (1,))
-        return self.pattern
+        pattern = DilationPattern((UNBOUNDED,), (1,)) if layer_index in self.dense_layers else self.pattern
+        return (
+            pattern if self.first_kv_head is None else pattern.of_heads(self.first_kv_head, self.num_key_value_heads)
+        )
+
+    def to_dict(self) -> dict:
+        """Return all fields that a saved configuration has."""
+        fields = super().to_dict()
+        fields.pop("first_kv_head", None)
+        return fields
 
     def validate_architecture(self):
         """Check the fields against one another; runs at construction, and again on ``validate()`` and on saving."""

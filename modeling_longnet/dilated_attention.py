@@ -148,7 +148,7 @@ def _positions(
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern) -> None:
     # By name: code loaded with a checkpoint may hold the configuration's modules twice, and so two such classes.
-    if type(pattern).__name__ != DilationPattern.__name__:
+    if DilationPattern.__name__ not in [base.__name__ for base in type(pattern).__mro__]:
         raise ValueError(f"pattern must be a DilationPattern, got {type(pattern).__name__}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor) or x.ndim != 4:

@@ -90,6 +90,8 @@ def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationP
         return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if max(pattern.dilation_rates) > MAX_DILATION_RATE:
         return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
+    if pattern.held_heads is not None:
+        return "the fused kernels number KV heads from 0, and a rank of tensor parallelism holds other heads"
     if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None

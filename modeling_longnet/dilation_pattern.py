@@ -6,6 +6,7 @@ tensors and imports no torch. Positions are *logical*: the index of a real token
 Paper: "LongNet: Scaling Transformers to 1,000,000,000 Tokens", https://arxiv.org/abs/2307.02486.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,11 @@ class DilationPattern:
         return cls.preset(preset, segment_lengths, [ratio**i for i in range(len(segment_lengths))])
 
     @property
+    def held_heads(self) -> tuple[int, int] | None:
+        """Which KV heads of how many a call holds, if not all of them: see ``of_heads``."""
+        return None
+
+    @property
     def branches(self) -> tuple[Branch, ...]:
         """The branches in order, each with ``segment_length`` and ``dilation_rate``."""
         return tuple(Branch(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates))
@@ -157,6 +163,11 @@ class DilationPattern:
         if self.head_offsets == "interleaved":
             return kv_head % rate
         return kv_head // -(-num_kv_heads // rate)
+
+    def of_heads(self, first_head: int, all_heads: int) -> "PatternOfHeads":
+        """Return this pattern for a call that holds only some of a model's KV heads, from ``first_head`` on."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(DilationPattern)}
+        return PatternOfHeads(**fields, first_head=first_head, all_heads=all_heads)
 
     def offsets(self, num_kv_heads: int) -> list[list[int]]:
         """Return, per branch, the offset of each KV head.
@@ -334,6 +345,26 @@ class DilationPattern:
             if r % previous.dilation_rate:
                 return f"dilation rate {previous.dilation_rate} does not divide the next one, {r}"
         return None
+
+
+@dataclass(frozen=True)
+class PatternOfHeads(DilationPattern):
+    """A pattern where KV head 0 of a call is head ``first_head`` of a model's ``all_heads``, and so on.
+
+    A rank of tensor parallelism holds such a share; numbered from 0, its heads would have other heads' offsets.
+    """
+
+    first_head: int = 0
+    all_heads: int = 1
+
+    @property
+    def held_heads(self) -> tuple[int, int]:
+        """``(first_head, all_heads)``."""
+        return self.first_head, self.all_heads
+
+    def offset(self, branch_index: int, kv_head: int, num_kv_heads: int) -> int:
+        """Return the offset of the call's KV head ``kv_head`` in one branch."""
+        return super().offset(branch_index, self.first_head + kv_head, self.all_heads)
 
 
 def _rows(span: int, rate: int) -> int:

@@ -69,11 +69,13 @@ def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def are_partitioned(modules: Iterable[nn.Module]) -> bool:
-    """Whether parameters are empty outside their module's own call, as DeepSpeed's ZeRO-3 leaves them.
+    """Whether parameters are whole only inside their module's own call.
 
-    Then they cannot be named as inputs of a function, and the graph has to be built inside the modules' calls.
+    DeepSpeed's ZeRO-3 leaves them empty outside it, tensor parallelism keeps shards. They cannot be named as inputs of
+    a function then, and the graph has to be built inside the modules' calls.
     """
-    return any(p.numel() == 0 for module in modules for p in module.parameters())
+    parameters = [p for module in modules for p in module.parameters()]
+    return any(p.numel() == 0 or hasattr(p, "device_mesh") for p in parameters)
 
 
 def are_fsdp_units(modules: Iterable[nn.Module]) -> bool:
