@@ -152,6 +152,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 layout=layout,
+                # Accelerate's context parallelism answers a mask with is_causal=True, which the attention refuses.
+                attention_mask=None,
                 **kwargs,
             )
         hidden_states = in_tiles(self.norm, hidden_states, [self.norm], self.gradient_checkpointing and self.training)

@@ -1,26 +1,38 @@
 """The Trainer for LongNet models."""
 
+import functools
+
+import torch.distributed as dist
 from transformers import Trainer
+
+from .sequence_group import sequence_parallel
+from .sequence_shards import shard_sequence
 
 
 class LongNetTrainer(Trainer):
-    """``transformers.Trainer`` that refuses, before the first step, what would train a LongNet model wrongly.
+    """``transformers.Trainer`` whose context parallelism keeps the sequence in order, and whose losses need no logits.
 
-    The stock Trainer also trains LongNet models. With context parallelism, though, it hands every rank a permuted slice
-    of the sequence, which full attention does not notice and dilated attention cannot follow.
+    The stock Trainer also trains LongNet models. With ``ParallelismConfig(cp_size=k)``, though, it hands every rank a
+    permuted slice of the sequence, which full attention does not notice and dilated attention cannot follow. Here the
+    ranks of the "cp" dimension hold contiguous slices under ``sequence_parallel``: any length, padding and packed
+    documents, and beside it data parallelism and FSDP2 as Accelerate sets them up. Losses and gradients equal those of
+    one process.
 
     Raises:
-        ValueError: if the model has no dilation pattern, or ``parallelism_config`` asks for context parallelism.
+        ValueError: if the model has no dilation pattern; with ``cp_size > 1``, if a loss function of the user's own or
+            whole logits are asked for, which no rank has.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
-        parallelism = getattr(args, "parallelism_config", None)
-        if parallelism is not None and parallelism.cp_size > 1:
-            raise ValueError(f"cp_size={parallelism.cp_size} is not supported: set cp_size=1")
         super().__init__(model=model, args=args, **kwargs)
         if not hasattr(self.model.config, "pattern"):
             raise ValueError(
                 f"LongNetTrainer needs a LongNet model, got {type(self.model).__name__}; convert the checkpoint first"
+            )
+        if self.get_cp_size() > 1 and self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func would see one of cp_size={self.get_cp_size()} slices of the sequence; leave it out, "
+                "the model computes its part of the loss"
             )
         # The stock Trainer smooths labels over all logits at once; the model does it chunk by chunk.
         self.label_smoother = None
@@ -35,4 +47,24 @@ class LongNetTrainer(Trainer):
         """Evaluate one batch; where only its loss is wanted, without logits."""
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        elif self.get_cp_size() > 1:
+            raise ValueError(
+                f"with cp_size={self.get_cp_size()} each rank has the logits of a slice; set prediction_loss_only=True, "
+                "or evaluate metrics with cp_size=1"
+            )
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and self.get_cp_size() > 1:
+            # Each rank has its part, times all processes; the evaluation loop may drop what it takes for duplicates.
+            dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self._sequence_group())
+            loss = loss / self.get_cp_size()
+        return loss, logits, labels
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        if self.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        group = self._sequence_group()
+        return functools.partial(sequence_parallel, group), shard_sequence(inputs, group)
+
+    def _sequence_group(self) -> dist.ProcessGroup:
+        """Return the ranks that share a sequence; Accelerate gives all of them the same batch."""
+        return self.accelerator.torch_device_mesh["cp"].get_group()

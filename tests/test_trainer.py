@@ -106,16 +106,6 @@ def test_lora_needs_no_target_modules_and_merges_back(tmp_path):
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_trainer_refuses_context_parallelism_before_the_first_step(tmp_path):
-    class Parallelism:  # accelerate's own refuses CPUs at construction
-        cp_size = 4
-
-    options = arguments(tmp_path)
-    options.parallelism_config = Parallelism()
-    with pytest.raises(ValueError, match="cp_size=4 is not supported: set cp_size=1"):
-        LongNetTrainer(tiny_model(), options)
-
-
 def test_the_trainer_refuses_other_models(tmp_path):
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
