@@ -20,10 +20,10 @@ from .verify import MOST_TOKENS
 DESCRIPTION = """\
 Convert a dense checkpoint (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3) to
 LongNet's dilated attention, or one of the official LongNet code to this
-package. The weights keep their bits; with the default
-preset the converted model has the source's logits on every input up to its
-first segment length, which is verified before TARGET appears. TARGET loads
-with trust_remote_code=True where this package is not installed.
+package. The weights keep their bits; with the default preset the converted
+model has the source's logits on every input up to its first segment length,
+which is verified before TARGET appears. TARGET loads with
+trust_remote_code=True where this package is not installed.
 """
 
 EPILOG = """\
@@ -56,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
     )
-    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or model id on the Hugging Face Hub")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="checkpoint folder (with --from a file, too), or model id on the Hugging Face Hub",
+    )
     parser.add_argument("target", metavar="TARGET", help="folder to create")
 
     pattern = parser.add_argument_group("pattern and context")

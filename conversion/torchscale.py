@@ -33,6 +33,7 @@ from .weights import (
 )
 
 
+WEIGHT_SUFFIXES = (".safetensors", *SUFFIXES)
 PREFERRED_STEMS = ("model", "pytorch_model", "weights", "checkpoint_best", "checkpoint_last")
 ARGUMENT_FILES = ("args.json", "arguments.json", "config.json")
 REQUIRED = ("decoder_attention_heads", "segment_length", "dilated_ratio")
@@ -205,18 +206,24 @@ def plan_torchscale(
 
 
 def _find_source(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    if Path(source).is_file() and revision is None:
-        return Path(source).absolute(), None
-    return find_folder(
-        source, revision, ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), *DOWNLOADED_FILES, *ARGUMENT_FILES]
-    )
+    path = Path(source)
+    if path.suffix in WEIGHT_SUFFIXES and not path.exists():
+        raise ValueError(f"{source} is missing")
+    if path.is_file():
+        if path.suffix not in WEIGHT_SUFFIXES:
+            raise ValueError(f"{source} is no file of weights ({', '.join(WEIGHT_SUFFIXES)}) and no folder with one")
+        if revision is not None:
+            raise ValueError(f"{source} is a file, which has no revision {revision}; leave the revision out")
+        return path.absolute(), None
+    wanted = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), *ARGUMENT_FILES, *DOWNLOADED_FILES]
+    return find_folder(source, revision, wanted)
 
 
 def _weights_file(place: Path) -> Path:
     """Choose the file of weights in a folder."""
     if place.is_file():
         return place
-    files = sorted(path for path in place.iterdir() if path.suffix in (".safetensors", *SUFFIXES))
+    files = sorted(path for path in place.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     for stem in PREFERRED_STEMS:
         if named := [path for path in files if path.stem == stem]:
             return named[0]

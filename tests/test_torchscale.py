@@ -265,6 +265,12 @@ def test_sources_that_do_not_say_what_they_are_are_refused(tmp_path):
     (folder / "other.pt").write_bytes((folder / "other.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match="truncated"):
         convert_torchscale(folder / "other.pt", tmp_path / "target", overwrite=True, **QUIET)
+    with pytest.raises(ValueError, match="nosuch.pt is missing"):
+        convert_torchscale(folder / "nosuch.pt", tmp_path / "again", **QUIET)
+    with pytest.raises(ValueError, match=r"mine.json is no file of weights \(.safetensors, .bin, .pt, .pth\)"):
+        convert_torchscale(tmp_path / "mine.json", tmp_path / "again", **QUIET)
+    with pytest.raises(ValueError, match="is a file, which has no revision v2"):
+        convert_torchscale(folder / "longnet.bin", tmp_path / "again", revision="v2", **QUIET)
     with pytest.raises(ValueError, match="holds no state dict"):
         torch.save([1, 2], folder / "other.pt")
         convert_torchscale(folder / "other.pt", tmp_path / "again", **QUIET)
