@@ -207,21 +207,22 @@ def _obstacle(fields: dict) -> str:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens back every layer of the source attends, None if there is no limit.
+    """Return how many tokens back the source attends in layers with a sliding window, None if it has none.
 
     Raises:
-        ValueError: if layers differ in this, or attend in yet another way.
+        ValueError: if a layer attends in yet another way.
     """
-    layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
     if not layer_types:
         return window
     if strange := set(layer_types) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
-    sliding = [i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention"]
-    if 0 < len(sliding) < len(layer_types):
-        raise ValueError(
-            f"layers {', '.join(map(str, sliding))} of the source attend in a sliding window of {window} tokens, the "
-            "others to everything; one pattern cannot express both"
-        )
-    return window if sliding else None
+    return window if "sliding_attention" in layer_types else None
+
+
+def local_layers(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return which layers of the source attend in a sliding window, if others attend to everything."""
+    layer_types = getattr(config, "layer_types", None) or ()
+    sliding = tuple(i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention")
+    return sliding if len(sliding) < len(layer_types) else ()

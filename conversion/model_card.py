@@ -33,14 +33,15 @@ def fill_model_card(plan: LongNetPlan, report: dict) -> str:
         The card, Markdown with YAML front matter.
     """
     metadata, inherited = _metadata(plan, ["longnet", "dilated-attention", "long-context", "custom_code"])
-    pattern, costs, dense_layers = plan.config.pattern, report["costs"], report["pattern"]["dense_layers"]
+    pattern, costs, dense_layers = plan.config.pattern, report["costs"], plan.config.dense_layers
     return _template(plan.template).substitute(
         _common(plan, report),
         metadata=metadata,
         architecture=plan.architecture,
         license=_license_sentence(inherited, "The code files in this repository are MIT-licensed."),
         growth="linearly" if not dense_layers else "linearly but for the dense layers",
-        dense_layers=_dense_sentence(dense_layers),
+        other_layers=_layers_sentence(dense_layers, "ordinary attention over the whole context")
+        + _layers_sentence(plan.config.local_layers, "to the first segment length, as in the source"),
         preset=plan.preset,
         branches="\n".join(f"| {w:,} | {r} |" for w, r in pattern.branches),
         head_offsets=pattern.head_offsets,
@@ -118,12 +119,11 @@ def _card_data(path: Path) -> dict:
         return {}
 
 
-def _dense_sentence(dense_layers: list[int]) -> str:
-    if not dense_layers:
+def _layers_sentence(layers: tuple[int, ...], what: str) -> str:
+    if not layers:
         return ""
-    listed = ", ".join(map(str, dense_layers))
-    layers = f"Layer {listed} keeps" if len(dense_layers) == 1 else f"Layers {listed} keep"
-    return f"\n{layers} ordinary attention over the whole context."
+    listed = ", ".join(map(str, layers))
+    return f"\n{f'Layer {listed} keeps' if len(layers) == 1 else f'Layers {listed} keep'} {what}."
 
 
 def _license_sentence(inherited: dict, code: str = "") -> str:

@@ -170,7 +170,6 @@ class LongNetPlan(Plan):
     def describe(self) -> str:
         """Say in a few lines what will be converted to what, and what it costs."""
         pattern, costs = self.config.pattern, self.costs()
-        dense_layers = self.config.dense_layers
         files = len(files_of(self.tensors))
         if files_are_kept(self.tensors, self.max_shard_size, self.dtype):
             weights = f"{_count(files, 'file')}, copied unchanged"
@@ -187,7 +186,8 @@ class LongNetPlan(Plan):
             f"preset     {self.preset}",
             f"segments   {', '.join(f'{w:,}' for w in pattern.segment_lengths)}",
             f"rates      {', '.join(map(str, pattern.dilation_rates))}",
-            *([_wrapped(f"dense      layers {', '.join(map(str, dense_layers))}")] if dense_layers else []),
+            *_layers("dense", self.config.dense_layers),
+            *_layers("local", self.config.local_layers),
             f"positions  {self.positions}",
             f"at {self.context:,} tokens:",
             f"attention  {short_number(flops)}FLOP, dense {short_number(dense_flops)}FLOP ({dense_flops / flops:.1f} times as many)",
@@ -226,6 +226,7 @@ class LongNetPlan(Plan):
                 "preset": self.preset,
                 **pattern_fields(self.config.pattern),
                 "dense_layers": list(self.config.dense_layers),
+                "local_layers": list(self.config.local_layers),
             },
             "trained_context": self.config.trained_context,
             "max_position_embeddings": self.config.max_position_embeddings,
@@ -247,6 +248,10 @@ def pattern_fields(pattern: DilationPattern) -> dict:
 
 def _dtype(name: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name) if isinstance(name, str) else name
+
+
+def _layers(kind: str, layers: tuple[int, ...]) -> list[str]:
+    return [_wrapped(f"{kind}      layers {', '.join(map(str, layers))}")] if layers else []
 
 
 def _wrapped(line: str) -> str:

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import find_family, sliding_window
+from .families import find_family, local_layers, sliding_window
 from .hub import find_folder
 from .plan import LongNetPlan, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
@@ -97,6 +97,7 @@ def plan_conversion(
         "max_position_embeddings": position_embeddings,
         "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
         "dense_layers": dense_layers,
+        "local_layers": [layer for layer in local_layers(source_config) if layer not in dense_layers],
         "trained_context": trained,
         "source_config": fields,
         **pattern_fields(pattern),
@@ -121,7 +122,7 @@ def plan_conversion(
         reference=StoredModel(family.model_class, reference_config, source_tensors, rounded_to),
         config=config,
         preset=preset,
-        trained=_in_words(trained, source_config.max_position_embeddings, window),
+        trained=_in_words(source_config, trained, window),
         compared_tokens=min(limit for limit in (same, trained, window, verify_tokens) if limit),
         same_attention=bool(same),
         generation_fields=fields,
@@ -132,10 +133,12 @@ def plan_conversion(
     )
 
 
-def _in_words(trained: int, stretched: int, window: int | None) -> str:
+def _in_words(config: PreTrainedConfig, trained: int, window: int | None) -> str:
     """Say what the source was trained for."""
+    stretched = config.max_position_embeddings
     stretch = f", stretched to {stretched:,} by its RoPE" if stretched > trained else ""
-    attending = f", each attending to the last {window:,}" if window else ""
+    each = "some layers" if local_layers(config) else "each"
+    attending = f", {each} attending to the last {window:,}" if window else ""
     return f"{trained:,} tokens{stretch}{attending}"
 
 

@@ -1,5 +1,6 @@
 """Configuration of LongNet models: Llama's fields, the pattern of the dilated attention, and the backbone's parts."""
 
+import dataclasses
 import difflib
 
 from huggingface_hub.dataclasses import strict
@@ -65,6 +66,7 @@ class LongNetConfig(LlamaConfig):
         xpos: let scores decay with distance (arXiv 2212.10554), on top of the rotary embedding.
         xpos_scale_base: tokens over which the slowest to the fastest pair decay by 0.98 to 0.29 (for heads of 64).
         dense_layers: indices of layers that keep ordinary attention instead of the pattern (and an unbounded cache).
+        local_layers: indices of layers that attend in the first branch only, as layers with a sliding window do.
         layers_without_rope: indices of layers that use no rotary embedding, and no xPos (SmolLM3).
         qk_norm: RMS-normalise each query and key head before the rotary embedding (Qwen3).
         attention_output_bias: whether ``o_proj`` has a bias; None: as ``attention_bias`` (Qwen2 has none there).
@@ -100,6 +102,7 @@ class LongNetConfig(LlamaConfig):
     xpos: bool | None = None
     xpos_scale_base: int = 512
     dense_layers: list[int] | tuple[int, ...] = ()
+    local_layers: list[int] | tuple[int, ...] = ()
     layers_without_rope: list[int] | tuple[int, ...] = ()
     qk_norm: bool = False
     attention_output_bias: bool | None = None
@@ -116,6 +119,7 @@ class LongNetConfig(LlamaConfig):
                 "xpos_scale_base",
                 "loss_implementation",
                 "dense_layers",
+                "local_layers",
                 "layers_without_rope",
             )
             if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
@@ -128,6 +132,7 @@ class LongNetConfig(LlamaConfig):
         self.segment_lengths = tuple(self.segment_lengths)
         self.dilation_rates = tuple(self.dilation_rates)
         self.dense_layers = tuple(self.dense_layers)
+        self.local_layers = tuple(self.local_layers)
         self.layers_without_rope = tuple(self.layers_without_rope)
         super().__post_init__(**kwargs)
         if self.sub_layernorm:  # it normalises across what tensor parallelism would split
@@ -143,8 +148,13 @@ class LongNetConfig(LlamaConfig):
         return DilationPattern(**fields)
 
     def layer_pattern(self, layer_index: int) -> DilationPattern:
-        """Return the pattern of one layer: ``pattern``, or ordinary attention for ``dense_layers``."""
-        pattern = DilationPattern((UNBOUNDED,), (1,)) if layer_index in self.dense_layers else self.pattern
+        """Return the pattern of one layer: all of it, ordinary attention (``dense_layers``) or its first branch."""
+        pattern = self.pattern
+        if layer_index in self.dense_layers:
+            pattern = DilationPattern((UNBOUNDED,), (1,))
+        elif layer_index in self.local_layers:
+            first = {"segment_lengths": self.segment_lengths[:1], "dilation_rates": self.dilation_rates[:1]}
+            pattern = dataclasses.replace(pattern, **first)
         return (
             pattern if self.first_kv_head is None else pattern.of_heads(self.first_kv_head, self.num_key_value_heads)
         )
@@ -162,7 +172,9 @@ class LongNetConfig(LlamaConfig):
 
     def _check(self) -> None:
         _ = self.pattern  # raises if the fields make no pattern
-        for name in ("dense_layers", "layers_without_rope"):
+        if both := set(self.dense_layers) & set(self.local_layers):
+            raise ValueError(f"layer {min(both)} is named by dense_layers and by local_layers; choose one")
+        for name in ("dense_layers", "local_layers", "layers_without_rope"):
             for index in getattr(self, name):
                 if not 0 <= index < self.num_hidden_layers:
                     raise ValueError(

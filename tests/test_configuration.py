@@ -41,6 +41,8 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"segment_lenghts": [8, 16, 32]}, "'segment_lenghts'; did you mean 'segment_lengths'"),
         ({"dense_layers": [0, 2]}, "dense_layers names layer 2, but the 2 layers are numbered from 0 to 1"),
+        ({"local_layers": [2]}, "local_layers names layer 2"),
+        ({"local_layers": [0, 1], "dense_layers": [1]}, "layer 1 is named by dense_layers and by local_layers"),
         ({"layers_without_rope": [-1]}, "layers_without_rope names layer -1"),
         ({"dense_layer": [0]}, "'dense_layer'; did you mean 'dense_layers'"),
         ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),

@@ -5,8 +5,9 @@ import torch
 from checkpoints import CONTEXT, FAMILIES, ROPE, edit_json, make_checkpoint, stored_tensors
 from transformers import AutoModelForCausalLM
 
-from conversion import convert_checkpoint
+from conversion import convert_checkpoint, convert_to_dense
 from conversion.plan_family import plan_conversion
+from conversion.weights import read_json
 from modeling_longnet import LongNetForCausalLM
 
 
@@ -24,6 +25,17 @@ VARIANTS = {
         "family": "qwen2",
         "sliding_window": 16,
         "max_window_layers": 0,
+        "use_sliding_window": True,
+    },
+    "qwen2, shorter sliding window in one layer": {
+        "family": "qwen2",
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "use_sliding_window": True,
+    },
+    "smollm3, shorter sliding window in a layer": {
+        "family": "smollm3",
+        "sliding_window": 16,
         "use_sliding_window": True,
     },
     "qwen2, yarn": {"family": "qwen2", "rope": "yarn"},
@@ -116,6 +128,25 @@ def test_a_window_shorter_than_the_trained_context_sets_the_first_segment(tmp_pa
     assert plan_conversion(tmp_path / "source", segment_lengths=[8, 32]).config.segment_lengths == (8, 32)
 
 
+def test_layers_with_a_window_stay_exactly_that_beside_dense_ones(tmp_path):
+    fields = {"sliding_window": 16, "max_window_layers": 1, "use_sliding_window": True}
+    make_checkpoint(tmp_path / "source", family="qwen2", **fields)
+    plan = plan_conversion(tmp_path / "source").describe().splitlines()
+    assert "local      layers 1" in plan
+    assert "trained    64 tokens, some layers attending to the last 16" in plan
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", dense_layers=[0], **QUIET)
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "target"))
+    assert (ours.config.dense_layers, ours.config.local_layers) == ((0,), (1,))
+    tokens = torch.randint(3, 288, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-4)
+    assert (
+        "Layer 1 keeps to the first segment length, as in the source." in (tmp_path / "target/README.md").read_text()
+    )
+    convert_to_dense(tmp_path / "target", tmp_path / "dense", **QUIET)
+    assert read_json(tmp_path / "dense" / "config.json") == read_json(tmp_path / "source" / "config.json")
+
+
 def config(**fields):
     return lambda source: edit_json(source / "config.json", **fields)
 
@@ -125,14 +156,6 @@ REFUSED = {
         "mistral", config(sliding_window=16), {"segment_lengths": [32, 64]},
         "a sliding window of 16 tokens, so it is not this pattern on up to 32 tokens; choose a first segment of at "
         "most 16",
-    ),
-    "window in some layers": (
-        "qwen2", config(use_sliding_window=True, sliding_window=16, max_window_layers=1, layer_types=None), {},
-        "layers 1 of the source attend in a sliding window of 16 tokens",
-    ),
-    "window in layers without rope": (
-        "smollm3", config(use_sliding_window=True, sliding_window=16, layer_types=None), {},
-        "layers 1 of the source attend in a sliding window of 16 tokens",
     ),
     "chunked attention": (
         "qwen3", config(layer_types=["full_attention", "chunked_attention"]), {},

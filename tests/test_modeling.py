@@ -96,6 +96,22 @@ def test_dense_layers_keep_ordinary_attention():
         torch.testing.assert_close(mixed.model.norm(attended), hidden[1][2], **CLOSE)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_local_layers_follow_the_first_branch_alone(preset):
+    tokens = random_tokens(2, 100)
+    with torch.no_grad():
+        mixed, sparse = tiny_model(preset, local_layers=(0,)), tiny_model(preset)
+        local = tiny_model(preset, segment_lengths=(8,), dilation_rates=(1,))
+        hidden = [model.model(tokens, output_hidden_states=True).hidden_states for model in (mixed, local, sparse)]
+        torch.testing.assert_close(hidden[0][1], hidden[1][1])
+        assert (hidden[0][1] - hidden[2][1]).abs().max() > 0.1
+        attended = sparse.model.layers[1](hidden[0][1], **layer_inputs(sparse, tokens))
+        torch.testing.assert_close(sparse.model.norm(attended), hidden[0][2], **CLOSE)
+        first = mixed(tokens[:, :70], use_cache=True)
+        rest = mixed(tokens[:, 70:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(rest, mixed(tokens).logits[:, 70:], **CLOSE)
+
+
 def test_layers_without_rope_do_not_see_positions():
     tokens = random_tokens(1, 20)
     positions = torch.arange(20)[None]
