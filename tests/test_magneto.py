@@ -58,6 +58,17 @@ def test_scores_decay_with_distance_alone_wherever_tokens_stand():
         assert_close((q @ k.mT).tril(), expected, **CLOSE)
 
 
+def test_padding_and_later_keys_far_out_stay_finite():
+    decay = XPosDecay(head_dim=64, scale_base=512)
+    positions = torch.tensor([[-1, 10**7, 10**7 + 1, 10**7 + 2]])
+    key_positions = torch.tensor([[[-1, 0, 10**7, 10**7 + 10**5]]])
+    ones = torch.ones(1, 1, 4, 64)
+    query, key = decay.scale_cached(ones, ones, positions, key_positions)
+    assert query.isfinite().all() and key.isfinite().all()
+    assert (key[0, 0, :2] == 0).all()  # long ago
+    torch.testing.assert_close((query @ key.mT)[0, 0, 1, 2], torch.tensor(64.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_factors_and_their_squares_stay_finite_over_the_longest_span(dtype):
     decay = XPosDecay(head_dim=64, scale_base=512)
