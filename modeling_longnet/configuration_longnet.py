@@ -111,6 +111,9 @@ class LongNetConfig(LlamaConfig):
     source_config: dict | None = None
 
     def __post_init__(self, **kwargs):
+        # Read from another family's config.json, this is no configuration of that family any more.
+        if kwargs.pop("model_type", self.model_type) != self.model_type:
+            self.architectures = None
         for name in kwargs:
             own = (
                 *PATTERN_FIELDS,
