@@ -1,69 +1,134 @@
-"""Fine-tune in a plain loop with Accelerate: LoRA on a converted checkpoint, or on a small random model.
+"""Fine-tune on long documents in a plain loop with Accelerate: LoRA, packed rows, checkpoints that resume exactly.
 
-python examples/finetune_accelerate.py
-accelerate launch examples/finetune_accelerate.py --model FOLDER     one process or many, CPU or GPU
+    python examples/finetune_accelerate.py
+    accelerate launch examples/finetune_accelerate.py --model FOLDER --length 32768      one process or many, CPU or GPU
+    accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/finetune_accelerate.py --model FOLDER
+
+With ``--checkpoints`` a run that was killed, however, goes on when the same command is given again, and takes the very
+steps that it would have taken.
 """
 
 import argparse
-import sysconfig
+from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
+from modeling_longnet.head_loss import next_tokens, token_losses
+from training.documents import python_packages
+from training.packing import PackedRows
+from training.perplexity import PerplexityByPosition
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="LongNet checkpoint with its tokenizer (default: random weights, bytes as tokens)")
 parser.add_argument("--length", type=int, default=256, help="tokens per row: %(default)s")
 parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--learning-rate", type=float, default=5e-3)
+parser.add_argument("--tune-embeddings", action="store_true", help="train embeddings and norms too, not LoRA alone")
+parser.add_argument("--checkpoints", type=Path, help="folder to save to, and to resume from")
+parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="follow the loss there")
 args = parser.parse_args()
 
+accelerator = Accelerator(log_with=args.log_with, project_dir=args.checkpoints)
 set_seed(0)
-text = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_text(encoding="utf-8")
 if args.model is None:
     config = LongNetConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         segment_lengths=(64, 128, 256), dilation_rates=(1, 2, 4), initializer_range=0.1,
     )  # fmt: skip
-    model, tokens = LongNetForCausalLM(config), list(text.encode())
+    model, encode = LongNetForCausalLM(config), lambda text: list(text.encode())
 else:
-    model = AutoModelForCausalLM.from_pretrained(args.model)
-    tokens = AutoTokenizer.from_pretrained(args.model)(text, verbose=False)["input_ids"]
-model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32))
-
-rows = torch.tensor(tokens[: len(tokens) // args.length * args.length]).view(-1, args.length)
-accelerator = Accelerator()
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
-loader = DataLoader(rows, batch_size=4, shuffle=True, drop_last=True)
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-
-
-def loss_of(rows: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=rows, labels=rows, use_cache=False).loss
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
+trained = ["embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"]
+lora = LoraConfig(
+    task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=trained if args.tune_embeddings else None
+)  # fmt: skip
+model = get_peft_model(model, lora)
+if args.length > 8192:  # then memory goes to activations
+    model.base_model.model.activation_checkpointing_enable()
 
 
-sample = rows[::8].to(accelerator.device)
-with torch.no_grad():
-    before = loss_of(sample).item()
+def packed_rows(held_out: bool, rank: int = 0, world_size: int = 1) -> PackedRows:
+    """Stream packages of Python source, whole, and pack them into rows; nothing is read before it is needed."""
+    documents = IterableDataset.from_generator(python_packages, gen_kwargs={"held_out": held_out})
+    documents = documents.map(lambda document: {"input_ids": encode(document["text"])}, remove_columns=["text"])
+    return PackedRows(documents, args.length, buffer=4, rank=rank, world_size=world_size)
+
+
+@torch.no_grad()
+def perplexity_by_position() -> dict[str, float]:
+    """Measure on rows of packages that are not trained on, without ever making all logits."""
+    metric = PerplexityByPosition([args.length // 4, args.length // 2])
+    unwrapped = accelerator.unwrap_model(model).base_model.model.eval()
+    for row in islice(packed_rows(held_out=True), 8):
+        row = {name: tensor[None].to(accelerator.device) for name, tensor in row.items()}
+        hidden = unwrapped.model(row["input_ids"], position_ids=row["position_ids"], use_cache=False).last_hidden_state
+        targets = next_tokens(row["labels"])
+        losses = token_losses(hidden, unwrapped.lm_head, targets)
+        positions = row["position_ids"].masked_fill(targets == -100, -100)
+        metric.add_batch(predictions=losses.tolist(), references=positions.tolist())
+    unwrapped.train()
+    return metric.compute()
+
+
+class Progress:
+    """The losses so far: their number is the step."""
+
+    losses: list[float] = []
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses = state["losses"]
+
+
+rows, progress = packed_rows(False, accelerator.process_index, accelerator.num_processes), Progress()
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.learning_rate)
+model, optimizer = accelerator.prepare(model, optimizer)  # not the loader: it would read one batch ahead
+accelerator.register_for_checkpointing(rows, progress)
+before = perplexity_by_position()
+saved = sorted(args.checkpoints.glob("step_*[0-9]")) if args.checkpoints else []
+if saved:
+    accelerator.load_state(saved[-1])
+    accelerator.print(f"resumed at step {len(progress.losses)}")
+accelerator.init_trackers("finetune")
+
 batches = iter(())
-for _ in tqdm(range(args.steps), disable=not accelerator.is_main_process):
+for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerator.is_main_process):
     batch = next(batches, None)
-    if batch is None:  # the next epoch
-        batches = iter(loader)
+    if batch is None:  # the start, or the next epoch
+        batches = iter(torch.utils.data.DataLoader(rows, batch_size=4))
         batch = next(batches)
-    accelerator.backward(loss_of(batch))
+    loss = model(**{name: x.to(accelerator.device) for name, x in batch.items()}, use_cache=False).loss
+    accelerator.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
+    progress.losses.append(loss.item())
+    accelerator.log({"loss": loss.item()}, step=step)
+    if args.checkpoints and (step + 1) % 10 == 0:
+        folder = args.checkpoints / f"step_{step + 1:07}"
+        accelerator.save_state(f"{folder}.part")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:  # whole or not at all
+            Path(f"{folder}.part").rename(folder)
 
-with torch.no_grad():
-    after = loss_of(sample).item()
-if after >= before:
-    raise SystemExit(f"the loss did not fall: {before:.3f}, then {after:.3f}")
-accelerator.print(f"checked: in {args.steps} steps of LoRA the loss falls from {before:.3f} to {after:.3f}")
+after = perplexity_by_position()
+accelerator.end_training()
+if not after["perplexity"] < before["perplexity"]:
+    raise SystemExit(f"perplexity did not fall: {before['perplexity']:.3f}, then {after['perplexity']:.3f}")
+accelerator.print("held-out perplexity by position:", {name: round(x, 2) for name, x in after.items()})
+accelerator.print("losses:", *(f"{loss:.6f}" for loss in progress.losses))
+accelerator.print(
+    f"checked: in {args.steps} steps of LoRA held-out perplexity falls from {before['perplexity']:.2f} to "
+    f"{after['perplexity']:.2f}"
+)

@@ -22,7 +22,7 @@ MAIN_JOB = "retrofit_llama"
 
 # What each short example says last, once its own check has passed.
 FACTS = {
-    "finetune_accelerate": r"in 60 steps of LoRA the loss falls from \S+ to \S+",
+    "finetune_accelerate": r"in 60 steps of LoRA held-out perplexity falls from \S+ to \S+",
     "generate": r"a padded row generates what it generates alone; the cache holds \d+ keys for 739 tokens",
     "packed_documents": r"packed loss (\S+) equals that of the documents alone, (\S+)",
     "pattern_reach": r"the cost formulas count what is drawn",
@@ -55,7 +55,8 @@ def test_every_example_is_held_to_a_fact():
 
 @pytest.mark.parametrize("name", FACTS)
 def test_short_examples_are_short(name):
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 80
+    most = 140 if name == "finetune_accelerate" else 80  # a recipe to start from, not a first look
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < most
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -68,7 +69,7 @@ def test_accelerate_launch_runs_the_loop(tmp_path):
     options = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options]
     finished = run([*launch, EXAMPLES / "finetune_accelerate.py", "--steps=20"], tmp_path)
-    assert_fact(finished, r"in 20 steps of LoRA the loss falls from \S+ to \S+")
+    assert_fact(finished, r"in 20 steps of LoRA held-out perplexity falls from \S+ to \S+")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 
 # Tables rather than prose of programmers, or not in every Python.
-SKIPPED_FOLDERS = {"__pycache__", "encodings", "idle_test", "pydoc_data"}
+SKIPPED_FOLDERS = {"__pycache__", "encodings", "idle_test", "pydoc_data", "test"}
 
 
 class Document(TypedDict):

@@ -26,7 +26,8 @@ class PackedRows(IterableDataset):
             ``datasets.IterableDataset`` is asked for its own state, anything else is read from its start on resumption.
         length: tokens per row.
         buffer: documents read ahead.
-        rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``.
+        rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
+            the end are dropped, and the state is the same on all ranks.
         filler: token id.
 
     Yields:
@@ -55,42 +56,45 @@ class PackedRows(IterableDataset):
         self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})
 
     def state_dict(self) -> dict:
-        """Return all that the next row depends on, as plain numbers and lists, to be saved in any way."""
+        """Return all that the next row depends on: numbers, and the tokens read ahead; ``torch.save`` can keep it."""
         source = self._source
         if self._reading and hasattr(self.documents, "state_dict"):
             source = deepcopy(self.documents.state_dict())
-        waiting = [piece.tolist() for piece in self._waiting]
+        waiting = [document.to(torch.int32) for document in self._waiting]
         return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source}
 
     def load_state_dict(self, state: dict) -> None:
         """Let the next iteration continue where ``state_dict`` was taken."""
         self._rows, self._read = state["rows"], state["read"]
-        self._waiting = [torch.tensor(piece, dtype=torch.long) for piece in state["waiting"]]
+        self._waiting = [document.long() for document in state["waiting"]]
         self._source = state["source"]
         self._reading = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if (worker := get_worker_info()) is not None and worker.num_workers > 1:
             raise ValueError(f"PackedRows is one stream: use num_workers=0, got {worker.num_workers}")
-        pieces = self._pieces()
+        unread = self._unread()
         exhausted = False
         while True:
             while not exhausted and len(self._waiting) < self.buffer:
-                document = next(pieces, None)
+                document = next(unread, None)
                 if document is None:
                     exhausted = True
-                else:
-                    self._waiting += document
+                elif len(document):
+                    self._waiting.append(document)
             if not self._waiting:
                 break
             row = self._row()
+            index = self._rows % self.world_size
             self._rows += 1
-            if (self._rows - 1) % self.world_size == self.rank:
-                yield row
+            if index == self.rank:
+                own = row
+            if index == self.world_size - 1:  # at the end of a round, so that all ranks have one state
+                yield own
         self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})  # the next epoch
 
-    def _pieces(self) -> Iterator[list[Tensor]]:
-        """Yield the unread documents, each as pieces no longer than a row."""
+    def _unread(self) -> Iterator[Tensor]:
+        """Yield the documents that were not read yet."""
         read = self._read
         if hasattr(self.documents, "load_state_dict") and (self._source is not None or self._resumed):
             # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
@@ -99,16 +103,19 @@ class PackedRows(IterableDataset):
         self._reading = True
         for document in islice(iter(self.documents), read, None):
             self._read += 1
-            yield [*torch.as_tensor(document["input_ids"], dtype=torch.long).split(self.length)]
+            yield torch.as_tensor(document["input_ids"], dtype=torch.long)
 
     def _row(self) -> dict[str, Tensor]:
         chosen, room = [], self.length
-        while fitting := [i for i, piece in enumerate(self._waiting) if len(piece) <= room]:
-            longest = max(fitting, key=lambda i: len(self._waiting[i]))  # the first of equals
-            chosen.append(self._waiting.pop(longest))
-            room -= len(chosen[-1])
-            if not room:
+        while room:
+            sizes = [min(len(document), self.length) for document in self._waiting]
+            longest = max((size for size in sizes if size <= room), default=0)
+            if not longest:
                 break
+            i = sizes.index(longest)
+            chosen.append(self._waiting[i][:longest])
+            self._waiting[i : i + 1] = [rest] if len(rest := self._waiting[i][longest:]) else []
+            room -= longest
         positions = [torch.arange(len(piece)) for piece in chosen]
         labels = [torch.where(p > 0, piece, -100) for p, piece in zip(positions, chosen)]
         if room:
