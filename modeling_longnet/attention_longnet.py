@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache_longnet import LongNetCache, LongNetCacheLayer
-from .cached_attention import cached_attention
+from .cached_attention import CachedKeys, cached_attention
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_eager import eager_attention
@@ -181,8 +181,9 @@ class LongNetAttention(LlamaAttention):
             return torch.cat(outs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
         if self.decay is not None:
             query, keys = self.decay.scale_cached(query, keys, positions, cache.attended_positions)
+        cached = CachedKeys(keys, values, cache.attended_positions, cache.attended_branches)
         out, weights = cached_attention(
-            query, keys, values, cache.pattern, query_positions=positions, key_positions=cache.attended_positions,
-            scale=self.scaling, dropout=dropout, return_weights=self.config._attn_implementation == "eager",
+            query, cached, cache.pattern, query_positions=positions, scale=self.scaling, dropout=dropout,
+            return_weights=self.config._attn_implementation == "eager", once=cache.once,
         )  # fmt: skip
         return out.transpose(1, 2), weights

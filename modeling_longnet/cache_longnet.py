@@ -7,31 +7,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .cache_slots import CacheSlots, Places, plan_slots
 from .dilation_pattern import DilationPattern
 from .logical_positions import PADDING, positions_from_mask
+from .once_per_pass import OncePerPass
 
 
 SMALLEST_GROWTH = 64  # tokens
-
-
-class SharedPlaces:
-    """Remembers where the tokens of the last forward pass stand, for all layers with the same slots."""
-
-    def __init__(self):
-        self._positions: Tensor | None = None
-        self._places: dict[tuple[CacheSlots, int], Places] = {}
-
-    def locate(self, slots: CacheSlots, positions: Tensor, num_kv_heads: int) -> Places:
-        """Return ``slots.locate`` for ``positions [B, T]``, computed once per tensor."""
-        if torch.compiler.is_compiling():  # the compiler sees by itself that layers compute the same
-            return slots.locate(positions[:, None], num_kv_heads)
-        if positions is not self._positions:
-            self._positions, self._places = positions, {}
-        key = (slots, num_kv_heads)
-        if key not in self._places:
-            self._places[key] = slots.locate(positions[:, None], num_kv_heads)
-        return self._places[key]
-
-    def __deepcopy__(self, memo) -> "SharedPlaces":
-        return memo.setdefault(id(self), SharedPlaces())
 
 
 class LongNetCacheLayer(CacheLayerMixin):
@@ -50,18 +29,18 @@ class LongNetCacheLayer(CacheLayerMixin):
         pattern: the branches and their rules.
         max_length: the most tokens that will come, or None if nobody knows. Patterns whose longest window it covers go
             on beyond it.
-        places: shared by the layers of a model.
+        once: shared by the layers of a model.
     """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, pattern: DilationPattern, max_length: int | None = None, places: SharedPlaces | None = None):
+    def __init__(self, pattern: DilationPattern, max_length: int | None = None, once: OncePerPass | None = None):
         super().__init__()
         self.pattern = pattern
         self.max_length = max_length
         self.record_past = False
-        self.places = SharedPlaces() if places is None else places
+        self.once = OncePerPass() if once is None else once
         self._forget()
 
     def _forget(self) -> None:
@@ -125,7 +104,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         num_tokens = key_states.shape[2]
         self._make_room(num_tokens, key_states, value_states)
         key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
-        places = self.places.locate(self.slots, positions, key_states.shape[1])
+        num_kv_heads = key_states.shape[1]
+        places = self.once(
+            positions, (self.slots, num_kv_heads), lambda: self.slots.locate(positions[:, None], num_kv_heads)
+        )
         new = (key_states, value_states, positions)
         # A single token takes the slot of one that it cannot reach itself: it may attend to the slots as they are.
         in_place = num_tokens == 1 and not self.record_past and self.pending is None
@@ -197,8 +179,8 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _keep_history(self, positions: Tensor) -> None:
         if self.history is not None:
             self.history.append(positions)
-            shortest = min(self.pattern.segment_lengths[ring.branch] for ring in self.slots.rings)
-            if not self.slots.is_linear and self.columns > shortest:
+            windows = (self.pattern.segment_lengths[ring.branch] for ring in self.slots.rings)
+            if self.columns > (self.slots.length if self.slots.is_linear else min(windows)):
                 self.history = None
 
     def _make_room(self, num_tokens: int, key_states: Tensor, value_states: Tensor) -> None:
@@ -378,9 +360,9 @@ class LongNetCache(Cache):
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if max_length is not None and offloading:
             raise ValueError("offloading moves the cache, which max_length keeps in place; leave one of them out")
-        places = SharedPlaces()
+        once = OncePerPass()
         layers = [
-            LongNetCacheLayer(config.layer_pattern(i), max_length, places) for i in range(config.num_hidden_layers)
+            LongNetCacheLayer(config.layer_pattern(i), max_length, once) for i in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers, offloading=offloading)
 

@@ -62,7 +62,10 @@ class CacheSlots(NamedTuple):
         u = positions
         shape = (u.shape[0], num_kv_heads, u.shape[2])
         heads = torch.arange(num_kv_heads, device=u.device)[:, None]  # [G, 1]
-        kept = [((u % w) % r == self._offset(i, heads)) & (u >= 0) for i, (w, r) in enumerate(self.pattern.branches)]
+        kept = [
+            ((u % w) % r == offset_of_heads(self.pattern, i, heads)) & (u >= 0)
+            for i, (w, r) in enumerate(self.pattern.branches)
+        ]
         branches = torch.zeros(shape, dtype=torch.int64, device=u.device)
         for i, of_branch in enumerate(kept[:MAX_BRANCHES]):
             branches = branches + (of_branch.long() << i)
@@ -71,7 +74,7 @@ class CacheSlots(NamedTuple):
         for ring, inner in zip(self.rings, (*self.rings[1:], None)):  # later rings have longer windows, and win
             w, r = self.pattern.branches[ring.branch]
             if self.is_linear:
-                slot = u
+                slot = u % self.length
             elif self.pattern.is_nested:
                 slot = self._kept_before(u, ring.branch, heads)
                 if inner is not None:  # count only what is not in the later rings
@@ -81,28 +84,29 @@ class CacheSlots(NamedTuple):
                 slot = (u % w) // r
             here = u >= 0 if self.is_linear else kept[ring.branch]
             slots = torch.where(here, ring.base + slot, slots)
-            lifetimes = torch.where(here, max(self.length, w) if self.is_linear else w, lifetimes)
+            lifetimes = torch.where(here, self.length if self.is_linear else w, lifetimes)
         return Places(slots, branches, lifetimes)
-
-    def _offset(self, branch: int, heads: Tensor) -> Tensor:
-        """Compute ``DilationPattern.offset`` of all heads, without a copy from the host."""
-        rate = self.pattern.dilation_rates[branch]
-        first, all_heads = self.pattern.held_heads or (0, heads.shape[0])
-        if self.pattern.head_offsets == "interleaved":
-            return (heads + first) % rate
-        return (heads + first) // -(-all_heads // rate)
 
     def _kept_before(self, u: Tensor, branch: int, heads: Tensor) -> Tensor:
         """Count the tokens before u that a branch of a nested pattern keeps."""
         rate = self.pattern.dilation_rates[branch]
-        return (u - self._offset(branch, heads) + rate - 1) // rate
+        return (u - offset_of_heads(self.pattern, branch, heads) + rate - 1) // rate
+
+
+def offset_of_heads(pattern: DilationPattern, branch: int, heads: Tensor) -> Tensor:
+    """Compute ``DilationPattern.offset`` of all KV heads ``[G, 1]`` of a call, without a copy from the host."""
+    rate = pattern.dilation_rates[branch]
+    first, all_heads = pattern.held_heads or (0, heads.shape[0])
+    if pattern.head_offsets == "interleaved":
+        return (heads + first) % rate
+    return (heads + first) // -(-all_heads // rate)
 
 
 @lru_cache(maxsize=4096)
 def plan_slots(pattern: DilationPattern, length: int) -> CacheSlots:
     """Plan the slots for sequences of up to ``length`` tokens.
 
-    Where the rings would need no less room than the tokens themselves, each token stands at its position.
+    Where the rings would need no less room than the tokens themselves, those are one ring.
     """
     branches = list(enumerate(pattern.branches))
     if pattern.is_nested:

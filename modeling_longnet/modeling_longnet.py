@@ -245,6 +245,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         )  # fmt: skip
 
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        """Keep the padding mask of the new tokens alone: what a compiled step takes then has one shape throughout."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):

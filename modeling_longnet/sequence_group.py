@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 # read once per forward pass; everything below gets the group in its arguments, so that a backward pass or a
 # recomputation outside the context finds it too.
 _group: ContextVar[dist.ProcessGroup | None] = ContextVar("longnet_sequence_group", default=None)
+# The contexts that are open in any thread. The compiler cannot read a context variable, but it reads and guards a list.
+_open: list[dist.ProcessGroup] = []
 
 
 @contextmanager
@@ -31,16 +33,19 @@ def sequence_parallel(group: dist.ProcessGroup | DeviceMesh) -> Iterator[None]:
     Raises:
         ValueError: if there is no such group, or this process is not in it.
     """
-    token = _group.set(as_process_group(group))
+    group = as_process_group(group)
+    token = _group.set(group)
+    _open.append(group)
     try:
         yield
     finally:
+        _open.remove(group)
         _group.reset(token)
 
 
 def current_group() -> dist.ProcessGroup | None:
     """Return the group of the innermost ``sequence_parallel``, None outside."""
-    return _group.get()
+    return _group.get() if _open else None
 
 
 def as_process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup:
