@@ -26,6 +26,7 @@ from .modeling_longnet import (
     LongNetModel,
 )
 from .sequence_group import sequence_parallel
+from .sequence_prefill import prefill_sequence
 from .sequence_shards import gather_sequence, shard_sequence
 from .trainer_longnet import LongNetTrainer
 
@@ -87,6 +88,7 @@ __all__ = [
     "LongNetTrainer",
     "dilated_attention",
     "gather_sequence",
+    "prefill_sequence",
     "sequence_parallel",
     "shard_sequence",
 ]

@@ -169,18 +169,10 @@ def send_keys(plan: ExchangePlan, group: dist.ProcessGroup, key: Tensor, value: 
     """Start sending the keys and values ``[B, G, L, D]`` that other ranks need; None if nobody needs any."""
     if not plan.anyone_sends:
         return None
-    index = plan.sent_rows, plan.sent_heads, plan.sent_columns
-    sent = torch.stack([key[index], value[index]], dim=1)  # [entries, 2, D]
+    sent = pack_keys(plan, key, value)
     received = sent.new_empty(plan.received_entries, *sent.shape[1:])
-    return Exchange(group, received, sent, plan.receive_counts, plan.send_counts, "the exchange of keys and values")
-
-
-def ordered_halo(plan: ExchangePlan, exchange: Exchange | None) -> tuple[Tensor, Tensor] | None:
-    """Wait for the halo, and return its keys and values ``[entries, D]`` in the order of ``plan.blocks``."""
-    if exchange is None:
-        return None
-    received = exchange.wait()
-    return received[:, 0].index_select(0, plan.order), received[:, 1].index_select(0, plan.order)
+    counts = plan.receive_counts, plan.send_counts
+    return Exchange(group, received, sent, *counts, "the exchange of keys and values")
 
 
 def send_gradients(
@@ -189,19 +181,32 @@ def send_gradients(
     """Start sending the gradients of the halo ``[entries, D]`` back to where its keys came from."""
     if not plan.anyone_sends:
         return None
+    sent = pack_gradients(plan, grad_key, grad_value)
+    received = sent.new_empty(sum(plan.send_counts), *sent.shape[1:])
+    counts = plan.send_counts, plan.receive_counts
+    return Exchange(group, received, sent, *counts, "the exchange of gradients of keys and values")
+
+
+def pack_keys(plan: ExchangePlan, key: Tensor, value: Tensor) -> Tensor:
+    """Lay out what to send of ``[B, G, L, D]`` keys and values: ``[entries, 2, D]`` in order of the receiver."""
+    index = plan.sent_rows, plan.sent_heads, plan.sent_columns
+    return torch.stack([key[index], value[index]], dim=1)
+
+
+def unpack_keys(plan: ExchangePlan, received: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the halo's keys and values ``[entries, D]`` in the order of ``plan.blocks``."""
+    return received[:, 0].index_select(0, plan.order), received[:, 1].index_select(0, plan.order)
+
+
+def pack_gradients(plan: ExchangePlan, grad_key: Tensor, grad_value: Tensor) -> Tensor:
+    """Undo ``unpack_keys`` on gradients."""
     sent = grad_key.new_empty(len(plan.order), 2, grad_key.shape[-1])
     sent[plan.order, 0], sent[plan.order, 1] = grad_key, grad_value
-    received = sent.new_empty(sum(plan.send_counts), *sent.shape[1:])
-    return Exchange(
-        group, received, sent, plan.send_counts, plan.receive_counts, "the exchange of gradients of keys and values"
-    )
+    return sent
 
 
-def add_gradients(plan: ExchangePlan, exchange: Exchange | None, grad_key: Tensor, grad_value: Tensor) -> None:
-    """Wait for the gradients of the keys that were sent, and add them in place, always in one order."""
-    if exchange is None:
-        return
-    received = exchange.wait()
+def add_gradients(plan: ExchangePlan, received: Tensor, grad_key: Tensor, grad_value: Tensor) -> None:
+    """Add the gradients ``[entries, 2, D]`` of keys that were sent in place, always in one order."""
     for chunk in plan.chunks:
         index = plan.sent_rows[chunk], plan.sent_heads[chunk], plan.sent_columns[chunk]
         grad_key[index] += received[chunk, 0].to(grad_key.dtype)

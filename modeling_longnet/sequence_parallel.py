@@ -45,10 +45,10 @@ from .sequence_exchange import (
     ExchangePlan,
     HaloBlock,
     add_gradients,
-    ordered_halo,
     plan_exchange,
     send_gradients,
     send_keys,
+    unpack_keys,
 )
 from .sequence_shares import SequenceSlice, Share
 
@@ -117,10 +117,10 @@ class _SequenceParallelAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, attention: "SliceAttention", plan: ExchangePlan, group):
         exchange = send_keys(plan, group, key, value)
         out, lse = attention.forward(query, key, value)
-        halo = ordered_halo(plan, exchange)
-        if halo is not None:
+        halo = () if exchange is None else unpack_keys(plan, exchange.wait())
+        if halo:
             attention.fold_halo(query, *halo, out, lse)
-        ctx.save_for_backward(query, key, value, out, lse, *(halo or ()))
+        ctx.save_for_backward(query, key, value, out, lse, *halo)
         ctx.attention, ctx.plan, ctx.group = attention, plan, group
         ctx.set_materialize_grads(False)
         return out, lse
@@ -136,9 +136,9 @@ class _SequenceParallelAttention(torch.autograd.Function):
             grad_query, *grad_halo = ctx.attention.halo_backward(query, *halo, *final)
             exchange = send_gradients(ctx.plan, ctx.group, *grad_halo)
         gradients = ctx.attention.backward(query, key, value, *final)
-        if grad_query is not None:
+        if exchange is not None:
             gradients[0].add_(grad_query)
-        add_gradients(ctx.plan, exchange, *gradients[1:])
+            add_gradients(ctx.plan, exchange.wait(), *gradients[1:])
         return *gradients, None, None, None
 
 

@@ -1,6 +1,10 @@
 """Sequence parallelism over gloo processes equals one process: the operator, models, generation, traffic, faults."""
 
-from dataclasses import replace
+import os
+import re
+import time
+from dataclasses import asdict
+from itertools import product
 
 import oracle
 import pytest
@@ -9,10 +13,25 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from ranks import Ranks
 from strategies import Call, calls
-from tiny_models import tiny_config
+from tiny_models import left_padding, random_tokens, tiny_config, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
 
-from modeling_longnet import DilationPattern, sequence_parallel
-from modeling_longnet.sequence_parallel import sequence_parallel_attention
+from modeling_longnet import (
+    DilationPattern,
+    LongNetCache,
+    LongNetForSequenceClassification,
+    LongNetModel,
+    dilated_attention,
+    gather_sequence,
+    prefill_sequence,
+    sequence_parallel,
+    shard_sequence,
+)
+from modeling_longnet.attention_operator import Call as AttentionCall
+from modeling_longnet.sequence_exchange import add_gradients, pack_gradients, pack_keys, plan_exchange, unpack_keys
+from modeling_longnet.sequence_group import current_group
+from modeling_longnet.sequence_parallel import OPERATORS, SliceAttention, sequence_parallel_attention
+from modeling_longnet.sequence_shares import whole_rows
 from modeling_longnet.token_layout import locate_tokens, pack, unpack
 
 
@@ -60,9 +79,15 @@ def attend_to_slice(call: Call) -> list[torch.Tensor]:
     )
     out = unpack(out.transpose(1, 2), layout, *shape).transpose(1, 2)
     lse = unpack(lse.transpose(1, 2), layout, *shape).transpose(1, 2)
+    loss = weighted_sum(call, out, lse, *cotangents)
+    return [x.detach() for x in (out, lse, *torch.autograd.grad(loss, leaves))]
+
+
+def weighted_sum(call: Call, out: torch.Tensor, lse: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor):
+    """Sum up what to differentiate; every other call leaves lse out, as models do."""
     finite = lse.masked_fill(lse.isinf(), 0)
-    gradients = torch.autograd.grad((out * cotangents[0]).sum() + (finite * cotangents[1]).sum(), leaves)
-    return [x.detach() for x in (out, lse, *gradients)]
+    total = (out * do).sum()
+    return total + (finite * dlse).sum() if call.seed % 2 else total
 
 
 def assert_slices_equal_the_oracle(ranks: Ranks, call: Call) -> None:
@@ -70,9 +95,7 @@ def assert_slices_equal_the_oracle(ranks: Ranks, call: Call) -> None:
     got = [torch.cat(parts, dim=2)[:, :, : call.length] for parts in zip(*slices)]
     leaves = call.tensors()
     out, lse = oracle.dilated_attention(*leaves, **call.rules(), **call.options())
-    do, dlse = call.cotangents()
-    finite = lse.masked_fill(lse.isinf(), 0)
-    expected = [out, lse, *torch.autograd.grad((out * do).sum() + (finite * dlse).sum(), leaves)]
+    expected = [out, lse, *torch.autograd.grad(weighted_sum(call, out, lse, *call.cotangents()), leaves)]
     real = torch.ones(call.batch, call.length, dtype=torch.bool)
     if call.padding is not None:
         real = torch.tensor(call.padding, dtype=torch.bool).view(call.batch, call.length)
@@ -84,10 +107,385 @@ def assert_slices_equal_the_oracle(ranks: Ranks, call: Call) -> None:
 @settings(max_examples=60)
 @given(calls())
 def test_any_call_on_two_ranks_equals_the_oracle(two_ranks, call):
-    assert_slices_equal_the_oracle(two_ranks, replace(call, length=call.length))
+    assert_slices_equal_the_oracle(two_ranks, call)
 
 
 @settings(max_examples=60)
 @given(calls())
 def test_any_call_on_four_ranks_equals_the_oracle(four_ranks, call):
     assert_slices_equal_the_oracle(four_ranks, call)
+
+
+MODEL_BATCHES = ("plain", "padded left", "padded both sides", "holes", "packed", "cu_seq_lens", "packed and padded")
+
+
+def model_batch(kind: str, length: int = 101) -> dict:
+    """Make a batch that no world size divides, with labels; documents and padding cross the slices' edges."""
+    rows = 1 if kind == "cu_seq_lens" else 2
+    tokens = random_tokens(rows, length)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    if kind in ("padded left", "padded both sides", "holes", "packed and padded"):
+        mask = left_padding(*((3, 77) if kind == "padded both sides" else (0, 60)), length=length)
+        if kind == "padded both sides":
+            mask[:, 90:] = 0
+        if kind == "holes":
+            mask[0, 30:37] = mask[1, 80] = 0
+        batch["attention_mask"] = mask
+        batch["labels"][mask == 0] = -100
+    if kind in ("packed", "packed and padded"):
+        position_ids = torch.arange(length).repeat(rows, 1)
+        position_ids[0, 40:] -= 40
+        position_ids[0, 88:] = torch.arange(length - 88)
+        position_ids[1, 3:] -= 3
+        batch["position_ids"] = position_ids
+    if kind == "cu_seq_lens":
+        batch["cu_seq_lens_q"] = torch.tensor([0, 5, 70, 71, length], dtype=torch.int32)
+    return batch
+
+
+def run_model(model, batch: dict, **options) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return logits, loss and the parameters' gradients in one process."""
+    out = model(**batch, use_cache=False, **options)
+    out.loss.backward()
+    return out.logits.detach(), out.loss.detach(), [p.grad for p in model.parameters()]
+
+
+def run_sharded_models(cases: list[tuple[str, str, dict]]) -> list:
+    """Run models on this rank's slices; return the gathered logits, and loss and gradients added over the ranks."""
+    group, results = dist.group.WORLD, []
+    for preset, kind, fields in cases:
+        batch = model_batch(kind)
+        model = tiny_model(preset, **fields).float()
+        with sequence_parallel(group):
+            out = model(**shard_sequence(batch, group), use_cache=False)
+            out.loss.backward()
+        sums = [out.loss.detach().clone(), *(p.grad for p in model.parameters())]
+        for x in sums:
+            dist.all_reduce(x)
+        logits = gather_sequence(out.logits, group, batch["input_ids"].shape[1]).detach()
+        results.append((logits, sums[0], sums[1:]) if dist.get_rank() == 0 else None)
+    return results
+
+
+def assert_models_equal_one_process(ranks: Ranks, cases: list[tuple[str, str, dict]]) -> None:
+    for (preset, kind, fields), found in zip(cases, ranks.run(run_sharded_models, cases)[0]):
+        batch = model_batch(kind)
+        expected = run_model(tiny_model(preset, **fields).float(), batch)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+        pairs = [(found[0][real], expected[0][real]), (found[1], expected[1]), *zip(found[2], expected[2])]
+        for index, (a, b) in enumerate(pairs):
+            error = ((a - b).norm() / b.norm()).item()
+            assert error <= 1e-5, (preset, kind, fields, index, error)
+
+
+CASES = [(preset, kind, {}) for preset in ("paper", "torchscale", "retrofit") for kind in MODEL_BATCHES]
+CASES += [
+    ("paper", "plain", {"dilation_rates": (1, 3, 7)}),  # rates that do not divide their segments
+    ("retrofit", "padded left", {"dense_layers": (1,)}),
+    ("retrofit", "packed", {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_norm": True}),
+]  # fmt: skip
+
+
+def test_logits_loss_and_all_gradients_on_two_ranks_equal_one_process(two_ranks):
+    assert_models_equal_one_process(two_ranks, CASES)
+
+
+def test_logits_loss_and_all_gradients_on_four_ranks_equal_one_process(four_ranks):
+    assert_models_equal_one_process(four_ranks, CASES)
+
+
+def generate_together(preset: str, mask_kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    model, prompt = tiny_model(preset), long_prompt(mask_kind)
+    cache = prefill_sequence(model, prompt, dist.group.WORLD)
+    held = int((cache.layers[0].key_positions >= 0).sum(-1).max())
+    tokens = model.generate(**prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    return tokens, held
+
+
+def long_prompt(mask_kind: str) -> dict:
+    prompt = {"input_ids": random_tokens(2, 103)}
+    prompt["attention_mask"] = left_padding(0, 70 if mask_kind == "padded" else 0, length=103)
+    return prompt
+
+
+@pytest.mark.parametrize("mask_kind", ["whole", "padded"])
+@pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
+def test_a_prompt_read_together_is_continued_as_if_one_process_had_read_it(two_ranks, preset, mask_kind):
+    expected = tiny_model(preset).generate(**long_prompt(mask_kind), max_new_tokens=12, do_sample=False)
+    entries = tiny_config(preset).pattern.cache_entries(102)
+    for tokens, held in two_ranks.run(generate_together, preset, mask_kind):
+        assert torch.equal(tokens, expected)
+        assert 0 < held <= entries
+
+
+def score_together(preset: str) -> torch.Tensor:
+    """Return the log-likelihood of a text's tokens, added over the ranks."""
+    tokens = random_tokens(1, 101)
+    with torch.no_grad(), sequence_parallel(dist.group.WORLD):
+        loss = tiny_model(preset)(**shard_sequence({"input_ids": tokens, "labels": tokens}, dist.group.WORLD)).loss
+    dist.all_reduce(loss)
+    return loss
+
+
+def test_a_text_scored_together_has_the_score_of_one_process(four_ranks):
+    tokens = random_tokens(1, 101)
+    expected = tiny_model("retrofit")(input_ids=tokens, labels=tokens).loss
+    for loss in four_ranks.run(score_together, "retrofit"):
+        torch.testing.assert_close(loss, expected.detach())
+
+
+def hidden_states_together() -> torch.Tensor:
+    model, tokens = tiny_model("paper", LongNetModel), random_tokens(2, 100)
+    with sequence_parallel(init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))["cp"]):
+        hidden = model(**shard_sequence({"input_ids": tokens}, dist.group.WORLD)).last_hidden_state
+    whole = gather_sequence(hidden, dist.group.WORLD)
+    whole[:, 7].square().sum().backward()  # a token of rank 0, read by both: each gives its gradient
+    return whole.detach(), model.embed_tokens.weight.grad
+
+
+def test_gathered_states_are_the_whole_and_carry_gradients_to_their_slice(two_ranks):
+    model, tokens = tiny_model("paper", LongNetModel), random_tokens(2, 100)
+    expected = model(tokens).last_hidden_state
+    expected[:, 7].square().sum().backward()
+    (whole, grad0), (other, grad1) = two_ranks.run(hidden_states_together)
+    for found in (whole, other):
+        torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(grad0 + grad1, 2 * model.embed_tokens.weight.grad)
+
+
+class Member:
+    """A rank of a group that is only imagined: all ranks live in one process."""
+
+    def __init__(self, rank: int, world_size: int):
+        self._rank, self._world_size = rank, world_size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._world_size
+
+
+def attend_on_imagined_ranks(tensors, do, pattern: DilationPattern, world_size: int, backend: str, is_causal: bool):
+    """Compute output and gradients by what each rank computes, the exchanges done by hand; also count the entries."""
+    operator = OPERATORS[backend]
+    batch, _, length, head_dim = tensors[0].shape
+    size = length // world_size
+    call = AttentionCall(pattern, is_causal, head_dim**-0.5)
+    slices = [[x[:, :, r * size : (r + 1) * size] for x in (*tensors, do)] for r in range(world_size)]
+    plans, members, results, grads = [], [], [], []
+    for rank in range(world_size):
+        sequence = whole_rows(Member(rank, world_size), batch, size)
+        num_kv_heads, device = tensors[1].shape[1], tensors[0].device
+        places = (sequence.shares, sequence.documents, device)
+        plans.append(plan_exchange(pattern, num_kv_heads, is_causal, rank, world_size, *places))
+        members.append(SliceAttention(call, operator, num_kv_heads, sequence.shares, plans[-1].blocks))
+
+    def exchange(sent: list[torch.Tensor], counts: list[list[int]]) -> list[torch.Tensor]:
+        parcels = [list(x.split(n)) for x, n in zip(sent, counts)]
+        return [torch.cat([parcels[source][rank] for source in range(world_size)]) for rank in range(world_size)]
+
+    sent = [pack_keys(plan, k, v) for plan, (_, k, v, _) in zip(plans, slices)]
+    halos = exchange(sent, [plan.send_counts for plan in plans])
+    halos = [unpack_keys(plan, received) for plan, received in zip(plans, halos)]
+    sent = []
+    for plan, member, (q, k, v, grad), halo in zip(plans, members, slices, halos):
+        out, lse = member.forward(q, k, v)
+        member.fold_halo(q, *halo, out, lse)
+        dq, *halo_gradients = member.halo_backward(q, *halo, out, lse, grad, None)
+        sent.append(pack_gradients(plan, *halo_gradients))
+        gradients = member.backward(q, k, v, out, lse, grad, None)
+        gradients[0].add_(dq)
+        results.append(out)
+        grads.append(gradients)
+    for plan, received, gradients in zip(plans, exchange(sent, [p.receive_counts for p in plans]), grads):
+        add_gradients(plan, received, *gradients[1:])
+    return [torch.cat(parts, dim=2) for parts in zip(*[[out, *g] for out, g in zip(results, grads)])], plans
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend"),
+    [
+        pytest.param("cpu", torch.float32, "torch", id="cpu"),
+        *(
+            pytest.param("cuda", dtype, backend, marks=pytest.mark.gpu, id=f"cuda-{backend}-{str(dtype)[6:]}")
+            for dtype, backend in product((torch.float32, torch.bfloat16), ("torch", "triton"))
+        ),
+    ],
+)
+def test_imagined_ranks_in_one_process_equal_one_call(device, dtype, backend, preset, is_causal):
+    # The slices of 384 tokens are three of the first segments, and end inside the last two branches' segments.
+    pattern = DilationPattern.geometric(128, 1024, preset=preset)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, do = (
+        torch.randn(2, heads, 4 * 384, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+    )
+    found, plans = attend_on_imagined_ranks((query, key, value), do, pattern, 4, backend, is_causal)
+    assert all(plan.received_entries > 0 for plan in plans[1:])
+    leaves = [x.float().requires_grad_() for x in (query, key, value)]
+    out = dilated_attention(*leaves, pattern, is_causal=is_causal, backend="torch")
+    expected = [out, *torch.autograd.grad(out, leaves, do.float())]
+    for a, b in zip(found, expected):
+        error = ((a.float() - b).norm() / b.norm()).item()
+        assert error < (1e-5 if dtype == torch.float32 else 1.5e-2)
+
+
+def remote_keys(pattern: DilationPattern, num_kv_heads: int, slice_length: int, rank: int, length: int) -> int:
+    """Count, pair by pair, the (branch, KV head, key) that a rank's queries reach outside its slice."""
+
+    def rules(branches: slice) -> dict:
+        fields = asdict(pattern)
+        return fields | {name: fields[name][branches] for name in ("segment_lengths", "dilation_rates")}
+
+    mine = range(rank * slice_length, (rank + 1) * slice_length)
+    found = set()
+    for i, head in product(range(len(pattern.branches)), range(num_kv_heads)):
+        for query, key in product(mine, (key for key in range(length) if key not in mine)):
+            arguments = (query, key, head, num_kv_heads)
+            with_branch = oracle.times_reached(*arguments, **rules(slice(0, i + 1)), is_causal=True)
+            without = oracle.times_reached(*arguments, **rules(slice(0, i)), is_causal=True) if i else 0
+            if with_branch > without:
+                found.add((i, head, key))
+    return len(found)
+
+
+def bytes_sent_and_received(pattern: DilationPattern, slice_length: int) -> list[tuple[int, int]]:
+    """Count the bytes of every all-to-all of one forward and backward pass on this rank."""
+    traffic, original = [], dist.all_to_all_single
+
+    def counted(output, input, *args, **kwargs):
+        traffic.append((input.numel() * input.element_size(), output.numel() * output.element_size()))
+        return original(output, input, *args, **kwargs)
+
+    leaves = [torch.randn(1, heads, slice_length, 8, requires_grad=True) for heads in (4, 2, 2)]
+    sequence = whole_rows(dist.group.WORLD, 1, slice_length)
+    dist.all_to_all_single = counted
+    try:
+        sequence_parallel_attention(*leaves, pattern, sequence)[0].sum().backward()
+    finally:
+        dist.all_to_all_single = original
+    return traffic
+
+
+@pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
+def test_the_bytes_equal_the_formula_and_stay_when_the_sequence_doubles(four_ranks, preset):
+    pattern = DilationPattern.preset(preset, (8, 16, 32), (1, 2, 4))
+    num_kv_heads, per_key = 2, 2 * 8 * 4  # a key and its value, 8 numbers of 4 bytes each
+    bound = num_kv_heads * sum(w // r for w, r in pattern.branches) * per_key
+    traffic = {length: four_ranks.run(bytes_sent_and_received, pattern, length // 4) for length in (48, 128, 256)}
+    for length, ranks in traffic.items():
+        for rank, passes in enumerate(ranks):
+            if length > 48 and preset != "retrofit":
+                assert passes == []  # every segment ends where its slice does: nobody talks
+                continue
+            (sent, received), (sent_back, received_back) = passes
+            if length == 48:
+                assert received == remote_keys(pattern, num_kv_heads, 12, rank, 48) * per_key
+            assert received <= bound and (sent_back, received_back) == (received, sent)
+    if preset == "retrofit":
+        assert traffic[256][2] == traffic[128][2]  # w_max is 32: slices of 32 and of 64 tokens exchange the same
+
+
+def test_the_plan_of_a_rank_does_not_grow_with_the_sequence_or_the_group():
+    pattern = DilationPattern.geometric(2048, 2**20, preset="retrofit")
+
+    def received(rank: int, world_size: int, size: int) -> int:
+        sequence = whole_rows(Member(rank, world_size), 1, size)
+        places = (sequence.shares, sequence.documents, torch.device("cpu"))
+        return plan_exchange(pattern, 2, True, rank, world_size, *places).received_entries
+
+    bound = 2 * sum(w // r for w, r in pattern.branches)
+    assert bound - 2 * len(pattern.branches) <= received(3, 4, 2**20) == received(7, 8, 2**22) <= bound
+    # In slices shorter than the windows no query sees the far end of every band.
+    assert received(31, 32, 2**18) == received(63, 64, 2**18) < bound
+
+
+def attend_until_rank_one(fault: str) -> float:
+    sequence = whole_rows(dist.group.WORLD, 1, 16)
+    pattern = DilationPattern.preset("retrofit", (8, 16), (1, 2))
+    leaves = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]
+    out, _ = sequence_parallel_attention(*leaves, pattern, sequence)
+    if dist.get_rank() == 1:
+        if fault == "dies":
+            os._exit(3)
+        time.sleep(8)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_clear_error_in_time(fault):
+    ranks = Ranks(2, timeout=3)
+    ranks.start(attend_until_rank_one, fault)
+    start = time.monotonic()
+    _, error = ranks.result(0, timeout=30)
+    assert time.monotonic() - start < 20
+    ranks.close()
+    assert "RuntimeError: sequence parallelism broke down on rank 0 of 2 during the exchange of gradients" in error
+    assert "another rank has died or has not come to the same point in time" in error
+
+
+def disagree(about: str) -> str:
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    fields = {"dilation_rates": (1, 2, 8)} if about == "pattern" and odd else {}
+    model = tiny_model(**fields)
+    group = dist.group.WORLD
+    with pytest.raises(ValueError) as error, sequence_parallel(group):
+        if about == "whole length":
+            shard_sequence({"input_ids": random_tokens(1, 31 if odd else 32)}, group)
+        else:
+            model(random_tokens(1, 9 if about == "length" and odd else 8))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("length", r"agree on rows and tokens of a slice: rank 0 has \[1, 8\], rank 3 has \[1, 9\]"),
+        ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
+        ("pattern", r"the dilation pattern: rank 0 has .*rates=\(1, 2, 4\).*, rank 3 has .*rates=\(1, 2, 8\)"),
+    ],
+)
+def test_ranks_that_disagree_are_named_on_every_rank_at_the_first_step(four_ranks, about, message):
+    for error in four_ranks.run(disagree, about):
+        assert re.search(message, error), error
+
+
+def misuses() -> dict[str, str]:
+    group, tokens, found = dist.group.WORLD, random_tokens(1, 16), {}
+
+    def expect(name, function):
+        with pytest.raises(ValueError) as error, sequence_parallel(group):
+            function()
+        found[name] = str(error.value)
+
+    model = tiny_model()
+    expect("labels", lambda: model(tokens, labels=tokens))
+    expect("cu_seq_lens", lambda: model(tokens, cu_seq_lens_q=torch.tensor([0, 4, 16])))
+    cache = LongNetCache(model.config)
+    model(tokens, past_key_values=cache)
+    expect("decode", lambda: model(tokens[:, :1], past_key_values=cache))
+    packed = torch.arange(16)[None] % 8
+    expect("packed cache", lambda: model(tokens, position_ids=packed, past_key_values=LongNetCache(model.config)))
+    expect("classifier", lambda: tiny_model(model_class=LongNetForSequenceClassification)(tokens))
+    model.set_attn_implementation("eager")
+    expect("eager", lambda: model(tokens))
+    return found
+
+
+def test_misuse_is_refused_with_what_to_do(two_ranks):
+    for found in two_ranks.run(misuses):
+        assert "give shift_labels and num_items_in_batch, as shard_sequence does" in found["labels"]
+        assert "shard_sequence turns it into position_ids" in found["cu_seq_lens"]
+        assert "the cache holds 16 tokens already" in found["decode"] and "outside of it" in found["decode"]
+        assert "packed documents cannot share one KV cache" in found["packed cache"]
+        assert "LongNetForSequenceClassification reads whole sequences" in found["classifier"]
+        assert 'use attn_implementation="sdpa"' in found["eager"]
+
+
+def test_a_group_is_needed_and_the_context_ends():
+    assert current_group() is None
+    with pytest.raises(ValueError, match="group must be a process group"), sequence_parallel(None):
+        pass
+    assert current_group() is None
