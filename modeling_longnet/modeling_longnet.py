@@ -3,6 +3,8 @@
 With the backbone of Llama parameter names equal Llama's, so a Llama checkpoint loads as it is.
 """
 
+from typing import Unpack
+
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import (
@@ -12,7 +14,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_longnet import LongNetAttention
@@ -101,7 +103,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
@@ -184,7 +186,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         *,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels.
 
