@@ -19,11 +19,15 @@ class LongNetTrainer(Trainer):
     one process.
 
     Raises:
-        ValueError: if the model has no dilation pattern; with ``cp_size > 1``, if a loss function of the user's own or
+        ValueError: if the model has no dilation pattern, or ``args`` ask for Liger's patches; with ``cp_size > 1``, if a loss function of the user's own or
             whole logits are asked for, which no rank has.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
+        if getattr(args, "use_liger_kernel", False):
+            raise ValueError(
+                'use_liger_kernel patches no LongNet layer; leave it out and set the config\'s loss_implementation="liger"'
+            )
         super().__init__(model=model, args=args, **kwargs)
         if not hasattr(self.model.config, "pattern"):
             raise ValueError(
