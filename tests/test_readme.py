@@ -1,5 +1,6 @@
 """The README's code runs as it stands: Python blocks in order in one process, converter commands in a shell."""
 
+import argparse
 import csv
 import json
 import os
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import make_checkpoint
+from torchscale_decoder import random_weights
 
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +22,11 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with a checkpoint named llama and a `longnet-convert` on the path."""
+    """A folder with a checkpoint named llama, one of the official code and a `longnet-convert` on the path."""
     folder = tmp_path_factory.mktemp("readme")
     make_checkpoint(folder / "llama", max_position_embeddings=128)
+    weights, arguments = random_weights()
+    torch.save({"model": weights, "args": argparse.Namespace(**arguments)}, folder / "checkpoint_best.pt")
     command = folder / "bin" / "longnet-convert"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m conversion "$@"\n')
