@@ -19,8 +19,8 @@ class LongNetTrainer(Trainer):
     one process.
 
     Raises:
-        ValueError: if the model has no dilation pattern, or ``args`` ask for Liger's patches; with ``cp_size > 1``, if a loss function of the user's own or
-            whole logits are asked for, which no rank has.
+        ValueError: if the model has no dilation pattern, or ``args`` ask for Liger's patches; with ``cp_size > 1``, if
+            a loss function of the user's own or whole logits are asked for, which no rank has.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
