@@ -65,6 +65,7 @@ ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = _backend_forward("auto")
 AttentionInterface.register("longnet_torch", _backend_forward("torch"))
 AttentionInterface.register("longnet_triton", _backend_forward("triton"))
+ATTENTION_NAMES = ("sdpa", "eager", "longnet_torch", "longnet_triton")
 
 
 class LongNetAttention(LlamaAttention):
