@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_longnet import LongNetAttention
+from .attention_longnet import ATTENTION_NAMES, LongNetAttention
 from .backbone_llama import LongNetDecoderLayer
 from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
@@ -57,6 +57,14 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         """Save as ``transformers`` does; the checkpoint carries the code, and loads as any of the LongNet classes."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
+        name = super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        if name not in ATTENTION_NAMES:
+            raise ValueError(
+                f"attn_implementation={name!r} is no dilated attention; use one of {', '.join(ATTENTION_NAMES)}"
+            )
+        return name
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):
