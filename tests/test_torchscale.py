@@ -209,6 +209,7 @@ REFUSED = {
     "code for segments": ({"segment_length": "__import__('os').getpid()"}, "should be a list of integers"),
     "rates short": ({"dilated_ratio": [1, 2]}, "segment_lengths has 3 entries"),
     "width of words": ({"decoder_ffn_embed_dim": "wide"}, "decoder_ffn_embed_dim should be like 3072, got 'wide'"),
+    "number of flags": ({"decoder_layers": True}, "decoder_layers should be like 12, got True"),
     "flag of numbers": ({"subln": 1}, "subln should be like True, got 1"),
     "more layers": ({"decoder_layers": 3}, "lack 20 tensors (layers.2."),
     "fewer layers": ({"decoder_layers": 1}, "hold 20 tensors (layers.1."),
