@@ -48,9 +48,10 @@ if args.model is None:
 else:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
-trained = ["embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm"]
+beside_lora = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]  # as LongLoRA does
 lora = LoraConfig(
-    task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=trained if args.tune_embeddings else None
+    task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=beside_lora if args.tune_embeddings else None,
+    ensure_weight_tying=args.tune_embeddings and model.config.tie_word_embeddings,
 )  # fmt: skip
 model = get_peft_model(model, lora)
 if args.length > 8192:  # then memory goes to activations

@@ -47,6 +47,8 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         config.validate()  # fields edited after construction are checked here
         # Not super(): the Llama class that comes next would build its own layers first.
         LlamaPreTrainedModel.__init__(self, config, *args, **kwargs)
+        # The layers that are there: Accelerate's FSDP refuses a name that it does not find.
+        self._no_split_modules = [DECODER_LAYERS[config.backbone].__name__]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,11 +1,17 @@
-"""FSDP2 on two processes (gloo): tiles, checkpoints and the chunked loss give the gradients of one process."""
+"""FSDP2 on two processes (gloo): tiles, checkpoints and the chunked loss give the gradients of one process.
+
+The configurations that ship in ``examples/`` are read by Accelerate as ``accelerate launch`` reads them.
+"""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -56,3 +62,30 @@ def test_sharded_gradients_are_those_of_one_process(tied):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(shard_and_compare, args=(port, tied), nprocs=2)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "magneto"])
+def test_accelerate_finds_the_layers_to_shard(backbone):
+    model = tiny_model(backbone=backbone)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    wrapped = [name for name, module in model.named_modules() if plugin.auto_wrap_policy(module, False, 0)]
+    assert wrapped == ["model.layers.0", "model.layers.1"]
+
+
+CONFIGURATIONS = sorted((Path(__file__).parents[1] / "examples").glob("accelerate_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    if "fsdp" in path.stem:
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_activation_checkpointing"] is False
+    else:
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def test_three_configurations_ship():
+    assert [path.stem for path in CONFIGURATIONS] == ["accelerate_fsdp2", "accelerate_zero2", "accelerate_zero3"]

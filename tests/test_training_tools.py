@@ -1,0 +1,147 @@
+"""The tools around a model: TRL, LoRA with embeddings, and perplexity by position."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCABULARY, random_tokens, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modeling_longnet.head_loss import next_tokens, token_losses
+from training import offload_checkpoints
+from training.checkpoint_offload import HostCheckpoints
+from training.perplexity import PerplexityByPosition
+
+
+def test_perplexity_by_position_is_the_mean_of_the_losses_there():
+    metric = PerplexityByPosition([2, 5])
+    metric.add_batch(predictions=[[1.0, 2.0, 3.0], [4.0, 5.0]], references=[[0, 1, 2], [4, -100]])
+    metric.add_batch(predictions=[[7.0]], references=[[9]])
+    found = metric.compute()
+    assert found == pytest.approx(
+        {
+            "perplexity": math.exp((1 + 2 + 3 + 4 + 7) / 5), "perplexity_0_2": math.exp(1.5),
+            "perplexity_2_5": math.exp(3.5), "perplexity_5_": math.exp(7),
+        }
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"edges must be positive and ascend, got \[5, 2\]"):
+        PerplexityByPosition([5, 2])
+
+
+def test_perplexity_of_a_model_is_that_of_its_logits():
+    model, tokens = tiny_model().float(), random_tokens(2, 40)
+    hidden = model.model(tokens).last_hidden_state
+    targets = next_tokens(tokens)
+    losses = token_losses(hidden, model.lm_head, targets)
+    positions = torch.arange(40).expand(2, -1).masked_fill(targets == -100, -100)
+    metric = PerplexityByPosition([20])
+    metric.add_batch(predictions=losses.tolist(), references=positions.tolist())
+    found = metric.compute()
+    exact = F.cross_entropy(model(tokens).logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    assert found["perplexity"] == pytest.approx(exact.mean().exp().item(), rel=1e-5)
+    assert found["perplexity_20_"] == pytest.approx(exact[:, 20:].mean().exp().item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_norms_train_beside_lora(tied, tmp_path):
+    model = tiny_model("retrofit", tie_word_embeddings=tied).float()
+    modules = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
+    config = LoraConfig(task_type="CAUSAL_LM", modules_to_save=modules, ensure_weight_tying=tied)
+    adapted = get_peft_model(model, config).train()
+    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    for part in ("lora_A", "embed_tokens", "model.norm.", "input_layernorm", "post_attention_layernorm"):
+        assert any(part in name for name in trainable), part
+    assert not any("mlp" in name or "q_proj.base_layer" in name for name in trainable)
+    tokens = random_tokens(1, 40)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if name in trainable)
+    optimizer.step()
+    adapted.eval()
+    expected = adapted(input_ids=tokens).logits
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_trl_fine_tunes_with_packing(tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w0")
+    text = " ".join(f"w{i}" for i in random_tokens(1, 60)[0].tolist())
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=1, learning_rate=2e-2, report_to="none", use_cpu=True,
+        save_strategy="no", logging_steps=1, max_length=128, bf16=False, packing=True, dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        tiny_model("retrofit", initializer_range=0.1).float(), arguments, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"text": [text] * 16}), peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def checkpointed(model):
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def test_offloading_needs_checkpoints():
+    with pytest.raises(ValueError, match="call activation_checkpointing_enable"):
+        offload_checkpoints(tiny_model())
+
+
+def test_offloading_takes_the_first_layers_checkpoints_and_nothing_else(monkeypatch):
+    stored, fetched = [], []
+    monkeypatch.setattr(HostCheckpoints, "store", lambda self, x: stored.append(x) or len(stored) - 1)
+    monkeypatch.setattr(HostCheckpoints, "fetch", lambda self, i: fetched.append(i) or stored[i])
+    model, tokens = checkpointed(tiny_model("retrofit", num_hidden_layers=5)), random_tokens(1, 30)
+    model(tokens, labels=tokens).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    offload_checkpoints(model, 3)
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=0, atol=0)
+    hidden = [i for i, x in enumerate(stored) if x.shape == (1, 30, 32)]
+    assert len(hidden) == 3, "one hidden state per layer"
+    assert [i for i in fetched if i in hidden] == hidden[::-1]
+    assert sum(x.numel() for x in stored) == 3 * 30 * 32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [None, 2])
+def test_on_a_gpu_offloaded_checkpoints_leave_it_and_come_back(layers):
+    model = checkpointed(tiny_model("retrofit", num_hidden_layers=6).float().cuda())
+    tokens = random_tokens(1, 20_000).cuda()
+
+    def step() -> tuple[list, int]:
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = model(tokens, labels=tokens).loss
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()], kept
+
+    expected, kept = step()
+    offload_checkpoints(model, layers)
+    for _ in range(2):
+        found, kept_now = step()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert kept - kept_now == pytest.approx((layers or 6) * 20_000 * 32 * 4, rel=0.1)
