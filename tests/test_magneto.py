@@ -194,6 +194,21 @@ def test_half_precision_far_out_is_finite_and_near_float32():
     assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [700, 6000])  # 6000: more than float16 can compute at once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_fused_kernels_compute_the_same(dtype, length):
+    fields = {"hidden_size": 256, "segment_lengths": (128, 2048, 8192), "dilation_rates": (1, 4, 16)}
+    model, tokens = magneto(**fields).float(), random_tokens(1, length)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        fused = copy.deepcopy(model).to("cuda", dtype)
+        fused.set_attn_implementation("longnet_triton")
+        logits = fused(tokens.cuda()).logits.float().cpu()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
 def test_eager_shows_weights_that_decay():
     model, tokens = magneto("fast decay", attn_implementation="eager"), random_tokens(1, 32)
     with torch.no_grad():
