@@ -28,6 +28,7 @@ FACTS = {
     "pattern_reach": r"the cost formulas count what is drawn",
     "quickstart": r"one branch over the whole text equals ordinary attention \(largest difference \S+e-1\d\)",
     "train_from_scratch": r"in 40 steps the loss falls from \S+ to \S+ per byte",
+    "train_long_sequence": r"in 30 steps the loss falls from \S+ to \S+ per byte, on sequences of 1024 bytes over 1 rank",
 }
 
 
