@@ -28,6 +28,7 @@ from .modeling_longnet import (
 from .sequence_group import sequence_parallel
 from .sequence_prefill import prefill_sequence
 from .sequence_shards import gather_sequence, shard_sequence
+from .token_stream import TokenStream, stream
 from .trainer_longnet import LongNetTrainer
 
 
@@ -86,9 +87,11 @@ __all__ = [
     "LongNetForTokenClassification",
     "LongNetModel",
     "LongNetTrainer",
+    "TokenStream",
     "dilated_attention",
     "gather_sequence",
     "prefill_sequence",
     "sequence_parallel",
     "shard_sequence",
+    "stream",
 ]

@@ -295,6 +295,42 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.pending = self.attended_positions = self.attended_branches = None
         self.is_empty = True
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is held, as tensors that ``load_state_dict`` takes.
+
+        Raises:
+            ValueError: if tokens wait for a ``crop``.
+        """
+        if self.pending is not None:
+            raise ValueError(f"{self.pending[2].shape[1]} tokens wait for crop(), which says which of them stay")
+        if not self.is_initialized:
+            return {}
+        names = ("keys", "values", "key_positions", "key_branches", "seen")
+        numbers = {"columns": torch.as_tensor(self.columns), "slots": torch.tensor(self.slots.length)}
+        return {name: getattr(self, name) for name in names} | numbers
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hold what another cache held, in the same slots.
+
+        Raises:
+            ValueError: if the state is one of other slots than ``max_length`` gives.
+        """
+        if state and self.is_compileable and int(state["slots"]) != self.max_length:
+            raise ValueError(f"the state has slots for {int(state['slots'])} tokens, max_length is {self.max_length}")
+        self.reset()
+        if not state:
+            return
+        keys, values = state["keys"], state["values"]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if not self.is_compileable:
+            self._allocate(plan_slots(self.pattern, int(state["slots"])), keys, values)
+        for name in ("keys", "values", "key_positions", "key_branches", "seen"):
+            getattr(self, name).copy_(state[name])
+        self.columns += int(state["columns"])
+        self.history = None
+        self.is_empty = False
+
     def get_seq_length(self) -> int | Tensor:
         """Return the number of tokens so far, padding included, held or not."""
         return self.columns
@@ -375,6 +411,19 @@ class LongNetCache(Cache):
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
         for layer in sorted(self.layers, key=lambda layer: layer.croppable):  # the one that may refuse comes first
             layer.crop(tokens_to_remove)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what all layers hold, as tensors that ``load_state_dict`` takes: views, not copies."""
+        return {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Hold what the cache of the same model held when it gave this state."""
+        by_layer = [{} for _ in self.layers]
+        for name, x in state.items():
+            layer, _, name = name.partition(".")
+            by_layer[int(layer)][name] = x
+        for layer, of_layer in zip(self.layers, by_layer):
+            layer.load_state_dict(of_layer)
 
     def next_positions(self, attention_mask: Tensor | None, batch: int, num_tokens: int, device) -> Tensor:
         """Number the next tokens of each row, after those the cache has seen.

@@ -31,13 +31,12 @@ def _add_block(acc, total, peak, s, v, PRECISION: tl.constexpr):
 
 @triton.jit
 def _times_reached(
-    u, bits, reached_by_ptr, newest_ptr, token, valid,
-    NUM_BRANCHES: tl.constexpr, COUNT_OVERLAPS: tl.constexpr,
+    u, bits, oldest_ptr, newest_ptr, token, valid, num_branches, COUNT_OVERLAPS: tl.constexpr
 ):  # fmt: skip
     """Count through how many branches each token reaches each key: ``[tokens, keys]``."""
     times = (token[:, None] + u[None, :]).to(tl.int32) * 0
-    for branch in range(NUM_BRANCHES):
-        oldest = tl.load(reached_by_ptr + token * NUM_BRANCHES + branch, mask=valid, other=2**62)
+    for branch in range(num_branches):
+        oldest = tl.load(oldest_ptr + token * num_branches + branch, mask=valid, other=2**62)
         kept = ((bits >> branch) & 1).to(tl.int32)
         times += tl.where(u[None, :] >= oldest[:, None], kept[None, :], 0)
     newest = tl.load(newest_ptr + token, mask=valid, other=-1)
@@ -45,28 +44,27 @@ def _times_reached(
     return times if COUNT_OVERLAPS else tl.minimum(times, 1)
 
 
-@triton.jit(do_not_specialize=("num_keys", "keys_per_program"))
+@triton.jit(do_not_specialize=("num_keys", "keys_per_program", "num_tokens", "num_branches"))
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, branches_ptr, oldest_ptr, newest_ptr, part_ptr, part_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn,
-    stride_pb, stride_pg, scale, num_keys, keys_per_program,
-    NUM_BRANCHES: tl.constexpr, COUNT_OVERLAPS: tl.constexpr, GROUP: tl.constexpr, NUM_TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    stride_pb, stride_pg, scale, num_keys, keys_per_program, num_tokens, num_branches,
+    COUNT_OVERLAPS: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend a few tokens, for all query heads of a KV head, to one stretch of the cache.
 
     Rows are (query head, token) pairs. ``oldest [B, G, T, K]`` holds the oldest position that a token reaches in each
-    branch, ``newest [B, T]`` its own. Results go to ``part [B, H, T, stretches, D]`` and, in base 2, ``part_lse``.
+    branch, ``newest [B, T]`` its own. SINGLE: there is one token. Results go to ``part [B, H, T, stretches, D]`` and, in base 2, ``part_lse``.
     """
     stretch = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     row = tl.arange(0, BLOCK_M)
-    valid = row < GROUP * NUM_TOKENS
-    head = kv_head * GROUP + row // NUM_TOKENS
-    token = row % NUM_TOKENS
+    valid = row < GROUP * num_tokens
+    head = kv_head * GROUP + row // num_tokens
+    token = row % num_tokens
     columns = tl.arange(0, BLOCK_D)
     in_head = (columns < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + batch * stride_qb + (head * stride_qh + token * stride_qt)[:, None] + columns[None, :]
@@ -75,8 +73,8 @@ def decode_kernel(
     v_ptr += batch * stride_vb + kv_head * stride_vg
     positions_ptr += batch * stride_pb + kv_head * stride_pg
     branches_ptr += batch * stride_pb + kv_head * stride_pg
-    oldest_ptr += (batch * num_kv_heads + kv_head) * NUM_TOKENS * NUM_BRANCHES
-    newest_ptr += batch * NUM_TOKENS
+    oldest_ptr += (batch * num_kv_heads + kv_head) * num_tokens * num_branches
+    newest_ptr += batch * num_tokens
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -88,14 +86,14 @@ def decode_kernel(
         held = index < stop
         u = tl.load(positions_ptr + index, mask=held, other=-1)
         bits = tl.load(branches_ptr + index, mask=held, other=0)
-        if NUM_TOKENS == 1:  # the same for all rows
+        if SINGLE:  # the same for all rows
             only = tl.zeros([1], tl.int32)
             times = _times_reached(
-                u, bits, oldest_ptr, newest_ptr, only, only == 0, NUM_BRANCHES, COUNT_OVERLAPS
+                u, bits, oldest_ptr, newest_ptr, only, only == 0, num_branches, COUNT_OVERLAPS
             )  # [1, BLOCK_N]
         else:
             times = _times_reached(
-                u, bits, oldest_ptr, newest_ptr, token, valid, NUM_BRANCHES, COUNT_OVERLAPS
+                u, bits, oldest_ptr, newest_ptr, token, valid, num_branches, COUNT_OVERLAPS
             )  # [BLOCK_M, BLOCK_N]
         if tl.max(tl.max(times, 1), 0) > 0:
             rows = index.to(tl.int64)
@@ -110,7 +108,7 @@ def decode_kernel(
     met = total > 0.0
     total = tl.where(met, total, 1.0)
     num_heads = num_kv_heads * GROUP
-    at_row = ((batch * num_heads + head) * NUM_TOKENS + token) * tl.num_programs(0) + stretch
+    at_row = ((batch * num_heads + head) * num_tokens + token) * tl.num_programs(0) + stretch
     part_ptrs = part_ptr + (at_row * HEAD_DIM)[:, None] + columns[None, :]
     tl.store(part_ptrs, acc / total[:, None], mask=valid[:, None] & in_head)
     tl.store(part_lse_ptr + at_row, tl.where(met, peak + tl.log2(total), float("-inf")), mask=valid)

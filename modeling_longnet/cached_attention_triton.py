@@ -106,9 +106,8 @@ def _decoding(
         decode_kernel[(stretches, num_kv_heads, batch)](
             query, key, value, key_positions, key_branches, oldest.contiguous(), newest.contiguous(), part, part_lse,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *key_positions.stride()[:2],
-            scale, num_keys, keys_per_program,
-            NUM_BRANCHES=oldest.shape[-1], COUNT_OVERLAPS=count_overlaps, GROUP=group, NUM_TOKENS=num_tokens,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=max(16, triton.next_power_of_2(group * num_tokens)),
+            scale, num_keys, keys_per_program, num_tokens, oldest.shape[-1],
+            COUNT_OVERLAPS=count_overlaps, GROUP=group, SINGLE=num_tokens == 1, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=max(16, triton.next_power_of_2(group * num_tokens)),
             BLOCK_N=block_n, PRECISION=_precision(query), num_warps=4, num_stages=2,
         )  # fmt: skip
         merge_kernel[(batch * num_heads * num_tokens,)](

@@ -1,0 +1,331 @@
+"""How fast does a LongNet read a prompt and generate from it, and how many bytes does its cache take?
+
+The same shape and the same random weights twice: transformers' Llama with SDPA and a DynamicCache, and a LongNet with
+the ``retrofit`` preset. First checks that generation through the cache is the full forward, and stops if it is not.
+Then measures, by prompt length: tokens read per second, milliseconds per generated token at that context (the cache
+filled with random keys), KV bytes, and tokens per second at a batch as large as fits. Decoding LongNet's static cache
+is timed three ways: launched step by step as Llama is, replayed as a CUDA graph, and with ``--compile`` as a graph of
+compiled kernels. Dense prompts beyond ``--dense-prefill-limit`` are extrapolated by a quadratic and say so.
+
+    PYTHONPATH=. python benchmarks/benchmark_generation.py --compile
+    PYTHONPATH=. python benchmarks/benchmark_generation.py --small          # a CPU, less than a minute
+    PYTHONPATH=. python benchmarks/benchmark_generation.py --plot benchmarks/results/generation_<...>.csv
+"""
+
+import argparse
+import csv
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from modeling_longnet import DilationPattern, LongNetCache, LongNetConfig, LongNetForCausalLM
+from modeling_longnet.dilation_pattern import PRESETS
+
+
+COLUMNS = ("model", "measure", "how", "context", "batch", "value", "extrapolated")
+FILL = 2**18  # random keys per step of filling a cache
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2**i for i in (12, 15, 17, 18, 20)])
+    parser.add_argument("--far-contexts", type=int, nargs="+", default=[2**22, 2**24], help="decoded by LongNet alone")
+    parser.add_argument("--first-segment", type=int, default=2048)
+    parser.add_argument("--last-segment", type=int, default=2**20)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=8192)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--prefill-chunk", type=int, default=2**15)
+    parser.add_argument("--dense-prefill-limit", type=int, default=2**17)
+    parser.add_argument("--batch-context", type=int, default=2**17, help="context of the largest batches; 0: none")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--small", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw a CSV's plot")
+    args = parser.parse_args()
+    if args.small:
+        args.contexts, args.far_contexts = [256, 1024], [4096]
+        args.first_segment, args.last_segment, args.layers = 64, 1024, 2
+        args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary = 64, 128, 4, 2, 256
+        args.prefill_chunk, args.dense_prefill_limit, args.batch_context, args.steps = 512, 512, 0, 3
+    return args
+
+
+class Bench:
+    """The two models, and the file that takes the numbers."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        shape = {
+            "vocab_size": args.vocabulary, "hidden_size": args.hidden, "intermediate_size": args.intermediate,
+            "num_hidden_layers": args.layers, "num_attention_heads": args.heads, "tie_word_embeddings": True,
+            "num_key_value_heads": args.kv_heads, "head_dim": args.hidden // args.heads,
+            "max_position_embeddings": args.last_segment, "bos_token_id": None, "eos_token_id": None,
+        }  # fmt: skip
+        pattern = DilationPattern.geometric(args.first_segment, args.last_segment, preset="retrofit")
+        ours = LongNetConfig(
+            **shape, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates,
+            **PRESETS["retrofit"],
+        )  # fmt: skip
+        self.pattern = pattern
+        self.head_dim = shape["head_dim"]
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)
+        with torch.device(self.device):
+            self.llama = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+        with torch.device("meta"):
+            self.longnet = LongNetForCausalLM(ours).eval()
+        self.longnet.load_state_dict(self.llama.state_dict(), assign=True)  # the same weights, not a copy
+        self.longnet.tie_weights()
+        with torch.device(self.device):
+            self.longnet.model.rotary_emb = type(self.longnet.model.rotary_emb)(ours)
+        torch.set_default_dtype(torch.float32)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.llama.parameters())
+        self.rows: list[dict] = []
+
+    def record(self, model: str, measure: str, how: str, context: int, batch: int, value: float, guess: bool = False):
+        row = dict(zip(COLUMNS, (model, measure, how, context, batch, f"{value:.6g}", int(guess))))
+        self.rows.append(row)
+        print(*row.values(), sep="\t", flush=True)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        return torch.randint(3, self.args.vocabulary, (batch, length), device=self.device)
+
+    def random_keys(self, batch: int, length: int) -> Tensor:
+        shape = (batch, self.args.kv_heads, length, self.head_dim)
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def fill_longnet(self, cache: LongNetCache, batch: int, context: int) -> None:
+        """Let the cache hold what it would after ``context`` tokens, with random keys and values."""
+        cache.reset()
+        step = max(1, FILL // batch)
+        for first in range(0, context, step):
+            positions = torch.arange(first, min(first + step, context), device=self.device).expand(batch, -1)
+            keys = self.random_keys(batch, positions.shape[1])
+            for i in range(self.args.layers):
+                cache.update(keys, keys, i, positions=positions)
+
+    def fill_dense(self, batch: int, context: int) -> DynamicCache:
+        cache = DynamicCache(config=self.llama.config)
+        for i in range(self.args.layers):
+            cache.update(self.random_keys(batch, context), self.random_keys(batch, context), i)
+        return cache
+
+
+def check(bench: Bench) -> None:
+    """Stop unless prefill by chunks and decoding give the logits of the full forward."""
+    length = 2 * bench.args.first_segment + 100
+    tokens = bench.tokens(1, length)
+    model = bench.longnet
+    for max_length in (None, bench.args.last_segment):
+        cache = LongNetCache(model.config, max_length=max_length)
+        parts = [bench.args.first_segment, length - bench.args.first_segment - 3, 1, 1, 1]
+        logits = [
+            model(part, past_key_values=cache, logits_to_keep=1).logits.float() for part in tokens.split(parts, dim=1)
+        ]
+        full = model(tokens, use_cache=False, logits_to_keep=4).logits.float()[0]
+        ours = torch.cat(logits[1:], dim=1)[0]
+        error = ((ours - full).norm() / full.norm()).item()
+        print(f"checked: logits through the cache are off by {error:.1e} (max_length={max_length})", flush=True)
+        if not error < (3e-2 if bench.dtype == torch.bfloat16 else 1e-4):
+            raise SystemExit("generation through the cache is wrong; not timing it")
+
+
+def prefill(bench: Bench) -> None:
+    args = bench.args
+    dense: list[tuple[int, float]] = []
+    for context in args.contexts:
+        tokens = bench.tokens(1, context)
+
+        def ours(tokens=tokens, context=context):
+            cache = LongNetCache(bench.longnet.config, max_length=max(args.last_segment, context))
+            for part in tokens.split(args.prefill_chunk, dim=1):
+                bench.longnet(part, past_key_values=cache, logits_to_keep=1)
+
+        def theirs(tokens=tokens):
+            bench.llama(tokens, past_key_values=DynamicCache(config=bench.llama.config), logits_to_keep=1)
+
+        repeats = 3 if context <= 2**16 else 1
+        seconds = median_seconds(bench, ours, repeats, warm=context <= 2**17)
+        bench.record("longnet", "prefill tokens/s", f"chunks of {args.prefill_chunk}", context, 1, context / seconds)
+        if context <= args.dense_prefill_limit:
+            seconds = median_seconds(bench, theirs, repeats, warm=context <= 2**15)
+            dense.append((context, seconds))
+            bench.record("llama", "prefill tokens/s", "one pass", context, 1, context / seconds)
+        elif len(dense) >= 2:  # seconds = a N + b N^2 through the two longest
+            (n, s), (m, t) = dense[-2:]
+            b = (t / m - s / n) / (m - n)
+            seconds = context * (s / n - b * n) + b * context**2
+            bench.record("llama", "prefill tokens/s", "one pass", context, 1, context / seconds, guess=True)
+        bench.free()
+
+
+def median_seconds(bench: Bench, call: Callable[[], object], repeats: int, warm: bool = True) -> float:
+    if warm:
+        call()
+    times = []
+    for _ in range(repeats):
+        bench.wait()
+        began = time.perf_counter()
+        call()
+        bench.wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dict[str, bool]) -> None:
+    """Time one generated token at each context; ``dense``: by Llama, else by LongNet in these ways."""
+    args, measure = bench.args, "decode ms/token" if batch == 1 else "decode tokens/s"
+    value = (lambda s: 1e3 * s) if batch == 1 else (lambda s: batch / s)
+    token = bench.tokens(batch, 1)
+    if dense:
+        for context in contexts:
+            cache = bench.fill_dense(batch, context)
+            kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+            seconds = median_seconds(
+                bench, lambda cache=cache: bench.llama(token, past_key_values=cache), min(args.steps, 10)
+            )
+            bench.record("llama", measure, "eager", context, batch, value(seconds))
+            bench.record("llama", "KV bytes", "", context, batch, kv_bytes)
+            del cache
+            bench.free()
+        return
+
+    cache = LongNetCache(bench.longnet.config, max_length=args.last_segment)
+    bench.fill_longnet(cache, batch, args.first_segment)  # allocated once, at addresses that stay
+    steps = {"eager": lambda: bench.longnet(token, past_key_values=cache)}
+    if bench.device == "cuda":
+        graph = captured(steps["eager"])
+        steps["CUDA graph"] = graph.replay
+        if ways["compile"]:
+            torch._inductor.config.triton.cudagraphs = False  # the capture below is the graph
+            compiled = torch.compile(bench.longnet, fullgraph=True)
+            call = lambda: compiled(token, past_key_values=cache)  # noqa: E731
+            began = time.perf_counter()
+            call()
+            print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+            steps["compiled, CUDA graph"] = captured(call).replay
+    for context in contexts:
+        bench.fill_longnet(cache, batch, context)
+        for how, step in steps.items():
+            seconds = median_seconds(bench, step, args.steps)
+            bench.record("longnet", measure, how, context, batch, value(seconds))
+        kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+        bench.record("longnet", "KV bytes", "", context, batch, kv_bytes)
+    del cache, steps
+    bench.free()
+
+
+def captured(step: Callable[[], object]) -> "torch.cuda.CUDAGraph":
+    """Capture a step as a CUDA graph, after a warm-up on a stream of its own."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def largest_batch(bench: Bench, bytes_per_row: int) -> int:
+    """Count the rows whose caches fit beside the weights, with a margin for what a step needs; a multiple of 4."""
+    free = torch.cuda.mem_get_info()[0]
+    return max(4, int(free * 0.85) // bytes_per_row // 4 * 4)
+
+
+@torch.no_grad()
+def main() -> None:
+    args = arguments()
+    if args.plot:
+        plot(args.plot)
+        return
+    bench = Bench(args)
+    card = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
+    check(bench)
+    prefill(bench)
+    decode(bench, args.contexts, 1, True, {})
+    decode(bench, args.contexts + args.far_contexts, 1, False, {"compile": args.compile})
+    if bench.device == "cuda" and args.batch_context:
+        token_bytes = 2 * 2 * args.layers * args.kv_heads * bench.head_dim
+        dense_batch = largest_batch(bench, token_bytes * (args.batch_context + 2 * args.batch_context // args.layers))
+        decode(bench, [args.batch_context], dense_batch, True, {})
+        per_row = (token_bytes + 16 * args.layers * args.kv_heads) * bench.pattern.cache_entries(args.last_segment)
+        decode(bench, [args.batch_context], largest_batch(bench, per_row * 5 // 4), False, {"compile": False})
+
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"generation_{card.replace(' ', '-')}_{datetime.now(UTC):%Y-%m-%d}.csv"
+    with path.open("w", newline="") as file:
+        file.write(f"# {card}, torch {torch.__version__}, transformers {transformers.__version__}, {bench.dtype}\n")
+        file.write(f"# python {' '.join(sys.argv)}\n")
+        file.write(f"# weights {bench.weight_bytes} bytes, {bench.pattern}\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(bench.rows)
+    print(f"wrote {path}")
+    plot(path)
+
+
+def plot(path: Path) -> None:
+    """Draw prefill rate, decoding time and KV bytes over the context."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"matplotlib is not installed; draw later with --plot {path}")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with path.open() as file:
+        title = next(file).removeprefix("# ").strip()
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    figure, panels = pyplot.subplots(1, 3, figsize=(16, 4.5))
+    for panel, measure in zip(panels, ("prefill tokens/s", "decode ms/token", "KV bytes")):
+        of_measure = [row for row in rows if row["measure"] == measure and row["batch"] == "1"]
+        for model, how in dict.fromkeys((row["model"], row["how"]) for row in of_measure):
+            line = [row for row in of_measure if (row["model"], row["how"]) == (model, how)]
+            contexts, values = [int(row["context"]) for row in line], [float(row["value"]) for row in line]
+            (drawn,) = panel.loglog(contexts, values, marker="o", base=2, label=f"{model} {how}")
+            guessed = [i for i, row in enumerate(line) if row["extrapolated"] == "1"]
+            panel.plot(
+                [contexts[i] for i in guessed], [values[i] for i in guessed], "o", markersize=9,
+                markerfacecolor="white", color=drawn.get_color(),
+            )  # fmt: skip
+        panel.set(title=f"{measure}, batch 1", xlabel="context (tokens)")
+        panel.set_yscale("log", base=10)
+        panel.grid(True, which="both", alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.suptitle(f"{title}; hollow: extrapolated", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"wrote {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

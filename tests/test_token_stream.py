@@ -1,0 +1,118 @@
+"""A stream scores a sequence chunk by chunk as one forward pass would, in constant memory, from any position."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import random_tokens, tiny_model
+
+from modeling_longnet import LongNetCache, TokenStream, stream
+from modeling_longnet.dilation_pattern import PRESETS
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def losses_of_one_pass(model, tokens):
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.float()[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+
+
+@settings(max_examples=12)
+@given(preset=st.sampled_from(sorted(PRESETS)), chunks=st.lists(st.integers(1, 50), min_size=2, max_size=6))
+def test_losses_by_chunks_are_those_of_one_pass(preset, chunks):
+    model, tokens = tiny_model(preset), random_tokens(2, sum(chunks))
+    losses = torch.cat(list(stream(model, tokens.split(chunks, dim=1))), dim=1)
+    assert losses[:, 0].isnan().all() and losses.dtype == torch.float32
+    torch.testing.assert_close(losses[:, 1:], losses_of_one_pass(model, tokens), **CLOSE)
+
+
+def test_chunks_come_lazily_and_memory_is_constant_from_the_first_on():
+    model = tiny_model("retrofit")
+    fed, sizes = [], []
+
+    def chunks():
+        for seed in range(12):
+            fed.append(seed)
+            yield random_tokens(1, 17, seed=seed)
+
+    tokens = TokenStream(model)
+    for number, chunk in enumerate(chunks()):
+        tokens.score(chunk)
+        assert len(fed) == number + 1
+        sizes.append(sum(x.numel() for x in tokens.state_dict().values()))
+    assert len(set(sizes)) == 1
+    assert tokens.position == 12 * 17
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stored_stream_goes_on_bit_for_bit(preset, tmp_path):
+    model, tokens = tiny_model(preset), random_tokens(1, 150)
+    whole = TokenStream(model)
+    expected = [whole.score(chunk) for chunk in tokens.split(30, dim=1)]
+    first = TokenStream(model)
+    for chunk in tokens[:, :90].split(30, dim=1):
+        first.score(chunk)
+    save_file({name: x.contiguous() for name, x in first.state_dict().items()}, tmp_path / "state.safetensors")
+    second = TokenStream(model)
+    second.score(random_tokens(1, 9, seed=1))  # what it held before is forgotten
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert second.position == 90
+    for chunk, losses in zip(tokens[:, 90:].split(30, dim=1), expected[3:]):
+        assert torch.equal(second.score(chunk), losses)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_growing_cache_is_stored_and_restored(preset):
+    model, tokens = tiny_model(preset, dense_layers=(1,)), random_tokens(2, 60)
+    cache, other = LongNetCache(model.config), LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :25], past_key_values=cache)
+        other.load_state_dict({name: x.clone() for name, x in cache.state_dict().items()})
+        expected = model(tokens[:, 25:], past_key_values=cache).logits
+        assert torch.equal(model(tokens[:, 25:], past_key_values=other).logits, expected)
+
+
+@pytest.mark.parametrize("start", [2**24, 2**31, 2**40], ids=["2^24", "2^31", "2^40"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_positions_stay_exact_however_far_the_stream_has_come(preset, start):
+    """From a multiple of every segment length the pattern looks as from 0; without RoPE so do the losses."""
+    model = tiny_model(preset, layers_without_rope=(0, 1))
+    tokens = random_tokens(1, 150)
+    near, far = TokenStream(model), TokenStream(model)
+    far.score(tokens[:, :1])
+    far.cache.reset()  # allocated, nothing held
+    far.last_hidden_state = None
+    for layer in far.cache.layers:
+        layer.seen.fill_(start)
+    for chunk in tokens.split([1, 40, 1, 1, 64, 43], dim=1):
+        torch.testing.assert_close(far.score(chunk), near.score(chunk), equal_nan=True, **CLOSE)
+    held = [
+        sorted(stream.cache.layers[0].key_positions[0, 1, :-1].tolist())  # the last slot holds nothing
+        for stream in (far, near)
+    ]
+    assert held[0] == [start + position if position >= 0 else position for position in held[1]]
+    assert held[0][-1] == start + 149
+
+
+def test_what_a_stream_cannot_do_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"must be \[batch, at least one token\], got \[1, 0\]"):
+        TokenStream(model).score(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"dense_layers \[1\] keep every token"):
+        TokenStream(tiny_model(dense_layers=(1,)))
+    with pytest.raises(ValueError, match="training mode"):
+        next(stream(model.train(), [random_tokens(1, 5)]))
+    model.eval()
+    tokens = TokenStream(model)
+    tokens.score(random_tokens(1, 5))
+    with pytest.raises(ValueError, match="slots for 32 tokens, max_length is 64"):
+        LongNetCache(model.config, max_length=64).load_state_dict(tokens.cache.state_dict())
+    with pytest.raises(ValueError, match="2 tokens wait for crop"):
+        cache = LongNetCache(model.config)
+        cache.activate_past_recording()
+        model(random_tokens(1, 2), past_key_values=cache)
+        cache.state_dict()
