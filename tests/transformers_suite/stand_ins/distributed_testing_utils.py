@@ -1,11 +1,16 @@
 """Start the ranks of a distributed test: gloo processes on this machine's CPU."""
 
+import multiprocessing
 import socket
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+# The ranks are forked from a process that has imported what they need, once.
+multiprocessing.set_forkserver_preload(["torch", "transformers_tests.test_fsdp_mixin", "modeling_longnet"])
 
 
 def _get_distributed_backend() -> str:
@@ -26,7 +31,7 @@ def _set_rank_device(rank: int) -> None:
 
 def _start_rank_processes(function, args: tuple, nprocs: int) -> None:
     """Call ``function(rank, *args)`` in ``nprocs`` fresh processes; a failure of any is raised here."""
-    mp.start_processes(function, args=args, nprocs=nprocs, start_method="spawn")
+    mp.start_processes(function, args=args, nprocs=nprocs, start_method="forkserver")
 
 
 def run_distributed(world_size: int):

@@ -46,7 +46,7 @@ class GenerationTesterMixin:
             )
             with torch.no_grad():
                 logits = model(output.sequences, use_cache=False).logits[:, tokens.shape[1] - 1 : -1]
-            torch.testing.assert_close(torch.stack(output.logits, dim=1), logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.stack(output.logits, dim=1), logits.float(), rtol=1e-5, atol=1e-5)
             for step, hidden_states in enumerate(output.hidden_states):
                 length = tokens.shape[1] if step == 0 else 1
                 assert [x.shape for x in hidden_states] == [(2, length, model.config.hidden_size)] * 3

@@ -1,0 +1,80 @@
+"""Which backend computes the attention: what ``attn_implementation`` and ``set_attn_implementation`` promise."""
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
+
+from modeling_longnet import LongNetForCausalLM, attention_longnet
+
+
+@pytest.fixture
+def backends_used(monkeypatch) -> list[str]:
+    """Record the backend of every call of the operator, "eager" for the block that shows attention weights."""
+    used = []
+    operator, eager = attention_longnet.dilated_attention, attention_longnet.eager_attention
+
+    def recording_operator(*args, backend, **kwargs):
+        used.append(backend)
+        return operator(*args, backend=backend, **kwargs)
+
+    def recording_eager(*args, **kwargs):
+        used.append("eager")
+        return eager(*args, **kwargs)
+
+    monkeypatch.setattr(attention_longnet, "dilated_attention", recording_operator)
+    monkeypatch.setattr(attention_longnet, "eager_attention", recording_eager)
+    return used
+
+
+BACKENDS = {None: "auto", "sdpa": "auto", "eager": "eager", "longnet_torch": "torch", "longnet_triton": "triton"}
+ON_CPU = [name for name in BACKENDS if name != "longnet_triton"]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_name_given_at_loading_selects_its_backend(name, backends_used, tmp_path):
+    tiny_model("retrofit").save_pretrained(tmp_path)
+    options = {} if name is None else {"attn_implementation": name}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert model.config._attn_implementation == (name or "sdpa")
+    model(random_tokens(1, 40))
+    assert backends_used == [BACKENDS[name]] * 2  # one call in each of the two layers
+
+
+def test_setting_an_implementation_takes_effect_at_once(backends_used):
+    model = tiny_model("retrofit")
+    for name in ON_CPU[1:]:
+        model.set_attn_implementation(name)
+        backends_used.clear()
+        model(random_tokens(1, 40))
+        assert backends_used == [BACKENDS[name]] * 2, name
+
+
+def test_only_eager_returns_attentions_and_the_others_say_so():
+    model, tokens = tiny_model("retrofit", attn_implementation="eager"), random_tokens(1, 40)
+    attentions = model(tokens, output_attentions=True).attentions
+    assert [x.shape for x in attentions] == [(1, 4, 40, 40)] * 2
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(1, 4, 40, dtype=torch.float64))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="eager"):
+        model.config.output_attentions = True
+        model(tokens, output_attentions=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on machines without CUDA")
+def test_a_backend_that_cannot_run_here_is_refused_with_the_reason():
+    model = tiny_model("retrofit", attn_implementation="longnet_triton").float()
+    with pytest.raises(ValueError, match="triton"):
+        model(random_tokens(1, 40))
+
+
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|eager", "longnet", "torch"]
+)
+def test_other_names_are_refused(name):
+    with pytest.raises((ValueError, ImportError), match=r"attn_implementation|[Ff]lash|[Ff]lex|supported"):
+        LongNetForCausalLM._from_config(tiny_config(), attn_implementation=name)
+    model = tiny_model()
+    with pytest.raises((ValueError, ImportError)):
+        model.set_attn_implementation(name)
+    assert model.config._attn_implementation == "sdpa"
