@@ -116,6 +116,15 @@ def test_any_call_on_four_ranks_equals_the_oracle(four_ranks, call):
     assert_slices_equal_the_oracle(four_ranks, call)
 
 
+@pytest.mark.parametrize("boundaries", [(0, 32, 64), (0, 16, 32, 48, 64), (0, 15, 16, 31, 33, 47, 64)])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_documents_may_end_where_slices_do(two_ranks, four_ranks, boundaries, is_causal):
+    pattern = DilationPattern.preset("retrofit", (8, 32, 64), (1, 2, 4))
+    call = Call(pattern, 1, 4, 2, 64, 8, is_causal, boundaries=boundaries)
+    for ranks in (two_ranks, four_ranks):
+        assert_slices_equal_the_oracle(ranks, call)
+
+
 MODEL_BATCHES = ("plain", "padded left", "padded both sides", "holes", "packed", "cu_seq_lens", "packed and padded")
 
 
@@ -489,3 +498,37 @@ def test_a_group_is_needed_and_the_context_ends():
     with pytest.raises(ValueError, match="group must be a process group"), sequence_parallel(None):
         pass
     assert current_group() is None
+
+
+def derivatives_with_dropout() -> tuple[float, float, float]:
+    """Return the share of dropped weights' sum, and a directional derivative by gradients and by differences."""
+    pattern = DilationPattern.preset("retrofit", (8, 16), (1, 2))
+    sequence = whole_rows(dist.group.WORLD, 1, 19)  # the second slice is like no document
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    draw = lambda: [torch.randn(1, h, 19, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2)]  # noqa: E731
+    tensors, direction = draw(), draw()
+
+    def total(step: float, tensors=tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(5)
+        moved = [x + step * d for x, d in zip(tensors, direction)]
+        out, _ = sequence_parallel_attention(*moved, pattern, sequence, dropout=0.5)
+        mine = out.square().sum()
+        whole = mine.detach().clone()
+        dist.all_reduce(whole)
+        return mine, whole
+
+    leaves = [x.requires_grad_() for x in tensors]
+    gradients = torch.autograd.grad(total(0.0)[0], leaves)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction))
+    dist.all_reduce(slope)
+    with torch.no_grad():
+        differences = (total(1e-6)[1] - total(-1e-6)[1]) / 2e-6
+        values_of_one = [torch.zeros_like(x) for x in tensors[:2]] + [torch.ones_like(tensors[2])]
+        dropped, _ = sequence_parallel_attention(*values_of_one, pattern, sequence, dropout=0.5)
+    return dropped.mean().item(), slope.item(), differences.item()
+
+
+def test_dropout_is_drawn_again_alike_in_the_backward_pass(two_ranks):
+    for mean, slope, differences in two_ranks.run(derivatives_with_dropout):
+        assert mean == pytest.approx(1, abs=0.25) and mean != 1
+        assert slope == pytest.approx(differences, rel=1e-6)
