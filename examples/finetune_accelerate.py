@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.head_loss import next_tokens, token_losses
@@ -32,6 +32,7 @@ parser.add_argument("--model", help="LongNet checkpoint with its tokenizer (defa
 parser.add_argument("--length", type=int, default=256, help="tokens per row: %(default)s")
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--learning-rate", type=float, default=5e-3)
+parser.add_argument("--qlora", action="store_true", help="hold --model in 4 bits (bitsandbytes)")
 parser.add_argument("--tune-embeddings", action="store_true", help="train embeddings and norms too, not LoRA alone")
 parser.add_argument("--checkpoints", type=Path, help="folder to save to, and to resume from")
 parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="follow the loss there")
@@ -46,7 +47,9 @@ if args.model is None:
     )  # fmt: skip
     model, encode = LongNetForCausalLM(config), lambda text: list(text.encode())
 else:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=four_bits if args.qlora else None)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
 beside_lora = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]  # as LongLoRA does
 lora = LoraConfig(

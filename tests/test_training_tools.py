@@ -8,12 +8,21 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from modeling_longnet import head_loss, sequence_tiles
 from modeling_longnet.head_loss import next_tokens, token_losses
 from training import offload_checkpoints
 from training.checkpoint_offload import HostCheckpoints
 from training.perplexity import PerplexityByPosition
+
+
+def checkpointed(model):
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+    return model.train()
 
 
 def test_perplexity_by_position_is_the_mean_of_the_losses_there():
@@ -70,6 +79,28 @@ def test_embeddings_and_norms_train_beside_lora(tied, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_qlora_trains_through_tiles_and_chunks(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(sequence_tiles, "TILE_TOKENS", 16)
+    monkeypatch.setattr(head_loss, "CHUNK_LOGITS", 16 * VOCABULARY)
+    fields = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1}
+    tiny_model("retrofit", **fields).float().save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.bfloat16)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    adapted = get_peft_model(checkpointed(model), LoraConfig(task_type="CAUSAL_LM"))
+    tokens, losses = random_tokens(1, 70), []
+    optimizer = torch.optim.AdamW([p for p in adapted.train().parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.85 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_trl_fine_tunes_with_packing(tmp_path):
     trl = pytest.importorskip("trl")
     import datasets
@@ -91,14 +122,6 @@ def test_trl_fine_tunes_with_packing(tmp_path):
     trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
-
-
-def checkpointed(model):
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
-    return model.train()
 
 
 def test_offloading_needs_checkpoints():
