@@ -50,7 +50,7 @@ class XPosRotaryEmbedding(LongNetRotaryEmbedding):
     @property
     def as_source_below(self) -> int:
         """The position from which on angles are exact."""
-        return max(super().as_source_below, self.config.trained_context or 0)
+        return max(self.config.segment_lengths[0], self.config.trained_context or 0)
 
     @staticmethod
     def angle_dtype(x: Tensor) -> torch.dtype:

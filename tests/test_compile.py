@@ -50,9 +50,10 @@ def test_the_registered_operator_passes_opcheck():
         torch.library.opcheck(_attention.registered, (*transposed, attention_mask, None, *call.flatten()))
 
 
-def test_the_model_compiles_to_the_same_loss_and_gradients():
+@pytest.mark.parametrize("fields", [{}, {"backbone": "magneto"}], ids=["llama", "magneto"])
+def test_the_model_compiles_to_the_same_loss_and_gradients(fields):
     torch.compiler.reset()
-    model, tokens = tiny_model("retrofit"), random_tokens(2, 40)
+    model, tokens = tiny_model("retrofit", **fields), random_tokens(2, 40)
     gradients = []
     for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()

@@ -103,6 +103,8 @@ def test_logits_are_the_definitions_with_xpos_and_sub_layernorm(tmp_path, varian
     form = list(FORMS.values())[len(variant) % len(FORMS)]
     weights, arguments = random_weights(**VARIANTS[variant])
     convert_torchscale(form(tmp_path / "source", weights, arguments), tmp_path / "target", **QUIET)
+    stored = load_file(tmp_path / "target" / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (not arguments["share_decoder_input_output_embed"])
     model = load(tmp_path / "target")
     for length in (5, 48, 100):
         tokens = torch.randint(
