@@ -291,7 +291,7 @@ def test_a_pattern_that_is_not_dense_on_short_inputs_is_verified_through_one_tha
     assert difference.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("form", ["one file", "shards", "tied"])
+@pytest.mark.parametrize("form", ["one file", "one storage", "shards", "tied"])
 def test_pytorchs_own_files_are_converted_bit_for_bit(tmp_path, form):
     source = tmp_path / "source"
     model = make_checkpoint(source, dtype=torch.bfloat16, tie_word_embeddings=form == "tied")
@@ -304,6 +304,11 @@ def test_pytorchs_own_files_are_converted_bit_for_bit(tmp_path, form):
             torch.save({name: weights[name] for name in held}, source / file)
         weight_map = {name: file for file, held in halves.items() for name in held}
         (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif form == "one storage":
+        parts = torch.cat([x.flatten() for x in weights.values()]).split([x.numel() for x in weights.values()])
+        torch.save(
+            {name: part.view(weights[name].shape) for name, part in zip(weights, parts)}, source / "pytorch_model.bin"
+        )
     else:
         torch.save(weights, source / "pytorch_model.bin")
     report = convert_checkpoint(source, tmp_path / "target", **QUIET)
