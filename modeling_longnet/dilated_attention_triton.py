@@ -1,4 +1,4 @@
-"""The fused backend: plans and launches the Triton kernels.
+"""The fused backend: launches the Triton kernels, on Hopper those of ``dilated_attention_hopper`` where they serve.
 
 The inputs are read where they lie, whatever their strides, padding or packing; nothing of their size is copied. Beside
 the results only lse, one word per query for the backward and, for padded rows, one index per token are allocated.
@@ -7,7 +7,6 @@ lse) of the one before. The gradients of keys and values take one launch per bra
 runs give the same bits.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,9 @@ import torch
 from torch import Tensor
 
 from .attention_operator import Call, attention_operator
+from .compiled_kernels import launch as launch_kernel
+from .dilated_attention_hopper import hopper_refusal, launch_hopper_dkdv, launch_hopper_dq, launch_hopper_fwd
+from .dilated_attention_launches import Launch, key_launches, query_launches, sides_met
 from .dilation_pattern import DilationPattern
 
 
@@ -27,13 +29,8 @@ except ImportError:  # triton_refusal says so before anything here is needed
     triton = None
 
 
-ENDLESS = 2**31 - 1  # the period of a progression that no segment interrupts
 MAX_HEAD_DIM = 256
 MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
-BEFORE, AFTER, BOTH = range(3)  # the kernels' names for the sides of a query or key
-
-# Triton's own look-up of a compiled kernel costs more than most launches on short inputs; this one is a dict's.
-_compiled: dict[tuple, object] = {}
 
 
 class Tiles(NamedTuple):
@@ -47,25 +44,6 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
-
-
-class Launch(NamedTuple):
-    """Branches that one launch serves, and the progression that places its tiles.
-
-    ``previous_windows`` holds the window that the branch before has covered already, 0 if nothing is. ``period`` is
-    the distance after which the tiles' progression starts anew, ``rate`` its step; ``loop_rate`` is the step of the
-    one that the loops walk through, 0 if there are several. ``segmented``: the loops' progression starts anew in each
-    segment. ``first``: the launch writes every row and need not look at what was there.
-    """
-
-    windows: tuple[int, ...]
-    previous_windows: tuple[int, ...]
-    rates: tuple[int, ...]
-    period: int
-    rate: int
-    loop_rate: int
-    segmented: bool
-    first: bool
 
 
 class Documents(NamedTuple):
@@ -123,52 +101,6 @@ def triton_attention(
         ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once; lse is float32, natural log.
     """
     return _attention(query, key, value, attention_mask, cu_seqlens, Call(pattern, is_causal, scale))
-
-
-@functools.cache
-def query_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
-    """Plan the launches whose tiles are queries: the forward and the gradient of the queries.
-
-    Dense queries meet all branches in one launch. Dilated queries are different rows in each branch, so each takes
-    one; the smallest rate goes first, because with rate 1 it writes every row.
-    """
-    rows = _rows_of_branches(pattern)
-    if not pattern.dilate_queries:
-        windows, previous_windows, rates = zip(*rows)
-        loop_rate = rates[0] if len(rates) == 1 else 0
-        segmented = any(w % r for w, r in zip(windows, rates))
-        return (Launch(windows, previous_windows, rates, ENDLESS, 1, loop_rate, segmented, True),)
-
-    launches = []
-    for window, previous_window, rate in rows:
-        # Rows of different segments form one progression only if the rate divides the segment length. Segments are
-        # kept apart in any case where they bound the keys, so that a tile never straddles two.
-        period = window if pattern.window == "segment" or window % rate else ENDLESS
-        segmented = pattern.window == "sliding" and window % rate != 0
-        first = rate == 1 and not launches
-        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, rate, segmented, first))
-    return tuple(launches)
-
-
-@functools.cache
-def key_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
-    """Plan the launches whose tiles are keys: the gradients of keys and values, one launch per branch."""
-    launches = []
-    for window, previous_window, rate in _rows_of_branches(pattern):
-        bounded = pattern.window == "segment" and pattern.dilate_queries
-        period = window if bounded or window % rate else ENDLESS
-        loop_rate = rate if pattern.dilate_queries else 1
-        segmented = pattern.window == "sliding" and pattern.dilate_queries and window % rate != 0
-        first = rate == 1 and not launches
-        launches.append(Launch((window,), (previous_window,), (rate,), period, rate, loop_rate, segmented, first))
-    return tuple(launches)
-
-
-def _rows_of_branches(pattern: DilationPattern) -> list[tuple[int, int, int]]:
-    """List ``(window, previous_window, rate)`` per branch, smallest rate first."""
-    windows = [min(w, ENDLESS) for w in pattern.segment_lengths]
-    previous_windows = [0] * len(windows) if pattern.count_overlaps else [0, *windows[:-1]]
-    return sorted(zip(windows, previous_windows, pattern.dilation_rates), key=lambda row: row[2])
 
 
 def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Documents:
@@ -281,26 +213,8 @@ def _launch(
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if key.dtype == torch.float32 else None,
     }
-    grid = (slots, heads, batch)
-    variant = (id(kernel), key.device, key.dtype, tiles, *constants.values(), *map(_specialization, arguments))
-    with torch.cuda.device_of(key):
-        if (compiled := _compiled.get(variant)) is None:
-            compiled = kernel[grid](*arguments, **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            if compiled is not None:  # Triton's interpreter compiles nothing
-                _compiled[variant] = compiled
-        else:
-            compiled[grid](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
-
-
-def _specialization(argument) -> int | tuple:
-    """Tell apart what Triton compiles differently: missing, aligned, 1, or wider than 32 bits."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr() % 16 == 0
-    if isinstance(argument, tuple):  # Triton looks into tuples, even at arguments that it is told not to specialize
-        return tuple(map(_specialization, argument))
-    if isinstance(argument, int):
-        return (argument % 16 == 0) | (argument == 1) << 1 | (argument >= 2**31) << 2
-    return -(argument is None)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    launch_kernel(kernel, (slots, heads, batch), arguments, constants, key.device, **options)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -310,14 +224,6 @@ def _cdiv(a: int, b: int) -> int:
 def _block_d(head_dim: int) -> int:
     """Return the width of a tile: a power of two, wide enough for the tensor cores."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _sides(pattern: DilationPattern, is_causal: bool, from_key: bool) -> tuple[int, int]:
-    """Return the range of sides on which a query (a key) meets keys (queries)."""
-    if is_causal:
-        return (AFTER, AFTER + 1) if from_key else (BEFORE, BEFORE + 1)
-    # With the middle cut out, the two sides are two ranges; otherwise they are one.
-    return (BOTH, BOTH + 1) if pattern.count_overlaps else (BEFORE, AFTER + 1)
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -348,12 +254,16 @@ def _forward(
         return out, lse
 
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
+    if hopper_refusal((query, key, value, out), pattern, attention_mask, call.is_causal) is None:
+        for launch in launches:
+            launch_hopper_fwd(launch, query, key, value, out, lse, documents.cu_seqlens, call)
+        return out, lse
     tiles = _tiles("fwd", query, pattern)
     for launch in launches:
         _launch(
             fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
             (query, key, value, out), (key, value), documents, key, num_heads // key.shape[1], pattern,
-            _sides(pattern, call.is_causal, from_key=False), call.scale,
+            sides_met(pattern, call.is_causal, from_key=False), call.scale,
             NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
     return out, lse
@@ -388,19 +298,25 @@ def _backward(
             BLOCK_M=block,
         )  # fmt: skip
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
+    if hopper_refusal((query, key, value, do), pattern, attention_mask, call.is_causal) is None:
+        for launch in for_queries:
+            launch_hopper_dq(launch, query, key, value, do, stats, dq, documents.cu_seqlens, call)
+        for launch in for_keys:
+            launch_hopper_dkdv(launch, query, key, value, do, stats, dk, dv, documents.cu_seqlens, call)
+        return dq, dk, dv
     tiles = _tiles("dq", query, pattern)
     for launch in for_queries:
         _launch(
             bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, stats, dq),
             (query, key, value, do, dq), (key, value), documents, key, group, pattern,
-            _sides(pattern, call.is_causal, from_key=False), call.scale, NUM_BRANCHES=len(launch.rates),
+            sides_met(pattern, call.is_causal, from_key=False), call.scale, NUM_BRANCHES=len(launch.rates),
         )  # fmt: skip
     tiles = _tiles("dkdv", query, pattern)
     for launch in for_keys:
         _launch(
             bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, stats, dk, dv),
             (query, key, value, do, dk, dv), (query, do), documents, key, group, pattern,
-            _sides(pattern, call.is_causal, from_key=True), call.scale,
+            sides_met(pattern, call.is_causal, from_key=True), call.scale,
         )  # fmt: skip
     return dq, dk, dv
 

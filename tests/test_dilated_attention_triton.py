@@ -15,9 +15,12 @@ import torch
 from strategies import Call
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_longnet import DilationPattern, attention_operator, dilated_attention
+from modeling_longnet import DilationPattern, attention_operator, dilated_attention, dilated_attention_hopper
 from modeling_longnet import dilated_attention_triton as fused_backend
-from modeling_longnet.dilated_attention_triton import key_launches, query_launches, triton_attention, triton_refusal
+from modeling_longnet.compiled_kernels import specialization
+from modeling_longnet.dilated_attention_hopper import hopper_refusal
+from modeling_longnet.dilated_attention_launches import key_launches, query_launches
+from modeling_longnet.dilated_attention_triton import triton_attention, triton_refusal
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +162,68 @@ def test_a_short_last_segment_is_written_whole(call, dtype):
     check_against_oracle(call, DTYPES[dtype], "cuda")
 
 
+RETROFIT = {"count_overlaps": False, "dilate_queries": False, "window": "sliding"}
+# What the Hopper kernels serve: both ways to walk, all orders of tiles, GQA, packing, and tiles that meet nothing.
+HOPPER_CALLS = [
+    Call(DilationPattern.geometric(256, 1024, preset="paper"), 2, 4, 2, 2048, 128),
+    Call(DilationPattern.geometric(256, 1024, preset="torchscale"), 1, 6, 6, 1536, 64),
+    Call(DilationPattern.geometric(256, 1024, preset="retrofit"), 2, 4, 2, 2048, 128),
+    Call(DilationPattern.geometric(256, 1024, preset="retrofit"), 1, 4, 1, 1032, 64),
+    Call(DilationPattern.geometric(256, 1024, preset="paper"), 1, 3, 3, 1032, 128, is_causal=False),
+    Call(DilationPattern((300,), (1,)), 1, 2, 2, 1000, 64),
+    Call(DilationPattern((300, 600), (2, 4), head_offsets="blocked"), 1, 8, 4, 1000, 128),
+    Call(DilationPattern((128, 512), (4, 8), **RETROFIT), 1, 4, 4, 1024, 128),
+    Call(DilationPattern.geometric(128, 1024, preset="paper"), 1, 4, 2, 1536, 64, boundaries=(0, 5, 700, 701, 1536)),
+    Call(
+        DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 4, 2, 1536, 128, boundaries=(0, 5, 700, 701, 1536)
+    ),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("call", HOPPER_CALLS, ids=range(len(HOPPER_CALLS)))
+def test_hopper_kernels_err_no_more_than_twice_as_much_as_eager(call, dtype, monkeypatch):
+    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", 0)
+    tensors = call.tensors(DTYPES[dtype], "cuda")
+    if refusal := hopper_refusal(tensors, call.pattern, None, call.is_causal):
+        pytest.skip(f"the portable kernels take this: {refusal}")
+    check_against_oracle(call, DTYPES[dtype], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_hopper_kernels_read_heads_inside_tokens(preset, monkeypatch):
+    """In a model's own layout, with gradients that arrive in another, the portable kernels agree."""
+    pattern = DilationPattern.geometric(256, 1024, preset=preset)
+    query, key, value, do = (
+        torch.randn(2, 1024, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2, 8)
+    )
+    do = do.contiguous()
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        out, lse = triton_attention(
+            *leaves, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=128**-0.5
+        )
+        return [out, lse, *torch.autograd.grad(out, leaves, do)]
+
+    portable = run()
+    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", 0)
+    if refusal := hopper_refusal((query, key, value, do), pattern, None, True):
+        pytest.skip(f"the portable kernels take this: {refusal}")
+    for ours, theirs in zip(run(), portable):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
+def test_hopper_kernels_leave_the_cpu_alone():
+    tensors = Call(DilationPattern((64,), (1,)), 1, 2, 2, 128, 64).tensors(torch.bfloat16)
+    assert hopper_refusal(tensors, DilationPattern((64,), (1,)), None, True) in (
+        "the device is no Hopper", "this triton has no Gluon for Hopper"
+    )  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])
 def test_operators_pass_opcheck(preset):
@@ -213,7 +278,7 @@ def test_launches_are_told_apart_wherever_triton_compiles_them_differently():
         for a, b in combinations(arguments, 2):
             compiled = [native_specialize_impl(CUDABackend, x, False, specialize, specialize) for x in (a, b)]
             if compiled[0] != compiled[1]:
-                assert fused_backend._specialization(a) != fused_backend._specialization(b), (a, b, compiled)
+                assert specialization(a) != specialization(b), (a, b, compiled)
 
 
 @pytest.mark.gpu
@@ -221,7 +286,7 @@ def test_offsets_past_32_bits():
     """The last segment of 2^32 elements equals the same segment alone, forward and backward."""
     if torch.cuda.mem_get_info()[0] < 90e9:
         pytest.skip("needs 90 GB of free GPU memory")
-    length, heads, head_dim, tail = 2**21, 16, 128, 4096
+    length, heads, head_dim, tail = 2**21, 16, 128, 8192
     pattern = DilationPattern((1024, 4096), (1, 4))
     tensors = [torch.randn(1, length, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
 

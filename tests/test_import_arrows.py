@@ -36,6 +36,8 @@ TRANSFORMERS_FILES = {
 TRITON_FILES = {
     "cached_attention_kernels",
     "cached_attention_triton",
+    "dilated_attention_hopper",
+    "dilated_attention_hopper_kernels",
     "dilated_attention_kernels",
     "dilated_attention_triton",
 }

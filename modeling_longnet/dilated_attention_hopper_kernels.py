@@ -1,0 +1,903 @@
+"""Fused dilated attention for Hopper in Gluon: the kernels, and nothing but kernels.
+
+The mathematics is that of ``dilated_attention_kernels``: tiles are strided rows where they lie, bands replace masks,
+launches go on from one another's (out, lse). What differs is who works. A program stays on its processor and takes one
+tile after the other. One of its warps, the *producer*, does the integer arithmetic and has the copy engine fetch the
+tile's own rows and then, block by block, the rows that they meet. Two or three warpgroups of 64 rows each, the
+*consumers*, multiply: the products of the next block run on the tensor cores beside the softmax of this one.
+
+Everything goes through rings in shared memory, guarded by pairs of barriers: ``full`` when something has arrived,
+``empty`` when all consumers are done with it. The n-th use of a ring of size R lies in place ``n % R`` and has the
+phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are pairs of tensors, called k and v here
+(queries and output gradients in the kernel that owns keys).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .dilated_attention_kernels import RUNTIME, _band, _block_range, _document, _offset, _pick, _tile
+
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+except ImportError as error:
+    raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
+
+
+BEFORE = gl.constexpr(0)
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)  # of a consumer: what one warpgroup multiplies at once
+AHEAD = gl.constexpr(2)  # blocks of the next tile that are fetched before its own rows, whose place is free later
+
+# A record: what the producer tells the consumers about one branch of one tile.
+HEAD, BATCH, START, X_FIRST, GOES_ON, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
+    gl.constexpr(i) for i in range(14)
+)
+WINDOW, PREVIOUS_WINDOW = gl.constexpr(14), gl.constexpr(15)
+FIELDS = gl.constexpr(16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for.
+
+    ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
+    ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_kernels``.
+    ``registers``: per thread, of consumers and of the producer.
+    """
+
+    num_branches: int
+    group: int
+    num_kv_heads: int
+    blocked: bool
+    disjoint: bool
+    dilate: bool
+    sliding: bool
+    packed: bool
+    side: int
+    from_key: bool
+    first: bool
+    own_tensors: int
+    head_dim: int
+    block_m: int
+    block_n: int
+    stages: int
+    registers: tuple[int, int]
+
+    def __post_init__(self):
+        for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
+            object.__setattr__(self, name, gl.constexpr(value))
+
+    @property
+    def consumers(self) -> int:
+        return self.block_m // 64
+
+
+class Work(NamedTuple):
+    """All tiles of a launch, and their order.
+
+    A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
+    one tile in each class. ``together`` runs are worked off at a time, longest class first.
+    """
+
+    heads: Any
+    cu_seqlens_ptr: Any
+    length: Any
+    num_documents: Any
+    search_steps: Any
+    period: Any
+    tiles_per_period: Any
+    windows: Any
+    previous_windows: Any
+    rates: Any
+    classes: Any
+    periods: Any
+    runs: Any
+    together: Any
+    tiles: Any
+
+
+class Rings(NamedTuple):
+    """Shared memory of a program: rows, records and their barriers."""
+
+    own: Any
+    other: Any
+    k: Any
+    v: Any
+    records: Any
+    own_full: Any
+    own_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    records_full: Any
+    records_empty: Any
+
+
+class Sources(NamedTuple):
+    """Descriptors of what the producer copies: own rows, and per branch what these meet."""
+
+    own: Any
+    other: Any
+    k: Any
+    v: Any
+
+
+class Results(NamedTuple):
+    """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats)."""
+
+    rows_ptr: Any
+    numbers_ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_l: Any
+    scale: Any
+    heads: Any
+    length: Any
+    own_rate: Any
+
+
+class KeyResults(NamedTuple):
+    """Where a consumer of keys writes; and the ring of what it reads of each query."""
+
+    stats: Any
+    stats_full: Any
+    stats_empty: Any
+    dk_ptr: Any
+    dv_ptr: Any
+    stride_dkb: Any
+    stride_dkh: Any
+    stride_dkl: Any
+    stride_dvb: Any
+    stride_dvh: Any
+    stride_dvl: Any
+    scale: Any
+    own_rate: Any
+
+
+@gluon.jit
+def _place(turn, work):
+    """Return the index of this program's tile of a turn, its slot, head and batch row.
+
+    Long tiles come first and every other turn runs backwards: all programs get nearly equal sums.
+    """
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    index = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+    at_once = work.together * work.classes
+    before = index // at_once * work.together
+    rest = index % at_once
+    size = gl.maximum(gl.minimum(work.together, work.runs - before), 1)
+    run = before + rest % size
+    slot = run % work.periods * work.classes + rest // size
+    run = run // work.periods
+    return index, slot, run % work.heads, run // work.heads
+
+
+@gluon.jit
+def _locate(turn, work, V: gl.constexpr):
+    """Find a tile: its head, KV head, batch row, document, and its rows."""
+    index, slot, head, batch = _place(turn, work)
+    kv_head = head if V.from_key else head // V.group
+    rate = work.rates[0] if V.dilate or V.from_key else 1
+    start, tokens, tile = _document(
+        work.cu_seqlens_ptr, work.cu_seqlens_ptr, slot, batch, work.length, work.num_documents, work.search_steps,
+        work.period, work.tiles_per_period, rate * V.block_m, V.packed, False,
+    )  # fmt: skip
+    offset = _offset(kv_head, rate, V.num_kv_heads, V.blocked) if V.dilate or V.from_key else 0
+    base, x_first, x_last, count = _tile(
+        tile, offset, rate, tokens, work.period, work.tiles_per_period,
+        V.dilate and V.side == BEFORE and not V.from_key, V.block_m,
+    )  # fmt: skip
+    return head, kv_head, batch, start, tokens, base, x_first, x_last, gl.where(index < work.tiles, count, 0)
+
+
+@gluon.jit
+def _walk(branch, x_first, x_last, tokens, kv_head, tile_base, work, V: gl.constexpr):
+    """Return the progression that a tile walks through in a branch, and its blocks."""
+    window = _pick(work.windows, branch, V.num_branches)
+    previous_window = _pick(work.previous_windows, branch, V.num_branches)
+    rate = _pick(work.rates, branch, V.num_branches)
+    if V.dilate:
+        base = tile_base
+    elif V.from_key:
+        base = 0
+        rate = 1
+    else:
+        base = _offset(kv_head, rate, V.num_kv_heads, V.blocked)
+    start_first, end_first = _band(
+        x_first, window, previous_window, tokens, V.from_key, V.side, V.sliding, V.disjoint
+    )  # fmt: skip
+    start_last, end_last = _band(
+        x_last, window, previous_window, tokens, V.from_key, V.side, V.sliding, V.disjoint
+    )  # fmt: skip
+    first, stop, blocks, head, tail = _block_range(
+        start_first, start_last, end_first, end_last, base, rate, V.block_n
+    )  # fmt: skip
+    return window, previous_window, rate, base, first, stop, blocks, head, tail
+
+
+@gluon.jit
+def _in_order(n, blocks, head, tail):
+    """Return the n-th block to visit: the masked ones at the edges first, then those that every row meets whole."""
+    edges = head + blocks - tail
+    return gl.where(n < head, n, gl.where(n < edges, n - head + tail, n - edges + head))
+
+
+@gluon.jit
+def _write_record(
+    rings, written, head, batch, start, x_first, goes_on, count, tokens,
+    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
+):  # fmt: skip
+    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    record = gl.where(field == HEAD, head, 0)
+    record = gl.where(field == BATCH, batch, record)
+    record = gl.where(field == START, start, record)
+    record = gl.where(field == X_FIRST, x_first, record)
+    record = gl.where(field == GOES_ON, goes_on, record)
+    record = gl.where(field == COUNT, count, record)
+    record = gl.where(field == TOKENS, tokens, record)
+    record = gl.where(field == BASE, base, record)
+    record = gl.where(field == RATE, rate, record)
+    record = gl.where(field == FIRST, first, record)
+    record = gl.where(field == STOP, stop, record)
+    record = gl.where(field == BLOCKS, blocks, record)
+    record = gl.where(field == HEAD_EDGE, head_edge, record)
+    record = gl.where(field == TAIL_EDGE, tail_edge, record)
+    record = gl.where(field == WINDOW, window, record)
+    record = gl.where(field == PREVIOUS_WINDOW, previous_window, record)
+    place = written % 2
+    mbarrier.wait(rings.records_empty.index(place), ((written // 2) & 1) ^ 1)
+    rings.records.index(place).store(record)
+    mbarrier.arrive(rings.records_full.index(place), count=1)
+
+
+@gluon.jit
+def _read_record(rings, seen):
+    place = seen % 2
+    mbarrier.wait(rings.records_full.index(place), (seen // 2) & 1)
+    record = rings.records.index(place).load(gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    mbarrier.arrive(rings.records_empty.index(place), count=1)
+    return record
+
+
+@gluon.jit
+def _field(record, which: gl.constexpr):
+    # Every thread holds the whole record: this is a choice of register.
+    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    return gl.sum(gl.where(field == which, record, 0), 0)
+
+
+@gluon.jit
+def _branch_of(record):
+    return (
+        _field(record, BASE), _field(record, RATE), _field(record, FIRST), _field(record, STOP),
+        _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE),
+        _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_ROWS: gl.constexpr, V: gl.constexpr):
+    # The descriptor sees a tensor as [B, heads, residue, term, D], where row = rate * term + residue.
+    tma.async_copy_global_to_shared(
+        descriptor, [batch, head, residue, term, 0], barrier,
+        destination._reinterpret(descriptor.dtype, [1, 1, 1, COUNT_ROWS, V.head_dim], descriptor.layout),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_own(sources, rings, filled, batch, head, first_row, rate, V: gl.constexpr):
+    mbarrier.wait(rings.own_empty, (filled & 1) ^ 1)
+    mbarrier.expect(rings.own_full, V.own_tensors * V.block_m * V.head_dim * 2)
+    residue = first_row % rate
+    term = first_row // rate
+    for consumer in gl.static_range(V.consumers):
+        place = term + consumer * ROWS
+        _copy(sources.own, batch, head, residue, place, rings.own_full, rings.own.index(consumer), ROWS, V)
+        if V.own_tensors == 2:
+            _copy(sources.other, batch, head, residue, place, rings.own_full, rings.other.index(consumer), ROWS, V)
+
+
+@gluon.jit
+def _produce(sources, rings, work, V: gl.constexpr):
+    """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet."""
+    fetched = 0
+    filled = 0
+    written = 0
+    turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
+    for turn in range(turns):
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(turn, work, V)
+        if count > 0:
+            own_rate = work.rates[0] if V.dilate or V.from_key else 1
+            blocks_of_tile = 0
+            for inner in range(V.group if V.from_key else 1):
+                head_met = kv_head * V.group + inner if V.from_key else kv_head
+                for branch in gl.static_range(V.num_branches):
+                    window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
+                        branch, x_first, x_last, tokens, kv_head, tile_base, work, V
+                    )
+                    if inner == 0:
+                        _write_record(
+                            rings, written, head, batch, start, x_first, 1, count, tokens,
+                            base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
+                        )  # fmt: skip
+                        written += 1
+                    residue = (start + base) % rate
+                    term = (start + base) // rate + first
+                    for n in range(blocks):
+                        if blocks_of_tile == AHEAD:
+                            _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile += 1
+                        row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                        stage = fetched % V.stages
+                        phase = ((fetched // V.stages) & 1) ^ 1
+                        mbarrier.wait(rings.k_empty.index(stage), phase)
+                        mbarrier.expect(rings.k_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.k[branch], batch, head_met, residue, row, rings.k_full.index(stage),
+                            rings.k.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        mbarrier.wait(rings.v_empty.index(stage), phase)
+                        mbarrier.expect(rings.v_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.v[branch], batch, head_met, residue, row, rings.v_full.index(stage),
+                            rings.v.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        fetched += 1
+                    # Not later than here: the consumers take no further record before they have their own rows.
+                    if blocks_of_tile <= AHEAD:
+                        _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile = AHEAD + 1
+            filled += 1
+    _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
+
+
+@gluon.jit
+def _met(base, rate, first, stop, band_start, band_end, V: gl.constexpr, s_layout: gl.constexpr):
+    """Say which terms of a block each row meets: ``[ROWS, BLOCK_N]``."""
+    term = first + gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout))
+    position = gl.expand_dims(gl.where(term < stop, base + rate * term, -1), 0)
+    return (position >= gl.expand_dims(band_start, 1)) & (position < gl.expand_dims(band_end, 1))
+
+
+@gluon.jit
+def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.constexpr, ADD: gl.constexpr,
+                V: gl.constexpr):  # fmt: skip
+    """Write a consumer's ``[ROWS, D]`` float32 rows where they lie; ADD: to what stands there."""
+    WIDTH: gl.constexpr = V.head_dim // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = start + x_first + rate * index.to(gl.int64)
+    columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
+    pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
+    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.head_dim, 0)
+    if ADD:
+        x = gl.convert_layout(x, layout) + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+        x = x.to(ptr.dtype.element_ty)
+    else:
+        x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
+    gl.store(pointers, x, mask=mask)
+
+
+@gluon.jit
+def _softmax(
+    s, peak, total, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
+    if MASKED:
+        s = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), s, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
+    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
+    decay = gl.exp2(peak - shift)
+    return p, new_peak, total * decay + gl.sum(p, 1), decay
+
+
+@gluon.jit
+def _attend_block(
+    acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
+    stage = done % V.stages
+    last = (done - 1) % V.stages
+    zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+    s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+    acc = warpgroup_mma(p, rings.v.index(last), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(rings.k_empty.index(stage), count=1)
+    new_p, peak, total, decay = _softmax(
+        s, peak, total, base, rate, first, stop, band_start, band_end, scale2, MASKED, V, s_layout
+    )
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(rings.v_empty.index(last), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+    p = gl.convert_layout(new_p.to(rings.k.dtype), p_layout)
+    return acc, p, peak, total, done + 1
+
+
+@gluon.jit
+def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
+    """Attend a consumer's rows of each tile."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    scale2 = results.scale * LOG2E
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
+    q = rings.own.index(consumer)
+    done = 0
+    filled = 0
+    seen = 1
+    record = _read_record(rings, 0)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        start, x_first = _field(record, START), _field(record, X_FIRST)
+        count, tokens = _field(record, COUNT), _field(record, TOKENS)
+        base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        x = x_first + results.own_rate * index
+        at_row = (batch.to(gl.int64) * results.heads + head) * results.length + start
+        begun = 0
+        if V.num_branches > 1:  # pass over branches in which the tile meets nothing
+            while (blocks == 0) & (begun < V.num_branches - 1):
+                record = _read_record(rings, seen)
+                seen += 1
+                begun += 1
+                base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        if V.first:
+            peak = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
+            total = gl.zeros([ROWS], gl.float32, rows_layout)
+        else:
+            peak = gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=float("-inf")) * LOG2E
+            total = gl.where(peak == float("-inf"), 0.0, 1.0)
+        mbarrier.wait(rings.own_full, filled & 1)
+        if V.first:
+            acc = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
+        else:
+            acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
+        if blocks > 0:
+            band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+            stage = done % V.stages
+            zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+            s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(rings.k_empty.index(stage), count=1)
+            new_p, peak, total, decay = _softmax(
+                s, peak, total, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
+                band_start, band_end, scale2, True, V, s_layout,
+            )  # fmt: skip
+            if not V.first:
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+            p = gl.convert_layout(new_p.to(rings.k.dtype), p_layout)
+            done += 1
+            for branch in range(begun, V.num_branches):
+                if branch > begun:
+                    record = _read_record(rings, seen)
+                    seen += 1
+                    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                visited = gl.where(branch == begun, 1, 0)
+                edges = head_edge + blocks - tail_edge
+                for n in range(visited, edges):
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings, base, rate,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        scale2, True, V, s_layout, o_layout, p_layout,
+                    )  # fmt: skip
+                for _ in range(gl.maximum(edges, visited), blocks):
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end,
+                        scale2, False, V, s_layout, o_layout, p_layout,
+                    )  # fmt: skip
+            mbarrier.arrive(rings.own_empty, count=1)
+            last = (done - 1) % V.stages
+            mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+            acc = warpgroup_mma(p, rings.v.index(last), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(rings.v_empty.index(last), count=1)
+        else:
+            mbarrier.arrive(rings.own_empty, count=1)
+        filled += 1
+
+        skipped = total == 0.0
+        total = gl.where(skipped, 1.0, total)
+        out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)
+        lse = gl.where(skipped, float("-inf"), (peak + gl.log2(total)) * LN2)
+        out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+        _store_rows(out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V)
+        gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
+        record = _read_record(rings, seen)
+        seen += 1
+
+
+@gluon.jit
+def _unpack_stats(stats):
+    lse2 = (stats >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+    return lse2, stats.to(gl.int32).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _ds_of_queries(
+    s, dp, lse2, delta, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 1))
+    if MASKED:
+        p = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), p, 0.0)
+    return p * (dp - gl.expand_dims(delta, 1))
+
+
+@gluon.jit
+def _bwd_dq_block(
+    dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Take the gradient of a block's scores while that of the block before goes into dq."""
+    stage = done % V.stages
+    last = (done - 1) % V.stages
+    phase = (done // V.stages) & 1
+    zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    mbarrier.wait(rings.k_full.index(stage), phase)
+    s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(rings.v_full.index(stage), phase)
+    dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma(ds, rings.k.index(last), dq, is_async=True)
+    s, dp = warpgroup_mma_wait(1, deps=(s, dp))
+    mbarrier.arrive(rings.v_empty.index(stage), count=1)
+    new_ds = _ds_of_queries(
+        s, dp, lse2, delta, base, rate, first, stop, band_start, band_end, scale2, MASKED, V, s_layout
+    )
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.arrive(rings.k_empty.index(last), count=1)
+    return dq, gl.convert_layout(new_ds.to(rings.k.dtype), p_layout), done + 1
+
+
+@gluon.jit
+def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
+    """Compute the gradient of a consumer's queries of each tile; unless the launch is the first, add it to dq."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    scale2 = results.scale * LOG2E
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
+    q = rings.own.index(consumer)
+    do = rings.other.index(consumer)
+    done = 0
+    filled = 0
+    seen = 1
+    record = _read_record(rings, 0)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        start, x_first = _field(record, START), _field(record, X_FIRST)
+        count, tokens = _field(record, COUNT), _field(record, TOKENS)
+        base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        x = x_first + results.own_rate * index
+        begun = 0
+        if V.num_branches > 1:
+            while (blocks == 0) & (begun < V.num_branches - 1):
+                record = _read_record(rings, seen)
+                seen += 1
+                begun += 1
+                base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        at_row = (batch.to(gl.int64) * results.heads + head) * results.length + start
+        lse2, delta = _unpack_stats(gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=0))
+        mbarrier.wait(rings.own_full, filled & 1)
+        dq = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
+        if blocks > 0:
+            band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+            stage = done % V.stages
+            phase = (done // V.stages) & 1
+            zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            mbarrier.wait(rings.k_full.index(stage), phase)
+            s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(rings.v_full.index(stage), phase)
+            dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+            mbarrier.arrive(rings.v_empty.index(stage), count=1)
+            new_ds = _ds_of_queries(
+                s, dp, lse2, delta, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
+                band_start, band_end, scale2, True, V, s_layout,
+            )  # fmt: skip
+            ds = gl.convert_layout(new_ds.to(rings.k.dtype), p_layout)
+            done += 1
+            for branch in range(begun, V.num_branches):
+                if branch > begun:
+                    record = _read_record(rings, seen)
+                    seen += 1
+                    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                visited = gl.where(branch == begun, 1, 0)
+                edges = head_edge + blocks - tail_edge
+                for n in range(visited, edges):
+                    dq, ds, done = _bwd_dq_block(
+                        dq, ds, done, q, do, lse2, delta, rings, base, rate,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        scale2, True, V, s_layout, p_layout,
+                    )  # fmt: skip
+                for _ in range(gl.maximum(edges, visited), blocks):
+                    dq, ds, done = _bwd_dq_block(
+                        dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end,
+                        scale2, False, V, s_layout, p_layout,
+                    )  # fmt: skip
+            mbarrier.arrive(rings.own_empty, count=1)
+            last = (done - 1) % V.stages
+            dq = warpgroup_mma(ds, rings.k.index(last), dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(rings.k_empty.index(last), count=1)
+        else:
+            mbarrier.arrive(rings.own_empty, count=1)
+        filled += 1
+        dq_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+        dq *= results.scale
+        _store_rows(dq, dq_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, not V.first, V)
+        record = _read_record(rings, seen)
+        seen += 1
+
+
+@gluon.jit
+def _bring_stats(stats_ptr, stats, stats_full, stats_empty, work, V: gl.constexpr):
+    """Fetch lse and delta of each block of queries, in the producer's order; strided words are no copy engine's work."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    fetched = 0
+    turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
+    for turn in range(turns):
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(turn, work, V)
+        if count > 0:
+            window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
+                0, x_first, x_last, tokens, kv_head, tile_base, work, V
+            )
+            for inner in range(V.group):
+                query_head = kv_head * V.group + inner
+                at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
+                for n in range(blocks):
+                    term = first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                    term += gl.arange(0, V.block_n, layout=layout)
+                    words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
+                    lse2, delta = _unpack_stats(words)
+                    stage = fetched % V.stages
+                    mbarrier.wait(stats_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
+                    stats.index(2 * stage).store(lse2)
+                    stats.index(2 * stage + 1).store(delta)
+                    mbarrier.arrive(stats_full.index(stage), count=1)
+                    fetched += 1
+
+
+@gluon.jit
+def _bwd_dkdv_block(
+    dk, dv, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Add one block of queries to the gradients of a consumer's keys; scores are transposed: keys are rows."""
+    stage = done % V.stages
+    phase = (done // V.stages) & 1
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    q = rings.k.index(stage)
+    do = rings.v.index(stage)
+    mbarrier.wait(rings.k_full.index(stage), phase)
+    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(rings.v_full.index(stage), phase)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(results.stats_full.index(stage), phase)
+    lse2 = results.stats.index(2 * stage).load(columns)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 0))
+    if MASKED:
+        p = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), p, 0.0)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dv = warpgroup_mma(gl.convert_layout(p.to(k.dtype), p_layout), do, dv, is_async=True)
+    delta = results.stats.index(2 * stage + 1).load(columns)
+    ds = p * (dp - gl.expand_dims(delta, 0))
+    dk = warpgroup_mma(gl.convert_layout(ds.to(k.dtype), p_layout), q, dk, is_async=True)
+    mbarrier.arrive(results.stats_empty.index(stage), count=1)
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    mbarrier.arrive(rings.k_empty.index(stage), count=1)
+    mbarrier.arrive(rings.v_empty.index(stage), count=1)
+    return dk, dv, done + 1
+
+
+@gluon.jit
+def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
+    """Compute the gradients of a consumer's keys and values of each tile; unless the launch is first, add them."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    scale2 = results.scale * LOG2E
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
+    k = rings.own.index(consumer)
+    v = rings.other.index(consumer)
+    done = 0
+    filled = 0
+    seen = 1
+    record = _read_record(rings, 0)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        start, x_first = _field(record, START), _field(record, X_FIRST)
+        count, tokens = _field(record, COUNT), _field(record, TOKENS)
+        base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        x = x_first + results.own_rate * index
+        band_start, band_end = _band(x, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
+        edges = head_edge + blocks - tail_edge
+        mbarrier.wait(rings.own_full, filled & 1)
+        dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
+        dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
+        for _ in range(V.group):
+            for n in range(edges):
+                dk, dv, done = _bwd_dkdv_block(
+                    dk, dv, done, k, v, rings, results, base, rate,
+                    first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end, scale2,
+                    True, V, s_layout, p_layout,
+                )  # fmt: skip
+            for _ in range(edges, blocks):
+                dk, dv, done = _bwd_dkdv_block(
+                    dk, dv, done, k, v, rings, results, base, rate, first, stop,
+                    band_start, band_end, scale2, False, V, s_layout, p_layout,
+                )  # fmt: skip
+        mbarrier.arrive(rings.own_empty, count=1)
+        filled += 1
+        batch, head = batch.to(gl.int64), head.to(gl.int64)
+        dk_ptr = results.dk_ptr + batch * results.stride_dkb + head * results.stride_dkh
+        dv_ptr = results.dv_ptr + batch * results.stride_dvb + head * results.stride_dvh
+        rate = results.own_rate
+        dk *= results.scale
+        _store_rows(dk, dk_ptr, start, x_first, rate, count, results.stride_dkl, consumer, not V.first, V)
+        _store_rows(dv, dv_ptr, start, x_first, rate, count, results.stride_dvl, consumer, not V.first, V)
+        record = _read_record(rings, seen)
+        seen += 1
+
+
+@gluon.jit
+def _barriers(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def _allocate(dtype: gl.constexpr, V: gl.constexpr):
+    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
+    block_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([V.block_n, V.head_dim], dtype)
+    own = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+    other = own
+    if V.own_tensors == 2:
+        other = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+    k = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
+    v = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
+    records = gl.allocate_shared_memory(gl.int32, [2, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    own_full = _barriers(1, 1).index(0)
+    own_empty = _barriers(1, V.consumers).index(0)
+    return Rings(
+        own, other, k, v, records, own_full, own_empty,
+        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
+        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
+        _barriers(2, 1), _barriers(2, V.consumers),
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+def hopper_fwd_kernel(
+    out_ptr, lse_ptr, own_desc, other_desc,
+    k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
+    v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
+    cu_seqlens_ptr, stride_ob, stride_oh, stride_ol, scale, length, num_documents, search_steps,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Attend tiles of queries to the keys of all branches of the launch."""
+    k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
+    v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
+    rings = _allocate(own_desc.dtype, V)
+    fence_async_shared()
+    work = Work(
+        heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+    )  # fmt: skip
+    own_rate = rates[0] if V.dilate else 1
+    results = Results(out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads, length, own_rate)
+    sources = Sources(own_desc, other_desc, k_descs, v_descs)
+    CONSUMER: gl.constexpr = V.registers[0]
+    PRODUCER: gl.constexpr = V.registers[1]
+    if V.consumers == 3:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
+            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_produce, (sources, rings, work, V))],
+            [4, 1], [CONSUMER, PRODUCER],
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+def hopper_bwd_dq_kernel(
+    dq_ptr, stats_ptr, own_desc, other_desc,
+    k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
+    v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
+    cu_seqlens_ptr, stride_dqb, stride_dqh, stride_dql, scale, length, num_documents, search_steps,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of tiles of queries through all branches of the launch."""
+    k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
+    v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
+    rings = _allocate(own_desc.dtype, V)
+    fence_async_shared()
+    work = Work(
+        heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+    )  # fmt: skip
+    own_rate = rates[0] if V.dilate else 1
+    results = Results(dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate)
+    sources = Sources(own_desc, other_desc, k_descs, v_descs)
+    CONSUMER: gl.constexpr = V.registers[0]
+    PRODUCER: gl.constexpr = V.registers[1]
+    if V.consumers == 3:
+        gl.warp_specialize(
+            [(_consume_dq, (rings, results, 0, V)), (_consume_dq, (rings, results, 1, V)),
+             (_consume_dq, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
+            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [(_consume_dq, (rings, results, 0, V)), (_consume_dq, (rings, results, 1, V)),
+             (_produce, (sources, rings, work, V))],
+            [4, 1], [CONSUMER, PRODUCER],
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+def hopper_bwd_dkdv_kernel(
+    dk_ptr, dv_ptr, stats_ptr, own_desc, other_desc, q_desc, do_desc,
+    cu_seqlens_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl,
+    scale, length, num_documents, search_steps,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of tiles of a branch's keys and values, query head after query head: no atomics."""
+    rings = _allocate(own_desc.dtype, V)
+    stats = gl.allocate_shared_memory(
+        gl.float32, [2 * V.stages, V.block_n], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    stats_full = _barriers(V.stages, 1)
+    stats_empty = _barriers(V.stages, V.consumers)
+    fence_async_shared()
+    work = Work(
+        heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+    )  # fmt: skip
+    results = KeyResults(
+        stats, stats_full, stats_empty, dk_ptr, dv_ptr,
+        stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0],
+    )  # fmt: skip
+    sources = Sources(own_desc, other_desc, (q_desc,), (do_desc,))
+    CONSUMER: gl.constexpr = V.registers[0]
+    PRODUCER: gl.constexpr = V.registers[1]
+    gl.warp_specialize(
+        [(_consume_dkdv, (rings, results, 0, V)), (_consume_dkdv, (rings, results, 1, V)),
+         (_produce, (sources, rings, work, V)),
+         (_bring_stats, (stats_ptr, stats, stats_full, stats_empty, work, V))],
+        [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
+    )  # fmt: skip
