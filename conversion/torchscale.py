@@ -172,16 +172,18 @@ def _find_source(source: str | Path, revision: str | None) -> tuple[Path, str | 
 
 
 def _weights_file(place: Path) -> Path:
-    """Choose the file of weights in a folder."""
+    """Choose the file of weights in a folder: by its name, or because it alone holds a decoder."""
     if place.is_file():
         return place
     files = sorted(path for path in place.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     for stem in PREFERRED_STEMS:
         if named := [path for path in files if path.stem == stem]:
             return named[0]
+    if len(files) > 1:
+        files = [path for path in files if any(name.endswith("embed_tokens.weight") for name in _read_file(path)[0])]
     if len(files) != 1:
-        found = f"{len(files)} ({', '.join(path.name for path in files[:3])}, ...)" if files else "none"
-        raise ValueError(f"{place} should hold one file of weights, found {found}; name the file itself")
+        found = ", ".join(path.name for path in files) or "none"
+        raise ValueError(f"{place} should hold one file of a decoder's weights, found {found}; name the file itself")
     return files[0]
 
 

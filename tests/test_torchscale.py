@@ -36,7 +36,7 @@ def golden() -> tuple[dict, dict]:
 
 def save_safetensors(folder: Path, weights: dict, arguments: dict) -> Path:
     folder.mkdir()
-    save_file({name: x.clone() for name, x in weights.items()}, folder / "weights.safetensors")
+    save_file({name: x.clone() for name, x in weights.items()}, folder / "decoder.safetensors")
     save_file({"n48/logits": torch.zeros(1)}, folder / "io.safetensors")
     (folder / "config.json").write_text(json.dumps({"model": "LongNetDecoder", "config": arguments}))
     return folder
@@ -222,7 +222,7 @@ REFUSED = {
                   "embeddings of absolute positions (embed_positions.weight)"),
     "encoder too": (lambda w: w.update({"encoder.embed_tokens.weight": torch.ones(97, 32)}),
                     "has one embed_tokens.weight, these weights have 2"),
-    "no embedding": (lambda w: w.pop("embed_tokens.weight"), "has one embed_tokens.weight, these weights have 0"),
+    "no embedding": (lambda w: w.pop("embed_tokens.weight"), "has one embed_tokens.weight, these weights have 0|found none"),
     "missing": (lambda w: w.pop("layers.0.ffn.fc1.bias"), "lack the tensor layers.0.ffn.fc1.bias"),
     "extra": (lambda w: w.update({"layers.0.extra.weight": torch.ones(2)}), "hold the tensor layers.0.extra.weight"),
     "integers": (lambda w: w.update({"layer_norm.bias": torch.ones(32, dtype=torch.int64)}), "stored as"),
@@ -259,7 +259,9 @@ def test_sources_that_do_not_say_what_they_are_are_refused(tmp_path):
     with pytest.raises(ValueError, match="absent.json is missing"):
         convert_torchscale(folder, tmp_path / "target", arguments=tmp_path / "absent.json", **QUIET)
     torch.save(weights, folder / "other.pt")
-    with pytest.raises(ValueError, match=r"should hold one file of weights, found 2 \(longnet.bin, other.pt"):
+    with pytest.raises(
+        ValueError, match=r"should hold one file of a decoder's weights, found longnet.bin, other.pt; name"
+    ):
         convert_torchscale(folder, tmp_path / "target", **QUIET)
     (tmp_path / "mine.json").write_text(json.dumps({"args": arguments}))
     convert_torchscale(
