@@ -96,11 +96,19 @@ class Bench:
             self.longnet.model.rotary_emb = type(self.longnet.model.rotary_emb)(ours)
         torch.set_default_dtype(torch.float32)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.llama.parameters())
-        self.rows: list[dict] = []
+        self.card = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
+        args.results.mkdir(parents=True, exist_ok=True)
+        self.path = args.results / f"generation_{self.card.replace(' ', '-')}_{datetime.now(UTC):%Y-%m-%d}.csv"
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {self.dtype}"
+        self.path.write_text(
+            f"# {self.card}, {versions}\n# python {' '.join(sys.argv)}\n# weights {self.weight_bytes} bytes, {pattern}\n"
+            f"{','.join(COLUMNS)}\n"
+        )
 
     def record(self, model: str, measure: str, how: str, context: int, batch: int, value: float, guess: bool = False):
         row = dict(zip(COLUMNS, (model, measure, how, context, batch, f"{value:.6g}", int(guess))))
-        self.rows.append(row)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
         print(*row.values(), sep="\t", flush=True)
 
     def wait(self) -> None:
@@ -267,7 +275,6 @@ def main() -> None:
         plot(args.plot)
         return
     bench = Bench(args)
-    card = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
     check(bench)
     prefill(bench)
     decode(bench, args.contexts, 1, True, {})
@@ -279,17 +286,8 @@ def main() -> None:
         per_row = (token_bytes + 16 * args.layers * args.kv_heads) * bench.pattern.cache_entries(args.last_segment)
         decode(bench, [args.batch_context], largest_batch(bench, per_row * 5 // 4), False, {"compile": False})
 
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"generation_{card.replace(' ', '-')}_{datetime.now(UTC):%Y-%m-%d}.csv"
-    with path.open("w", newline="") as file:
-        file.write(f"# {card}, torch {torch.__version__}, transformers {transformers.__version__}, {bench.dtype}\n")
-        file.write(f"# python {' '.join(sys.argv)}\n")
-        file.write(f"# weights {bench.weight_bytes} bytes, {bench.pattern}\n")
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(bench.rows)
-    print(f"wrote {path}")
-    plot(path)
+    print(f"wrote {bench.path}")
+    plot(bench.path)
 
 
 def plot(path: Path) -> None:

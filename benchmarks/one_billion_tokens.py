@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, TokenStream
+from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, TokenStream, sequence_tiles
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -149,6 +149,7 @@ def main() -> None:
         plot(args.plot)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sequence_tiles.TILE_TOKENS = args.chunk  # layers this narrow need no tiles, which would only be more launches
     corpus = source_code().to(device)
     names = ("tokens", "chunk", "preset", "first_segment", "last_segment", "layers", "hidden", "heads", "kv_heads",
              "train_steps", "train_tokens", "train_length", "seed")  # fmt: skip

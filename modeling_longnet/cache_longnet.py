@@ -121,7 +121,13 @@ class LongNetCacheLayer(CacheLayerMixin):
         else:
             self._commit_pending()
             self._keep_history(positions)
-            self._write(key_states, value_states, positions[:, None], places)
+            if num_tokens == 1:
+                self._write_one(key_states, value_states, positions[:, None], places)
+            else:
+                takers = self.once(
+                    positions, (self.slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
+                )
+                self._write(key_states, value_states, positions[:, None], places, takers)
         if in_place:
             attended = self._held()
         self.is_empty = False
@@ -148,7 +154,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.seen = self._add(self.seen, seen.to(self.seen.device))
         self.columns += columns
         self.history = None
-        self._write(keys, values, key_positions, self.slots.locate(key_positions, keys.shape[1]))
+        self._relocate(keys, values, key_positions)
         self.is_empty = False
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +180,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             keys, values, positions = self.pending
             self.pending = None
             self._keep_history(positions)
-            self._write(keys, values, positions[:, None], self.slots.locate(positions[:, None], keys.shape[1]))
+            self._relocate(keys, values, positions[:, None])
 
     def _keep_history(self, positions: Tensor) -> None:
         if self.history is not None:
@@ -197,7 +203,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         old = None if self.slots is None else (self.keys, self.values, self.key_positions)
         self._allocate(self._grown(columns), key_states if old is None else old[0], value_states)
         if old is not None:
-            self._write(*old, self.slots.locate(old[2], key_states.shape[1]))
+            self._relocate(*old)
 
     def _grown(self, columns: int) -> CacheSlots:
         """Plan slots for so many tokens and some more, as many as the bound allows."""
@@ -210,27 +216,64 @@ class LongNetCacheLayer(CacheLayerMixin):
                 return slots
             more //= 2
 
-    def _write(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places) -> None:
-        """Put entries at ``positions [B, 1 or G, T]`` into their slots."""
-        slots, branches = places.slots, places.branches
-        positions = positions.expand_as(slots)
-        if slots.shape[2] > 1:  # of several tokens for one slot only the last is in reach of what comes
-            survives = self.seen[:, None, None] - positions <= places.lifetimes
-            slots = torch.where(survives, slots, self.slots.capacity)
-            branches = torch.where(survives, branches, 0)
+    def _write(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places, takers: Tensor) -> None:
+        """Put entries ``[B, G, T, D]`` at ``positions [B, 1 or G, T]`` into their slots.
+
+        Args:
+            takers: ``[B, G, capacity + 1]`` of ``_takers``.
+        """
+        taken, takers = takers >= 0, takers.clamp(min=0)
+        rows = takers[..., None].expand(-1, -1, -1, keys.shape[-1])
+        self._hold("keys", torch.where(taken[..., None], keys.gather(2, rows), self.keys))
+        self._hold("values", torch.where(taken[..., None], values.gather(2, rows), self.values))
+        positions = positions.expand_as(places.slots).gather(2, takers)
+        self._hold("key_positions", torch.where(taken, positions, self.key_positions))
+        self._hold("key_branches", torch.where(taken, places.branches.gather(2, takers), self.key_branches))
+
+    def _relocate(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Put any number of entries at ``positions [B, 1 or G, T]`` into their slots."""
+        if keys.shape[2]:
+            places = self.slots.locate(positions, keys.shape[1])
+            self._write(keys, values, positions, places, self._takers(positions, places))
+
+    def _takers(self, positions: Tensor, places: Places) -> Tensor:
+        """Say which of several entries takes each slot, -1 if none: ``[B, G, capacity + 1]``.
+
+        Of several tokens for one slot only the last is within reach of what comes. Nobody takes the last slot.
+        """
+        survives = self.seen[:, None, None] - positions <= places.lifetimes
+        slots = torch.where(survives, places.slots, self.slots.capacity)
+        index = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
+        takers = torch.full_like(self.key_positions, -1).scatter_(2, slots, index)
+        takers[..., -1] = -1
+        return takers
+
+    def _write_one(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places) -> None:
+        """Put one entry ``[B, G, 1, D]`` at ``positions [B, 1, 1]`` into its slot."""
+        slots, rows = places.slots, places.slots[..., None].expand_as(keys)
         positions = torch.where(slots < self.slots.capacity, positions, PADDING)
-        rows = slots[..., None].expand(-1, -1, -1, keys.shape[-1])
-        self.keys = self._scatter(self.keys, rows, keys)
-        self.values = self._scatter(self.values, rows, values)
-        self.key_positions = self._scatter(self.key_positions, slots, positions)
-        self.key_branches = self._scatter(self.key_branches, slots, branches)
+        for name, index, new in (
+            ("keys", rows, keys), ("values", rows, values), ("key_positions", slots, positions),
+            ("key_branches", slots, places.branches),
+        ):  # fmt: skip
+            held = getattr(self, name)
+            if self._is_differentiated(held, new):
+                setattr(self, name, held.scatter(2, index, new))
+            else:
+                held.scatter_(2, index, new)
+
+    def _hold(self, name: str, new: Tensor) -> None:
+        """Replace what is held, in place where addresses are fixed."""
+        held = getattr(self, name)
+        if self.is_compileable and not self._is_differentiated(held, new):
+            held.copy_(new)
+        else:
+            setattr(self, name, new)
 
     @staticmethod
-    def _scatter(held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
-        """Write in place, unless somebody may ask for gradients through what was held."""
-        if torch.is_grad_enabled() and (new.requires_grad or held.requires_grad):
-            return held.scatter(2, slots, new)
-        return held.scatter_(2, slots, new)
+    def _is_differentiated(held: Tensor, new: Tensor) -> bool:
+        """Whether somebody may ask for gradients through what is held: it must not change in place then."""
+        return torch.is_grad_enabled() and (new.requires_grad or held.requires_grad)
 
     def _add(self, total: Tensor, more: Tensor) -> Tensor:
         return total.add_(more) if self.is_compileable else total + more

@@ -172,7 +172,7 @@ def _range_tiles(query: Tensor) -> tuple[int, int, int, int]:
     if head_dim > 128:
         return 64, 32, 4, 2
     if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0):
-        return (128, 64, 8, 3) if head_dim > 64 else (64, 64, 4, 3)
+        return (128, 64, 8, 3) if head_dim > 64 else (128, 64, 4, 3)
     return (64, 32, 4, 2) if head_dim > 64 else (64, 64, 4, 2)
 
 
