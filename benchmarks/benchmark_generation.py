@@ -210,6 +210,7 @@ def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dic
     args, measure = bench.args, "decode ms/token" if batch == 1 else "decode tokens/s"
     value = (lambda s: 1e3 * s) if batch == 1 else (lambda s: batch / s)
     token = bench.tokens(batch, 1)
+    bench.free()
     if dense:
         for context in contexts:
             cache = bench.fill_dense(batch, context)
@@ -244,8 +245,6 @@ def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dic
             bench.record("longnet", measure, how, context, batch, value(seconds))
         kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
         bench.record("longnet", "KV bytes", "", context, batch, kv_bytes)
-    del cache, steps
-    bench.free()
 
 
 def captured(step: Callable[[], object]) -> "torch.cuda.CUDAGraph":
