@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -110,7 +111,7 @@ class LongNetConfig(LlamaConfig):
     trained_context: int | None = None
     source_config: dict | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # Read from another family's config.json, this is no configuration of that family any more.
         if kwargs.pop("model_type", self.model_type) != self.model_type:
             self.architectures = None
@@ -156,8 +157,8 @@ class LongNetConfig(LlamaConfig):
         if layer_index in self.dense_layers:
             pattern = DilationPattern((UNBOUNDED,), (1,))
         elif layer_index in self.local_layers:
-            first = {"segment_lengths": self.segment_lengths[:1], "dilation_rates": self.dilation_rates[:1]}
-            pattern = dataclasses.replace(pattern, **first)
+            first = pattern.branches[0]
+            pattern = dataclasses.replace(pattern, segment_lengths=first[:1], dilation_rates=first[1:])
         return (
             pattern if self.first_kv_head is None else pattern.of_heads(self.first_kv_head, self.num_key_value_heads)
         )
@@ -168,7 +169,7 @@ class LongNetConfig(LlamaConfig):
         fields.pop("first_kv_head", None)
         return fields
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the fields against one another; runs at construction, and again on ``validate()`` and on saving."""
         super().validate_architecture()
         self._check()

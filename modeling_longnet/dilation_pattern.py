@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 HEAD_OFFSETS = ("interleaved", "blocked")
 WINDOWS = ("segment", "sliding")
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"head_offsets": "interleaved", "count_overlaps": True, "dilate_queries": True, "window": "segment"},
     "torchscale": {"head_offsets": "blocked", "count_overlaps": True, "dilate_queries": True, "window": "segment"},
     "retrofit": {"head_offsets": "interleaved", "count_overlaps": False, "dilate_queries": False, "window": "sliding"},
@@ -84,7 +84,7 @@ class DilationPattern:
     dilate_queries: bool = True
     window: str = "segment"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "segment_lengths", _positive_integers("segment_lengths", self.segment_lengths))
         object.__setattr__(self, "dilation_rates", _positive_integers("dilation_rates", self.dilation_rates))
         if len(self.segment_lengths) != len(self.dilation_rates):
@@ -377,7 +377,7 @@ def _progression(first: int, step: int, count: int) -> int:
     return count * first + step * (count * (count - 1) // 2)
 
 
-def _positive_integers(name: str, values) -> tuple[int, ...]:
+def _positive_integers(name: str, values: object) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list or tuple of positive integers, got {values!r}")
     if not values:
@@ -388,11 +388,11 @@ def _positive_integers(name: str, values) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _choice(name: str, value, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _boolean(name: str, value) -> None:
+def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
