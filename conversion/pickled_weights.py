@@ -71,19 +71,22 @@ def locate_tensors(path: Path, state_dict: object) -> dict[str, StoredTensor]:
 def _records(path: Path) -> dict[int, int]:
     """Return where each record of the archive begins, and its bytes; what torch says is held against it."""
     records = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for record in archive.infolist():
-            if record.filename.endswith("/byteorder") and archive.read(record) != b"little":
-                raise ValueError(f"{path} was saved on a big-endian machine; re-save it as safetensors")
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{path} is compressed, which torch's files never are; re-save it as safetensors")
-            # A record's bytes follow its own header: 30 bytes, its name, and padding.
-            file.seek(record.header_offset + 26)
-            header = file.read(4)
-            start = (
-                record.header_offset + 30 + int.from_bytes(header[:2], "little") + int.from_bytes(header[2:], "little")
-            )
-            if start + record.file_size > os.path.getsize(path):
-                raise ValueError(f"{path} is truncated")
-            records[start] = record.file_size
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            listed = archive.infolist()
+            order = b"".join(archive.read(record) for record in listed if record.filename.endswith("/byteorder"))
+            for record in listed:
+                # A record's bytes follow its own header: 30 bytes, its name, and padding.
+                file.seek(record.header_offset + 26)
+                lengths = file.read(4)
+                header = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                records[record.header_offset + header] = record.file_size
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of torch's: {error}") from error
+    if order not in (b"", b"little"):
+        raise ValueError(f"{path} was saved on a big-endian machine; re-save it as safetensors")
+    if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
+        raise ValueError(f"{path} is compressed, which torch's files never are; re-save it as safetensors")
+    if any(start + num_bytes > os.path.getsize(path) for start, num_bytes in records.items()):
+        raise ValueError(f"{path} is truncated")
     return records

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import conversion.pipeline
+import conversion.verify
 import conversion.weights
 from conversion import convert_checkpoint
 from conversion.plan_family import plan_conversion
@@ -392,6 +393,25 @@ def test_a_source_without_a_readable_card_gives_a_card_that_claims_no_licence(so
     assert "without verification" in card.text
 
 
+def test_losses_are_the_models_own_however_the_vocabulary_is_sliced(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion.verify, "SLICE", 100)  # of 288
+    verification = convert_checkpoint(source, tmp_path / "target", verify_tokens=50, **QUIET)["verification"]
+    tokens, _ = conversion.verify.verification_tokens(source, 288, 50)
+    with torch.no_grad():
+        output = LlamaForCausalLM.from_pretrained(source)(tokens, labels=tokens)
+    assert verification["num_tokens"] == 50
+    assert verification["source_loss"] == pytest.approx(float(output.loss), rel=1e-5)
+    assert verification["target_loss"] == pytest.approx(float(output.loss), rel=1e-5)
+    assert verification["max_logit"] == pytest.approx(float(output.logits.abs().max()), rel=1e-5)
+
+
+def test_as_many_tokens_are_compared_as_the_first_segment_has(tmp_path):
+    make_checkpoint(tmp_path / "source", max_position_embeddings=1500)
+    verification = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)["verification"]
+    assert verification["num_tokens"] == 1500
+    assert verification["text"] == "Moby-Dick's opening and Python's language reference"
+
+
 def test_weights_that_are_not_finite_are_converted_and_reported(source, tmp_path, capsys):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
@@ -514,6 +534,18 @@ def swap_records(path: Path) -> None:
             archive.writestr(name, content)
 
 
+def spoil_directory(path: Path) -> None:
+    """Break the name of the last record in the archive's list of them."""
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02")] = 0
+    path.write_bytes(content)
+
+
+def other_endian(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"little", b"big---"))
+
+
 def edit_bin(change):
     def edit(path: Path) -> None:
         tensors = torch.load(path, weights_only=True)
@@ -556,6 +588,8 @@ BAD_SOURCES = {
                       "saved before torch 1.6"),
     "pickle compressed": (spoil_bin(compress), "pytorch_model.bin"),
     "pickle rearranged": (spoil_bin(swap_records), "has no place of its own"),
+    "pickle unlisted": (spoil_bin(spoil_directory), "pytorch_model.bin is not a whole checkpoint of torch's"),
+    "pickle of big ends": (spoil_bin(other_endian), "pytorch_model.bin"),
     "pickled list": (spoil_bin(lambda path: torch.save([torch.ones(2)], path)), "holds no state dict"),
     "pickle transposed": (edit_bin(lambda x: x.update({Q_PROJ: x[Q_PROJ].T})), f"{Q_PROJ} in "),
     "pickle lacks one": (edit_bin(lambda x: x.pop(Q_PROJ)), f"lack the tensor {Q_PROJ}"),
