@@ -133,6 +133,7 @@ def test_layers_with_a_window_stay_exactly_that_beside_dense_ones(tmp_path):
     make_checkpoint(tmp_path / "source", family="qwen2", **fields)
     plan = plan_conversion(tmp_path / "source").describe().splitlines()
     assert "local      layers 1" in plan
+    assert plan_conversion(tmp_path / "source", dense_layers=[1]).config.local_layers == ()
     assert "trained    64 tokens, some layers attending to the last 16" in plan
     convert_checkpoint(tmp_path / "source", tmp_path / "target", dense_layers=[0], **QUIET)
     theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "target"))
