@@ -7,7 +7,7 @@ INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 # Idle threads sleep instead of spinning: beside another busy process, spinning ones starve the work itself.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test test-kernels lint format clean
+.PHONY: demo test test-kernels test-oldest conformance conformance-skips build lint format clean
 
 demo: .venv/.demo
 	.venv/bin/python examples/retrofit_llama.py
@@ -23,9 +23,27 @@ test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python tests/test_dilated_attention_triton.py 1
 	.venv/bin/python tests/test_cached_attention_triton.py
 
+# What touches transformers, on the oldest version that pyproject.toml allows.
+OLDEST_TESTS = attention_choice cache compile configuration convert loss magneto modeling pipelines remote_code \
+               retrofit tensor_parallel trainer traps
+test-oldest: .venv/.test .venv/.oldest
+	PYTHONPATH=.venv/oldest .venv/bin/python -m pytest -n auto $(OLDEST_TESTS:%=tests/test_%.py)
+
+# transformers' own tests on these models, and other people's tools on a converted checkpoint.
+conformance: .venv/.conformance
+	.venv/bin/python tests/transformers_suite/run.py -n auto
+	PYTHONPATH=.:tests .venv/bin/python -m pytest -c tests/conformance/pytest.ini tests/conformance/tools.py
+
+conformance-skips: .venv/.conformance
+	.venv/bin/python tests/transformers_suite/run.py -n auto --write-skips
+
+build: .venv/.build
+	.venv/bin/python -m build --no-isolation
+
 lint: .venv/.lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 format: .venv/.lint
 	.venv/bin/ruff check --fix .
@@ -40,7 +58,7 @@ clean:
 	$(INSTALL) torch
 	touch $@
 
-.venv/.demo .venv/.test: .venv/.%: .venv/.torch pyproject.toml
+.venv/.demo .venv/.test .venv/.conformance: .venv/.%: .venv/.torch pyproject.toml
 	$(INSTALL) --editable '.[$*]'
 	touch $@
 
@@ -48,7 +66,19 @@ clean:
 	$(INSTALL) --target .venv/kernels 'triton>=3.6,<3.7' 'numpy<2.4'
 	touch $@
 
+# transformers has no dependency on torch: the one that .venv has serves both versions.
+.venv/.oldest: .venv/.torch constraints-oldest.txt
+	rm -rf .venv/oldest
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+	  --target .venv/oldest transformers
+	touch $@
+
+.venv/.build: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(INSTALL) build setuptools
+	touch $@
+
 .venv/.lint: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(INSTALL) ruff
+	$(INSTALL) ruff mypy
 	touch $@
