@@ -34,10 +34,10 @@ def launch(kernel, grid: tuple[int, int, int], arguments: tuple, constants: dict
 
 def specialization(argument) -> int | tuple:
     """Tell apart what Triton compiles differently: missing, aligned, 1, or wider than 32 bits."""
+    if isinstance(argument, int):
+        return (argument % 16 == 0) | (argument == 1) << 1 | (argument >= 2**31) << 2
     if isinstance(argument, Tensor):
         return argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):  # Triton looks into tuples, even at arguments that it is told not to specialize
         return tuple(map(specialization, argument))
-    if isinstance(argument, int):
-        return (argument % 16 == 0) | (argument == 1) << 1 | (argument >= 2**31) << 2
     return -(argument is None)

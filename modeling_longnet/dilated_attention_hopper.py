@@ -170,24 +170,18 @@ def _launch(
         classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
         periods = together = 1
     runs = periods * heads * batch
+    variant = _variant(
+        kernel,
+        launch,
+        pattern,
+        call.is_causal,
+        cu_seqlens is not None,
+        num_heads // num_kv_heads,
+        num_kv_heads,
+        head_dim,
+    )
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
-    variant = Variant(
-        num_branches=len(launch.rates),
-        group=num_heads // num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        blocked=pattern.head_offsets == "blocked",
-        disjoint=not pattern.count_overlaps,
-        dilate=pattern.dilate_queries,
-        sliding=pattern.window == "sliding",
-        packed=cu_seqlens is not None,
-        side=sides_met(pattern, call.is_causal, from_key)[0],
-        from_key=from_key,
-        first=launch.first,
-        own_tensors=sum(x is not None for x in own),
-        head_dim=head_dim,
-        **tiles._asdict(),
-    )
     arguments = (
         *pointers, *(x if x is None else _descriptor(x, launch.rate, 64) for x in own),
         *(x for tensor in met for x in [*(_descriptor(tensor, rate, tiles.block_n) for rate in rates), *padding]),
@@ -200,15 +194,46 @@ def _launch(
     launch_kernel(kernels[kernel], grid, arguments, {"V": variant}, query.device, num_warps=4)
 
 
+# Both below are cached because making them anew would take longer than launching the kernel.
+
+
+@functools.cache
+def _variant(
+    kernel: str, launch: Launch, pattern: DilationPattern, is_causal: bool, packed: bool, group: int, num_kv_heads: int,
+    head_dim: int,
+) -> "Variant":  # fmt: skip
+    from_key = kernel == "dkdv"
+    return Variant(
+        num_branches=len(launch.rates),
+        group=group,
+        num_kv_heads=num_kv_heads,
+        blocked=pattern.head_offsets == "blocked",
+        disjoint=not pattern.count_overlaps,
+        dilate=pattern.dilate_queries,
+        sliding=pattern.window == "sliding",
+        packed=packed,
+        side=sides_met(pattern, is_causal, from_key)[0],
+        from_key=from_key,
+        first=launch.first,
+        own_tensors=1 if kernel == "fwd" and launch.first else 2,
+        head_dim=head_dim,
+        **_tiles(kernel, head_dim, pattern.dilate_queries)._asdict(),
+    )
+
+
+@functools.cache
+def _layout(rows: int, head_dim: int, dtype: torch.dtype):
+    element = bfloat16 if dtype == torch.bfloat16 else float16
+    return NVMMASharedLayout.get_default_for([1, 1, 1, rows, head_dim], element)
+
+
 def _descriptor(x: Tensor, rate: int, block: int):
     """Describe ``[B, heads, L, D]`` as ``[B, heads, residue, term, D]``, where row = rate * term + residue."""
     batch, heads, length, head_dim = x.shape
     stride_b, stride_h, stride_l, _ = x.stride()
-    block_shape = [1, 1, 1, block, head_dim]
-    layout = NVMMASharedLayout.get_default_for(block_shape, bfloat16 if x.dtype == torch.bfloat16 else float16)
     return TensorDescriptor(
         x, [batch, heads, rate, length // rate, head_dim], [stride_b, stride_h, stride_l, rate * stride_l, 1],
-        block_shape, layout,
+        [1, 1, 1, block, head_dim], _layout(block, head_dim, x.dtype),
     )  # fmt: skip
 
 
