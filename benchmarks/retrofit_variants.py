@@ -72,7 +72,8 @@ def apply(model: PreTrainedModel, variant: Variant, first_segment: int, length: 
         setattr(config, name, getattr(pattern, name))
     config.dense_layers = dense_layers(variant, config.num_hidden_layers)
     config.quality_first_segment = first_segment
-    model.set_attn_implementation(variant.train_attention if training else variant.eval_attention)
+    # Not by set_attn_implementation, which refuses every name that is not the package's own.
+    config._attn_implementation = variant.train_attention if training else variant.eval_attention
 
 
 def dense_layers(variant: Variant, layers: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The training benchmark and the study of quality: their own pieces are right, and their whole path runs small."""
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import random_tokens, tiny_model
 
 from modeling_longnet import DilationPattern
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from long_context_probes import Prober  # noqa: E402
-from retrofit_variants import shifted_segments, with_offset_shift, with_sinks  # noqa: E402
+from retrofit_variants import VARIANTS, apply, shifted_segments, with_offset_shift, with_sinks  # noqa: E402
 
 
 PATTERN = DilationPattern.preset("retrofit", (8, 16, 32, 64), (1, 2, 4, 8))
@@ -58,6 +60,19 @@ def test_shifted_offsets_are_those_of_the_head_so_many_further(tensors, shift):
 def test_segments_are_shifted_by_half_for_the_second_half_of_the_heads(tensors):
     expected = attend(*tensors, lambda p, g: {u for u in range(p + 1) if (u + 8 * g) // 16 == (p + 8 * g) // 16})
     torch.testing.assert_close(shifted_segments(*tensors, 16, 0.3), expected)
+
+
+def test_each_variant_attends_in_its_own_way():
+    tokens = random_tokens(1, 60)
+    logits = {}
+    for name, variant in VARIANTS.items():
+        model = tiny_model("retrofit", num_hidden_layers=3)
+        apply(model, variant, 8, 64, training=True)
+        logits[name] = model(tokens, use_cache=False).logits
+    for a, b in itertools.combinations(logits, 2):
+        assert (logits[a] - logits[b]).abs().max() > 1e-3, f"{a} and {b} are one"
+    for name in set(logits) - {"s2", "paper"}:  # ordinary attention inside the first segment
+        torch.testing.assert_close(logits[name][:, :8], logits["dense"][:, :8])
 
 
 def prober(seed=0) -> Prober:

@@ -74,7 +74,9 @@ class HostCheckpoints:
         """Start copying a CUDA tensor to the host; others are handed back as they are."""
         if tensor.device.type != "cuda" or tensor.nbytes < SMALLEST_BYTES or not tensor.is_contiguous():
             return tensor
-        side = self.streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+        if tensor.device not in self.streams:
+            self.streams[tensor.device] = torch.cuda.Stream(tensor.device)
+        side = self.streams[tensor.device]
         stored = _Stored(tensor, self.last)
         flat = tensor.detach().view(-1).view(torch.uint8)
         side.wait_stream(torch.cuda.current_stream(tensor.device))
