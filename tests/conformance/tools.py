@@ -151,7 +151,7 @@ def server(checkpoints):
     command += ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     process = subprocess.Popen(
         command,
-        env=environment(checkpoints, with_package=False),
+        env=environment(checkpoints, with_package=True),
         stdout=log,
         stderr=subprocess.STDOUT,
         cwd=checkpoints,
@@ -192,10 +192,17 @@ def test_transformers_chat_talks_to_the_server(checkpoints, server):
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(checkpoints / "longnet"), server]
     process = subprocess.run(
         [*command, "max_new_tokens=8", "do_sample=False"], input="Which files are open?\n!exit\n", text=True,
-        env=environment(checkpoints, with_package=False), cwd=checkpoints, capture_output=True, timeout=300,
+        env=environment(checkpoints, with_package=False) | {"HF_HUB_OFFLINE": "0"},  # it refuses loopback too
+        cwd=checkpoints, capture_output=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "Which files are open?" in process.stdout or "longnet" in process.stdout
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints / "longnet")
+    model = AutoModelForCausalLM.from_pretrained(checkpoints / "longnet")
+    messages = [{"role": "user", "content": "Which files are open?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    answer = tokenizer.decode(tokens, skip_special_tokens=True).split()
+    assert answer and all(word in process.stdout for word in answer), process.stdout
 
 
 @pytest.mark.parametrize("tool", ["bitsandbytes", "torchao"])

@@ -1,0 +1,169 @@
+"""`longnet-inspect`: what a configuration's pattern reaches and costs, in tables and one picture."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from modeling_longnet import DilationPattern, LongNetConfig
+
+from .costs import Costs, ModelShape, measure_costs
+from .coverage import Coverage, measure_coverage
+from .plots import plot
+from .suggestion import suggest_pattern
+
+
+PRESETS = ("paper", "torchscale", "retrofit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 2 after one line that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        for line in run(options):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"longnet-inspect: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Compute and format everything that the options ask for."""
+    config = _config(options)
+    shape = ModelShape.of(config)
+    if options.suggest is not None:
+        pattern, share = suggest_pattern(
+            options.context or max(config.segment_lengths),
+            options.suggest,
+            preset=options.preset or "retrofit",
+            num_kv_heads=shape.num_kv_heads,
+        )
+        found = {"suggested": pattern}
+        lines = [
+            f"segment_lengths {','.join(map(str, pattern.segment_lengths))}",
+            f"dilation_rates  {','.join(map(str, pattern.dilation_rates))}",
+            f"attention costs {share:.2%} of dense at {options.context or max(config.segment_lengths)} tokens",
+            "",
+        ]
+    elif options.compare:
+        found = {name: DilationPattern.preset(name, config.segment_lengths, config.dilation_rates) for name in PRESETS}
+        lines = []
+    else:
+        found, lines = {"pattern": config.pattern}, []
+    coverages = {name: measure_coverage(pattern, shape.num_kv_heads) for name, pattern in found.items()}
+    lengths = options.lengths or _lengths(max(max(p.segment_lengths) for p in found.values()), options.context)
+    costs = {
+        name: measure_costs(shape if name == "pattern" else _all_layers(shape, pattern), lengths)
+        for name, pattern in found.items()
+    }
+    for name, pattern in found.items():
+        lines += [*_describe(name, pattern, shape.num_kv_heads), ""]
+    lines += [*_coverage_table(coverages), "", *_costs_table(costs)]
+    if options.plot:
+        plot(options.plot, found, coverages, costs, shape.num_kv_heads)
+        lines += ["", f"written {options.plot}"]
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longnet-inspect", description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", nargs="?", help="configuration, checkpoint folder or model id; a Llama's too")
+    parser.add_argument("--segment-lengths", type=_numbers, help="other branches than the source's, as 2048,4096")
+    parser.add_argument("--dilation-rates", type=_numbers, help="their dilation rates, as 1,2")
+    parser.add_argument("--preset", choices=PRESETS, help="rules of these branches, or of the suggested ones")
+    parser.add_argument("--lengths", type=_numbers, help="token counts to show costs for")
+    parser.add_argument("--context", type=int, help="tokens that the model is meant for")
+    parser.add_argument(
+        "--compare", action="store_true", help="the three presets side by side, with the same branches"
+    )
+    parser.add_argument(
+        "--suggest", type=float, metavar="BUDGET", help="find branches that cost this share of dense attention"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture too")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.replace("_", "").split(","))
+
+
+def _config(options: argparse.Namespace) -> LongNetConfig:
+    if options.source is None:
+        if options.segment_lengths is None and options.suggest is None:
+            raise ValueError("name a checkpoint, or give --segment-lengths and --dilation-rates")
+        config = LongNetConfig()
+    else:
+        config = LongNetConfig.from_pretrained(options.source)
+    if (options.segment_lengths is None) != (options.dilation_rates is None):
+        raise ValueError("--segment-lengths and --dilation-rates go together")
+    if options.segment_lengths is not None:
+        config.segment_lengths, config.dilation_rates = options.segment_lengths, options.dilation_rates
+    if options.preset and options.suggest is None:
+        preset = DilationPattern.preset(options.preset, config.segment_lengths, config.dilation_rates)
+        for field in ("head_offsets", "count_overlaps", "dilate_queries", "window"):
+            setattr(config, field, getattr(preset, field))
+    _ = config.pattern  # raises if the fields make none
+    return config
+
+
+def _all_layers(shape: ModelShape, pattern: DilationPattern) -> ModelShape:
+    return replace(shape, layers=(pattern,) * len(shape.layers))
+
+
+def _lengths(longest: int, context: int | None) -> list[int]:
+    top = max(longest * 4, context or 0)
+    return [top >> k for k in range(7, -1, -1) if top >> k >= 16]
+
+
+def _describe(name: str, pattern: DilationPattern, num_kv_heads: int) -> list[str]:
+    rules = f"{pattern.head_offsets} offsets, {'all' if not pattern.dilate_queries else 'only kept'} queries, "
+    rules += f"{pattern.window} windows, overlaps counted {'m times' if pattern.count_overlaps else 'once'}"
+    lines = [f"{name}: {rules}", "  segment   rate   keys in a window   offsets of the KV heads"]
+    for (w, r), offsets in zip(pattern.branches, pattern.offsets(num_kv_heads)):
+        kept = [len(range(offset, w, r)) for offset in offsets]
+        keys = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)}-{max(kept)}"
+        shown = " ".join(map(str, offsets[:12])) + (" ..." if len(offsets) > 12 else "")
+        lines.append(f"{w:>9} {r:>6} {keys:>18}   {shown}")
+    return lines
+
+
+def _coverage_table(coverages: dict[str, Coverage]) -> list[str]:
+    names = list(coverages)
+    some = coverages[names[0]]
+    lines = ["share of queries that reach a token, any head (mean over heads)"]
+    lines.append("  tokens back" + "".join(f"{name:>22}" for name in names))
+    for column, distance in enumerate(some.distances):
+        row = "".join(f"{f'{c.any_head[column]:.3f} ({c.mean_head[column]:.3f})':>22}" for c in coverages.values())
+        lines.append(f"{distance:>13}{row}")
+    lines.append("at edges" if len(names) == 1 else "at edges, " + ", ".join(names))
+    for text, values in (
+        ("no head sees the token before", [c.nearest_missed for c in coverages.values()]),
+        ("a head sees nothing at all", [c.blind for c in coverages.values()]),
+    ):
+        lines.append(f"  {text:<32}" + "  ".join(f"{value:.2%}" for value in values))
+    if not some.exact:
+        lines.append("(averages over a sample of positions)")
+    return lines
+
+
+def _costs_table(costs: dict[str, list[Costs]]) -> list[str]:
+    lines = ["attention of all layers, one document, and times less than dense"]
+    lines.append("       tokens" + "".join(f"{name + ' FLOPs':>26}{'KV bytes':>22}" for name in costs))
+    for row in zip(*costs.values()):
+        cells = "".join(
+            f"{f'{c.flops:.3g} ({c.dense_flops / c.flops:.1f}x)':>26}"
+            f"{f'{_bytes(c.kv_bytes)} ({c.dense_kv_bytes / c.kv_bytes:.1f}x)':>22}"
+            for c in row
+        )
+        lines.append(f"{row[0].length:>13,}{cells}")
+    return lines
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,58 @@
+"""What attention costs by length, against dense attention: FLOPs of a forward pass, bytes of the KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modeling_longnet import DilationPattern, LongNetConfig
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What costs depend on beside the pattern."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bytes_per_value: int
+    layers: tuple[DilationPattern, ...]
+
+    @classmethod
+    def of(cls, config: LongNetConfig) -> "ModelShape":
+        """Read the shape of a model from its configuration; weights of unknown dtype count two bytes."""
+        return cls(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            bytes_per_value=getattr(config.dtype, "itemsize", 2),
+            layers=tuple(config.layer_pattern(i) for i in range(config.num_hidden_layers)),
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of all layers for one document of ``length`` tokens."""
+
+    length: int
+    flops: int
+    dense_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+
+
+def measure_costs(shape: ModelShape, lengths: Sequence[int]) -> list[Costs]:
+    """Count attention FLOPs and cache bytes exactly; one entry for each length."""
+    found = []
+    for length in lengths:
+        dense = DilationPattern((max(length, 1),), (1,))
+        flops = dense_flops = entries = 0
+        for pattern in shape.layers:
+            for counted, weight in ((pattern, 1), (dense, 0)):
+                n = counted.attention_flops(length, shape.num_heads, shape.head_dim, num_kv_heads=shape.num_kv_heads)
+                flops += weight * n
+                dense_flops += (1 - weight) * n
+            entries += pattern.cache_entries(length)
+        bytes_per_entry = 2 * shape.num_kv_heads * shape.head_dim * shape.bytes_per_value
+        found.append(
+            Costs(length, flops, dense_flops, entries * bytes_per_entry, length * len(shape.layers) * bytes_per_entry)
+        )
+    return found

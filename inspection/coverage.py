@@ -1,0 +1,107 @@
+"""What the heads of one layer see of the past: by distance, and at the edges of segments."""
+
+import math
+from dataclasses import dataclass
+
+from modeling_longnet import DilationPattern
+
+
+# Query positions that an average is taken over; a pattern that repeats after no more of them is averaged exactly.
+MAX_POSITIONS = 2048
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Averages over query positions far from the start of a document, all KV heads of a layer.
+
+    Args:
+        distances: how many tokens back, each once.
+        per_head: per KV head, the share of queries that reach the key at each distance.
+        any_head: the share of queries for which at least one head reaches it.
+        blind: the share of queries that reach nothing, in the mean over heads.
+        nearest_missed: the share of queries for which no head reaches the token right before.
+        exact: whether all positions of a period were averaged, not a sample.
+    """
+
+    distances: tuple[int, ...]
+    per_head: tuple[tuple[float, ...], ...]
+    any_head: tuple[float, ...]
+    blind: float
+    nearest_missed: float
+    exact: bool
+
+    @property
+    def mean_head(self) -> tuple[float, ...]:
+        """The share of queries and heads that reach the key at each distance."""
+        return tuple(sum(column) / len(column) for column in zip(*self.per_head))
+
+
+def reaches(pattern: DilationPattern, query: int, key: int, kv_head: int, num_kv_heads: int) -> bool:
+    """Whether a causal query reaches a key, in any branch."""
+    if key > query or key < 0:
+        return False
+    for i, (w, r) in enumerate(pattern.branches):
+        offset = pattern.offset(i, kv_head, num_kv_heads)
+        if (key % w) % r != offset or (pattern.dilate_queries and (query % w) % r != offset):
+            continue
+        if query - key < w if pattern.window == "sliding" else query // w == key // w:
+            return True
+    return False
+
+
+def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: list[int] | None = None) -> Coverage:
+    """Average over queries, at given distances or at 0, 1, 2, 3, 4, 6, 8, 12, ... up to the longest segment.
+
+    Raises:
+        ValueError: if ``num_kv_heads`` is not positive or a distance is negative.
+    """
+    pattern.offsets(num_kv_heads)  # raises if there are no heads
+    longest = max(pattern.segment_lengths)
+    if distances is None:
+        distances = default_distances(longest)
+    if min(distances, default=0) < 0:
+        raise ValueError(f"distances must not be negative, got {min(distances)}")
+    period = math.lcm(*pattern.segment_lengths)
+    exact = period <= MAX_POSITIONS
+    steps = period if exact else MAX_POSITIONS
+    # Far enough from the start for every distance; a sample must not fall in step with the powers of two.
+    start = period * -(-max([longest, *distances]) // period)
+    places = range(steps) if exact else [int(k * GOLDEN_RATIO % 1 * period) for k in range(steps)]
+    heads = range(num_kv_heads)
+    counts = [[0] * len(distances) for _ in heads]
+    any_counts = [0] * len(distances)
+    blind = missed = 0
+    for place in places:
+        query = start + place
+        for column, distance in enumerate(distances):
+            seen = [reaches(pattern, query, query - distance, g, num_kv_heads) for g in heads]
+            any_counts[column] += any(seen)
+            for g in heads:
+                counts[g][column] += seen[g]
+        blind += sum(not _active(pattern, query, g, num_kv_heads) for g in heads)
+        missed += not any(reaches(pattern, query, query - 1, g, num_kv_heads) for g in heads)
+    return Coverage(
+        distances=tuple(distances),
+        per_head=tuple(tuple(count / steps for count in row) for row in counts),
+        any_head=tuple(count / steps for count in any_counts),
+        blind=blind / steps / num_kv_heads,
+        nearest_missed=missed / steps,
+        exact=exact,
+    )
+
+
+def default_distances(longest: int) -> list[int]:
+    """List 0, 1, 2, 3, 4, 6, 8, 12, 16, ... below ``longest``, and the last distance inside it."""
+    found, step = {0, 1}, 2
+    while step < longest:
+        found |= {step, step * 3 // 2}
+        step *= 2
+    return sorted(d for d in found | {longest - 1} if 0 <= d < longest)
+
+
+def _active(pattern: DilationPattern, query: int, kv_head: int, num_kv_heads: int) -> bool:
+    """Whether a query takes part in any branch; it then reaches at least itself or an earlier kept key."""
+    return not pattern.dilate_queries or any(
+        (query % w) % r == pattern.offset(i, kv_head, num_kv_heads) for i, (w, r) in enumerate(pattern.branches)
+    )

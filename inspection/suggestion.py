@@ -1,0 +1,48 @@
+"""Which segment lengths reach a context within a budget."""
+
+from modeling_longnet import DilationPattern
+
+
+SMALLEST_SEGMENT = 64
+
+
+def suggest_pattern(
+    context: int, flops_budget: float, *, preset: str = "retrofit", num_kv_heads: int = 8
+) -> tuple[DilationPattern, float]:
+    """Find the geometric pattern with the longest first segment that fits the budget.
+
+    Segment lengths and dilation rates double from branch to branch and the last segment covers the context: cost per
+    token then grows with the logarithm of the context (Section 3.1 of the paper). The first segment is what a query
+    sees whole, so the longest one that the budget allows is best.
+
+    Args:
+        context: tokens to reach.
+        flops_budget: attention FLOPs over those of dense attention on ``context`` tokens, ``0 < budget <= 1``.
+        preset: rules of the pattern.
+        num_kv_heads: offsets, and so the exact FLOPs, depend on it a little.
+
+    Returns:
+        The pattern, and its own share of dense FLOPs.
+
+    Raises:
+        ValueError: if the numbers make no sense, or even a first segment of 64 tokens costs more.
+    """
+    if context < SMALLEST_SEGMENT:
+        raise ValueError(f"context must be at least {SMALLEST_SEGMENT} tokens, got {context}")
+    if not 0 < flops_budget <= 1:
+        raise ValueError(f"flops_budget is a share of dense attention, between 0 and 1, got {flops_budget}")
+    dense = DilationPattern((context,), (1,)).attention_flops(context, num_kv_heads, 1)
+    last = SMALLEST_SEGMENT
+    while last < context:
+        last *= 2
+    first, share = last, 1.0
+    while first >= SMALLEST_SEGMENT:
+        pattern = DilationPattern.geometric(first, last, preset=preset)
+        share = pattern.attention_flops(context, num_kv_heads, 1) / dense
+        if share <= flops_budget:
+            return pattern, share
+        first //= 2
+    raise ValueError(
+        f"no pattern reaches {context} tokens for {flops_budget:.3g} of dense attention: a first segment of "
+        f"{SMALLEST_SEGMENT} tokens still costs {share:.3g}; raise the budget or lower the context"
+    )

@@ -1,0 +1,149 @@
+"""longnet-inspect: its averages are counts of what ``DilationPattern.reach`` lists, its costs the pattern's own."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from checkpoints import make_checkpoint
+from tiny_models import tiny_config
+
+from inspection import ModelShape, measure_costs, measure_coverage, suggest_pattern
+from inspection.cli import main
+from modeling_longnet import DilationPattern
+from modeling_longnet.dilation_pattern import PRESETS
+
+
+PATTERNS = {
+    **{preset: DilationPattern.preset(preset, (8, 16, 32), (1, 2, 4)) for preset in PRESETS},
+    "rates that divide nothing": DilationPattern((6, 20), (2, 3)),
+    "no undilated branch": DilationPattern((16,), (4,)),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_coverage_counts_what_reach_lists(pattern):
+    heads, period = 4, math.lcm(*pattern.segment_lengths)
+    coverage = measure_coverage(pattern, heads)
+    assert coverage.exact
+    queries = range(2 * period, 3 * period)
+    reached = [[set(pattern.reach(q, g, num_kv_heads=heads)) for g in range(heads)] for q in queries]
+    for column, distance in enumerate(coverage.distances):
+        for g in range(heads):
+            count = sum(q - distance in seen[g] for q, seen in zip(queries, reached))
+            assert coverage.per_head[g][column] == count / period
+        count = sum(any(q - distance in keys for keys in seen) for q, seen in zip(queries, reached))
+        assert coverage.any_head[column] == count / period
+    assert coverage.blind == sum(not keys for seen in reached for keys in seen) / period / heads
+    missed = sum(not any(q - 1 in keys for keys in seen) for q, seen in zip(queries, reached))
+    assert coverage.nearest_missed == missed / period
+
+
+def test_a_sample_of_positions_stays_close_to_all_of_them(monkeypatch):
+    pattern = PATTERNS["paper"]
+    exact = measure_coverage(pattern, 4)
+    monkeypatch.setattr("inspection.coverage.MAX_POSITIONS", 31)
+    sampled = measure_coverage(pattern, 4)
+    assert exact.exact and not sampled.exact
+    assert sampled.mean_head == pytest.approx(exact.mean_head, abs=0.1)
+
+
+def test_segments_are_blind_at_their_edges_and_windows_are_not():
+    assert measure_coverage(PATTERNS["paper"], 4).nearest_missed == 1 / 8  # each first token of a segment of 8
+    assert measure_coverage(PATTERNS["retrofit"], 4).nearest_missed == 0
+    assert measure_coverage(PATTERNS["no undilated branch"], 1).blind == 3 / 4
+
+
+def test_costs_are_the_patterns_formulas_over_all_layers():
+    config = tiny_config("retrofit", dense_layers=[1])
+    shape = ModelShape.of(config)
+    for costs in measure_costs(shape, [5, 32, 400]):
+        dense = DilationPattern((costs.length,), (1,)).attention_flops(costs.length, 4, 8, num_kv_heads=2)
+        sparse = config.pattern.attention_flops(costs.length, 4, 8, num_kv_heads=2)
+        assert (costs.flops, costs.dense_flops) == (dense + sparse, 2 * dense)
+        per_entry = 2 * 2 * 8 * shape.bytes_per_value  # keys and values of two KV heads
+        assert costs.kv_bytes == (config.pattern.cache_entries(costs.length) + costs.length) * per_entry
+        assert costs.dense_kv_bytes == 2 * costs.length * per_entry
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("context", "budget"), [(4096, 0.3), (50_000, 0.05), (2**20, 0.01), (512, 1.0)])
+def test_the_suggestion_fits_the_budget_and_a_longer_first_segment_does_not(context, budget, preset):
+    pattern, share = suggest_pattern(context, budget, preset=preset)
+    assert max(pattern.segment_lengths) >= context
+    dense = DilationPattern((context,), (1,)).attention_flops(context, 8, 1)
+    assert share == pattern.attention_flops(context, 8, 1) / dense <= budget
+    first, last = pattern.segment_lengths[0], pattern.segment_lengths[-1]
+    if first < last:
+        longer = DilationPattern.geometric(first * 2, last, preset=preset)
+        assert longer.attention_flops(context, 8, 1) / dense > budget
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([10, 0.5], "context must be at least 64 tokens, got 10"),
+        ([4096, 1.5], "between 0 and 1, got 1.5"),
+        ([4096, 1e-3], "no pattern reaches 4096 tokens for 0.001 of dense attention"),
+    ],
+)
+def test_impossible_suggestions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        suggest_pattern(*arguments)
+
+
+def test_the_command_describes_a_checkpoint_and_a_llama_that_is_to_become_one(tmp_path, capsys):
+    tiny_config("retrofit").save_pretrained(tmp_path / "longnet")
+    assert main([str(tmp_path / "longnet"), "--lengths", "64,1024"]) == 0
+    text = capsys.readouterr().out
+    assert "pattern: interleaved offsets, all queries, sliding windows, overlaps counted once" in text
+    assert "       32      4                  8   0 1" in text
+    costs = measure_costs(ModelShape.of(tiny_config("retrofit")), [1024])[0]
+    assert f"1,024{f'{costs.flops:.3g} ({costs.dense_flops / costs.flops:.1f}x)':>26}" in text
+    make_checkpoint(tmp_path / "llama")
+    assert main([str(tmp_path / "llama"), "--suggest", "0.2", "--context", "2000"]) == 0
+    pattern, share = suggest_pattern(2000, 0.2, num_kv_heads=2)
+    text = capsys.readouterr().out
+    assert text.startswith(f"segment_lengths {','.join(map(str, pattern.segment_lengths))}\n")
+    assert f"attention costs {share:.2%} of dense at 2000 tokens" in text
+
+
+def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
+    picture = tmp_path / "presets.png"
+    arguments = ["--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4", "--compare", "--plot", str(picture)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    for preset in PRESETS:
+        assert f"{preset}:" in text and f"{preset} FLOPs" in text
+        coverage = measure_coverage(PATTERNS[preset], 32)
+        assert f"{coverage.nearest_missed:.2%}" in text
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a checkpoint, or give --segment-lengths and --dilation-rates"),
+        (["--segment-lengths", "8,16"], "--segment-lengths and --dilation-rates go together"),
+        (["--segment-lengths", "8,16", "--dilation-rates", "1"], "segment_lengths has 2 entries"),
+        (["--segment-lengths", "8", "--dilation-rates", "1", "--plot", "x.pdf"], "the plot is a PNG"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_it_runs_as_a_module_and_needs_no_matplotlib_for_tables(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from inspection.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "share of queries" in process.stdout
+    assert json.loads((tmp_path / "config.json").read_text())["segment_lengths"] == [8, 16, 32]
