@@ -48,7 +48,7 @@ def convert_checkpoint(
         rope_parameters: new RoPE settings in transformers' form, such as ``{"rope_type": "yarn", "factor": 4.0}``;
             what they leave out (theta, original length) comes from the source. Or a word: ``"yarn"``, ``"linear"`` or
             ``"llama3"`` with the factor ``max_position_embeddings`` / trained context; ``"ntk"``, plain RoPE with theta
-            times that factor to the power of d / (d - 2) for heads of d; ``"none"`` or None keeps the source's.
+            times that factor to the power of d / (d - 2) for d dimensions that rotate; ``"none"`` or None keeps the source's.
         max_position_embeddings: context of the target; if None the source's, or four times ``w_0`` where that is more.
         local: ``w_0``, in place of ``segment_lengths``.
         max_shard_size: largest weight file, bytes or e.g. ``"5GB"``; one larger tensor gets a file of its own.

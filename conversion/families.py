@@ -52,11 +52,6 @@ def _phi3_projections(config: Phi3Config) -> dict[str, dict[str, int]]:
     }
 
 
-def _phi3_refusal(config: Phi3Config) -> str | None:
-    share = config.rope_parameters["partial_rotary_factor"]
-    return None if share == 1 else f"rotates only {share:g} of each head (partial_rotary_factor), LongNet all of it"
-
-
 def unfuse(projections: dict[str, dict[str, int]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Cut what belongs to fused modules into the parts that belong to LongNet's, by rows; no byte moves.
 
@@ -90,14 +85,12 @@ class Family:
         config_class: reads the checkpoint's config.json.
         translate: gives the ``LongNetConfig`` fields that are not the source's fields of the same name.
         projections: gives the modules that are several of LongNet's in one, and the rows of each, by config.
-        refusal: says what of this config LongNet cannot express, if anything.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     translate: Callable[[PreTrainedConfig], dict]
     projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
-    refusal: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
     @property
     def architecture(self) -> str:
@@ -107,15 +100,12 @@ class Family:
         """Build the source's config, defaults filled in, old spellings made new.
 
         Raises:
-            ValueError: if a field has a bad type or value, or LongNet has nothing like it.
+            ValueError: if a field has a bad type or value.
         """
         try:
-            config = self.config_class.from_dict(fields)
+            return self.config_class.from_dict(fields)
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
             raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
-        if reason := self.refusal(config):
-            raise ValueError(f"this {self.architecture} {reason}")
-        return config
 
     def longnet_fields(self, config: PreTrainedConfig) -> dict:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
@@ -163,7 +153,6 @@ FAMILIES = (
         Phi3Config,
         translate=lambda config: _NO_BIAS,
         projections=_phi3_projections,
-        refusal=_phi3_refusal,
     ),
 )
 

@@ -210,7 +210,8 @@ def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: 
     factor = context / trained
     if word == "ntk":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        theta = config.rope_parameters["rope_theta"] * factor ** (head_dim / (head_dim - 2))
+        rotating = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        theta = config.rope_parameters["rope_theta"] * factor ** (rotating / (rotating - 2))
         return {"rope_type": "default", "rope_theta": theta}
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
     return {"rope_type": word, "factor": factor, **bands}
@@ -231,7 +232,8 @@ def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: i
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
     if not isinstance(override, dict) or override.get("rope_type") not in known:
         raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
-    rope = {"rope_theta": config.rope_parameters["rope_theta"], **override}
+    kept = ("rope_theta", "partial_rotary_factor")
+    rope = {name: value for name, value in config.rope_parameters.items() if name in kept} | override
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", trained)
     if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):

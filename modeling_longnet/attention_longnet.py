@@ -6,7 +6,6 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
-    apply_rotary_pos_emb,
 )
 
 from .cache_longnet import LongNetCache, LongNetCacheLayer
@@ -14,6 +13,7 @@ from .cached_attention import CachedKeys, cached_attention
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilated_attention_eager import eager_attention
+from .rotary_longnet import rotate_heads
 from .sequence_cache import hold_reachable_keys
 from .sequence_parallel import sequence_parallel_attention
 from .token_layout import TokenLayout, pack, unpack
@@ -112,7 +112,7 @@ class LongNetAttention(LlamaAttention):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, H, T, D], [B, G, T, D]
         if self.rotates:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = rotate_heads(query, key, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
 
         continues = False

@@ -193,6 +193,9 @@ class LongNetConfig(LlamaConfig):
                 f"loss_implementation must be one of {', '.join(LOSS_IMPLEMENTATIONS)}, got "
                 f"{self.loss_implementation!r}"
             )
+        rotating = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if self.xpos and rotating != 1:
+            raise ValueError(f"xpos needs heads that rotate as a whole, got partial_rotary_factor {rotating}")
         if self.xpos_scale_base < 1:
             raise ValueError(f"xpos_scale_base must be at least 1 token, got {self.xpos_scale_base}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import dynamic_rope_update
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
 class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
@@ -13,6 +13,13 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
     neighbours share one. Here the product is taken and reduced modulo 2 pi in float64. Inside the first segment, where
     a converted model promises its source's logits, the source's float32 product stays, bit for bit.
     """
+
+    @staticmethod
+    def compute_default_rope_parameters(config, device=None, *args, **kwargs) -> tuple[Tensor, float]:
+        """Compute the frequencies of plain RoPE for the share of each head that rotates (Phi-4-mini: three quarters)."""
+        rope = config.rope_parameters
+        dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim)), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -56,3 +63,17 @@ class XPosRotaryEmbedding(LongNetRotaryEmbedding):
     def angle_dtype(x: Tensor) -> torch.dtype:
         """Return float64 for a float64 model, else float32."""
         return torch.promote_types(x.dtype, torch.float)
+
+
+def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first dimensions of each head by position, and let the others pass.
+
+    Args:
+        query, key: ``[B, H, T, D]`` and ``[B, G, T, D]``.
+        cos, sin: ``[B, T, R]``, of a rotary embedding; R of the D dimensions rotate.
+    """
+    rotating = cos.shape[-1]
+    if rotating == query.shape[-1]:
+        return apply_rotary_pos_emb(query, key, cos, sin)
+    turned = apply_rotary_pos_emb(query[..., :rotating], key[..., :rotating], cos, sin)
+    return tuple(torch.cat((part, x[..., rotating:]), dim=-1) for part, x in zip(turned, (query, key)))

@@ -59,6 +59,17 @@ def test_ntk_leaves_the_fastest_rotation_alone_and_stretches_the_slowest_by_the_
     torch.testing.assert_close(before[-1] / after[-1], torch.tensor(8.0))
 
 
+def test_a_part_that_rotates_stays_that_part_under_new_rope(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    make_checkpoint(tmp_path / "source", family="phi3", rope_parameters=rope)
+    options = {"rope_parameters": "ntk", "max_position_embeddings": 8 * CONTEXT}
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", **options, **QUIET)  # verified against Phi-3's own
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert converted.config.rope_parameters["partial_rotary_factor"] == 0.5
+    inv_freq = converted.model.rotary_emb.inv_freq
+    assert len(inv_freq) == 2 and 1e-2 / inv_freq[-1] == pytest.approx(8.0)
+
+
 def test_the_trained_context_is_kept_in_the_config(tmp_path):
     make_checkpoint(tmp_path / "source", rope="llama3")
     convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=256, **QUIET)

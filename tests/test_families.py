@@ -46,6 +46,7 @@ VARIANTS = {
     "smollm3, no rope at an interval": {"family": "smollm3", "no_rope_layers": None, "no_rope_layer_interval": 2},
     "smollm3, biases": {"family": "smollm3", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "phi3": {"family": "phi3"},
+    "phi3, partial rotation": {"family": "phi3", "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 0.5}},
     "phi3, gelu": {"family": "phi3", "hidden_act": "gelu", "num_key_value_heads": 1},
     "phi3, longrope": {
         "family": "phi3",
@@ -161,10 +162,6 @@ REFUSED = {
     "chunked attention": (
         "qwen3", config(layer_types=["full_attention", "chunked_attention"]), {},
         "the source has layers of chunked_attention",
-    ),
-    "partial rotation": (
-        "phi3", config(rope_parameters={**ROPE["default"], "partial_rotary_factor": 0.5}), {},
-        "this Phi3ForCausalLM rotates only 0.5 of each head (partial_rotary_factor), LongNet all of it",
     ),
     "RoPE that the family lacks": (
         "phi3", lambda source: None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},

@@ -319,6 +319,13 @@ def test_parts_left_out_follow_the_backbone():
         ({"sub_layernorm": True}, "sub_layernorm needs backbone 'magneto', got 'llama'"),
         ({"scale_embedding": True}, "scale_embedding needs backbone 'magneto', got 'llama'"),
         ({"xpos": True, "xpos_scale_base": 0}, "xpos_scale_base must be at least 1 token, got 0"),
+        (
+            {
+                "xpos": True,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            },
+            "xpos needs heads that rotate as a whole, got partial_rotary_factor 0.5",
+        ),
         ({"back_bone": "magneto"}, "no field 'back_bone'; did you mean 'backbone'"),
     ],
 )

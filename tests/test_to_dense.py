@@ -29,6 +29,10 @@ VARIANTS = {
     "phi3, bfloat16, sharded": {"family": "phi3", "dtype": torch.bfloat16, "max_shard_size": "20KB"},
     "mistral with a window": {"family": "mistral", "sliding_window": 16},
     **{f"RoPE {name}": {"rope": name} for name in ROPE if name != "default"},
+    "phi3, partial rotation": {
+        "family": "phi3",
+        "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 0.5},
+    },
     "phi3, longrope": {"family": "phi3", "rope": "longrope, no factor", "original_max_position_embeddings": 16},
 }
 
