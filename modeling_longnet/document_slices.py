@@ -61,6 +61,22 @@ class KeptKeys(NamedTuple):
             yield range(first + r * max(0, -((first - inside.first) // r)), inside.stop, r)
 
 
+class HaloBlock(NamedTuple):
+    """The halo of one share, KV head, branch and side, and the row of the buffer of received keys where it begins."""
+
+    share: int
+    kv_head: int
+    branch_index: int
+    side: str
+    keys: KeptKeys
+    row: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the buffer where its keys stand, in order."""
+        return slice(self.row, self.row + len(self.keys))
+
+
 def halo_span(pattern: DilationPattern, branch_index: int, offset: int, span: Span, length: int, side: str) -> Span:
     """Return where the keys stand that a slice's queries reach on one side of it, through one branch.
 

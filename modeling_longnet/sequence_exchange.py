@@ -9,19 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .dilation_pattern import DilationPattern
-from .document_slices import KeptKeys, Span, halo_keys
+from .document_slices import HaloBlock, KeptKeys, Span, halo_keys
 from .sequence_group import talk
 from .sequence_shares import Document, Share
-
-
-class HaloBlock(NamedTuple):
-    """Where the halo of one share, KV head, branch and side stands in the buffer of received keys."""
-
-    share: int
-    kv_head: int
-    branch_index: int
-    side: str
-    rows: slice
 
 
 class ExchangePlan(NamedTuple):
@@ -82,7 +72,7 @@ def plan_exchange(
                 for side, keys in halo(index, rank, i, offset).items():
                     if len(keys):
                         starts[index, i, g, side] = end
-                        blocks.append(HaloBlock(index, g, i, side, slice(end, end + len(keys))))
+                        blocks.append(HaloBlock(index, g, i, side, keys, end))
                         end += len(keys)
 
     sent: list[tuple[int, int, Tensor]] = []  # row, KV head, columns

@@ -14,7 +14,8 @@ attention looks beyond a slice, and it looks at little:
    length (or only its rate, if no segment edge falls into the slice) divides the slice's first position: then the
    fused backends compute them. Otherwise they are the same strided pieces that the ``torch`` backend is made of, cut
    to the slice.
-4. *Halo attention*: pieces again, whose keys lie in the received buffer. Pieces hold every (query, key) pair of the
+4. *Halo attention*: pieces again, whose keys lie in the received buffer; on CUDA, for dense queries, fused kernels
+   that take all branches and heads in one launch (``halo_attention_kernels``). Pieces hold every (query, key) pair of the
    pattern exactly as often as it counts, so folding them into the local (out, lse) is one softmax over the whole
    multiset: no approximation, whatever overlaps.
 5. *Backward.* The gradient of one softmax is each part's ordinary attention backward, given the *final* out and lse.
@@ -40,10 +41,10 @@ from .dilated_attention_torch import PieceView, fold_backward, fold_forward, pie
 from .dilated_attention_torch import _attention as torch_operator
 from .dilated_attention_triton import _attention as triton_operator
 from .dilation_pattern import DilationPattern
-from .document_slices import LOCAL, Span, slice_pieces, starts_like_a_document
+from .document_slices import LOCAL, HaloBlock, Span, slice_pieces, starts_like_a_document
+from .halo_attention_triton import fold_halo_backward, fold_halo_forward, halo_refusal
 from .sequence_exchange import (
     ExchangePlan,
-    HaloBlock,
     add_gradients,
     plan_exchange,
     send_gradients,
@@ -165,10 +166,11 @@ class SliceAttention:
         own = [starts_like_a_document(call.pattern, share.span) for share in shares]
         self.runs = list(_runs([share for share, alone in zip(shares, own) if alone]))
         self.strayed = [index for index, alone in enumerate(own) if not alone]
-        self.halo_rows: dict[int, dict[tuple[int, int, str], slice]] = {}
+        self.halos: dict[int, list[HaloBlock]] = {}
         for block in blocks:
-            rows = self.halo_rows.setdefault(block.share, {})
-            rows[block.kv_head, block.branch_index, block.side] = block.rows
+            self.halos.setdefault(block.share, []).append(block)
+        self.halo_rows = {(b.share, b.kv_head, b.branch_index, b.side): b.rows for b in blocks}
+        self.fused = operator is triton_operator and halo_refusal(call.pattern) is None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Attend from the slice's queries to its own keys, ``(out [B, H, L, D], lse [B, H, L])``."""
@@ -186,9 +188,15 @@ class SliceAttention:
 
     def fold_halo(self, query: Tensor, halo_key: Tensor, halo_value: Tensor, out: Tensor, lse: Tensor) -> None:
         """Let the queries attend to the halo too, in place: its keys and values are ``[entries, D]``."""
-        for index, rows in self.halo_rows.items():
-            sides = {side for _, _, side in rows}
-            self._fold(index, sides, query, (halo_key, halo_value), out, lse)
+        for index, blocks in self.halos.items():
+            if self.fused:
+                share = self.shares[index]
+                q, o, part_lse = (x[share.row, :, share.columns] for x in (query, out, lse))
+                fold_halo_forward(
+                    self.call, tuple(blocks), self.num_kv_heads, share.span.first, q, halo_key, halo_value, o, part_lse
+                )
+            else:
+                self._fold(index, {b.side for b in blocks}, query, (halo_key, halo_value), out, lse)
 
     def backward(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse
@@ -225,12 +233,24 @@ class SliceAttention:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the query and of the halo's keys and values through the halo."""
+        if grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
         grad_query = torch.zeros_like(query)
         gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (halo_key, halo_value)]
         final = (out, lse, grad_out, grad_lse)
-        for index, rows in self.halo_rows.items():
-            sides = {side for _, _, side in rows}
-            self._fold_backward(index, sides, grad_query, query, (halo_key, halo_value), gradients, *final)
+        for index, blocks in self.halos.items():
+            if self.fused:
+                share = self.shares[index]
+                q, dq, *parts = (
+                    None if x is None else x[share.row, :, share.columns] for x in (query, grad_query, *final)
+                )
+                fold_halo_backward(
+                    self.call, tuple(blocks), self.num_kv_heads, share.span.first, q, halo_key, halo_value, *parts, dq,
+                    *gradients,
+                )  # fmt: skip
+            else:
+                sides = {b.side for b in blocks}
+                self._fold_backward(index, sides, grad_query, query, (halo_key, halo_value), gradients, *final)
         return grad_query, *(gradient.to(query.dtype) for gradient in gradients)
 
     def _one_run(self, query: Tensor) -> bool:
@@ -280,7 +300,7 @@ class SliceAttention:
         if side == LOCAL:
             share = self.shares[index]
             return x[share.row : share.row + 1, kv_head : kv_head + 1, share.columns]
-        return x[self.halo_rows[index][kv_head, branch_index, side]][None, None]
+        return x[self.halo_rows[index, kv_head, branch_index, side]][None, None]
 
     def _views(self, index: int, kv_head: int, sides, query: Tensor) -> Iterator[tuple[int, str, PieceView]]:
         """Yield the pieces of one KV head and share, with the branch and the side of their keys."""

@@ -312,6 +312,7 @@ def attend_on_imagined_ranks(tensors, do, pattern: DilationPattern, world_size: 
     return [torch.cat(parts, dim=2) for parts in zip(*[[out, *g] for out, g in zip(results, grads)])], plans
 
 
+@pytest.mark.parametrize("slice_length", [384, 379])  # three whole first segments; begins off every segment and rate
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
 @pytest.mark.parametrize(
@@ -324,12 +325,11 @@ def attend_on_imagined_ranks(tensors, do, pattern: DilationPattern, world_size: 
         ),
     ],
 )
-def test_imagined_ranks_in_one_process_equal_one_call(device, dtype, backend, preset, is_causal):
-    # The slices of 384 tokens are three of the first segments, and end inside the last two branches' segments.
+def test_imagined_ranks_in_one_process_equal_one_call(device, dtype, backend, preset, is_causal, slice_length):
     pattern = DilationPattern.geometric(128, 1024, preset=preset)
     generator = torch.Generator().manual_seed(0)
     query, key, value, do = (
-        torch.randn(2, heads, 4 * 384, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+        torch.randn(2, heads, 4 * slice_length, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
     )
     found, plans = attend_on_imagined_ranks((query, key, value), do, pattern, 4, backend, is_causal)
     assert all(plan.received_entries > 0 for plan in plans[1:])
