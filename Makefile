@@ -22,6 +22,7 @@ test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python tests/test_dilated_attention_triton.py 0
 	.venv/bin/python tests/test_dilated_attention_triton.py 1
 	.venv/bin/python tests/test_cached_attention_triton.py
+	.venv/bin/python tests/test_halo_attention_triton.py
 
 # What touches transformers, on the oldest version that pyproject.toml allows.
 OLDEST_TESTS = attention_choice cache compile configuration convert loss magneto modeling pipelines remote_code \

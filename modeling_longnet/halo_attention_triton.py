@@ -19,8 +19,10 @@ except ImportError:  # nobody asks for these kernels without triton
     triton = None
 
 
-# The queries of a tile of halo keys are dealt out to so many programs: one branch has few keys and many queries.
-SPLITS = 8
+# One branch has few keys and many queries. Where fewer programs than this would run, the queries of a tile of halo keys
+# are dealt out to up to MOST_SPLITS of them, each with sums of its own.
+ENOUGH_PROGRAMS = 1024
+MOST_SPLITS = 8
 
 
 def halo_refusal(pattern: DilationPattern) -> str | None:
@@ -95,6 +97,11 @@ def _describe(pattern: DilationPattern, halo: HaloBlock, number: int, count: int
     return [halo.row + number, count, positions[number], window, inner, rate, int(halo.side != LEFT)]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def fold_halo_forward(
     call: Call, halo: tuple[HaloBlock, ...], num_kv_heads: int, first: int, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor,
@@ -104,11 +111,12 @@ def fold_halo_forward(
     Args:
         halo: its blocks.
         first: position of the share's first token.
-        query, out: ``[H, n, D]``, last dimension contiguous; lse ``[H, n]`` float32, likewise.
+        query, out: ``[H, n, D]``; lse ``[H, n]`` float32; both results with a contiguous last dimension.
         key, value: ``[entries, D]``, the buffer of received keys and values.
     """
     table = _block_table(call.pattern, num_kv_heads, halo, query.device)
     tiles = _tiles("fwd", query)
+    query = _rows(query)
     heads, length, _ = query.shape
     with torch.cuda.device_of(query):
         halo_fwd_kernel[(-(-length // tiles.block_m), heads)](
@@ -129,9 +137,10 @@ def fold_halo_backward(
         grad_query: ``[H, n, D]`` zeros; grad_key, grad_value: ``[entries, D]`` float32, where this share's are added.
     """
     table = _block_table(call.pattern, num_kv_heads, halo, query.device)
+    query, grad_out = _rows(query), _rows(grad_out)
     heads, length, _ = query.shape
     delta = torch.zeros(heads, length, dtype=torch.float32, device=query.device)
-    dlse = lse if grad_lse is None else grad_lse
+    dlse = lse if grad_lse is None else _rows(grad_lse)
     with torch.cuda.device_of(query):
         tiles = _tiles("dq", query)
         halo_dq_kernel[(-(-length // tiles.block_m), heads)](
@@ -142,12 +151,15 @@ def fold_halo_backward(
         )  # fmt: skip
         tiles = _tiles("dkdv", query)
         places = _tile_table(call.pattern, halo, tiles.block_n, query.device)
+        splits = MOST_SPLITS
+        while splits > 1 and len(places) * splits >= 2 * ENOUGH_PROGRAMS:
+            splits //= 2
         # Shares have blocks of their own in the buffer: what is not this share's stays zero.
-        parts = torch.zeros(2, SPLITS, *key.shape, dtype=torch.float32, device=query.device)
-        halo_dkdv_kernel[(len(places), SPLITS)](
+        parts = torch.zeros(2, splits, *key.shape, dtype=torch.float32, device=query.device)
+        halo_dkdv_kernel[(len(places), splits)](
             query, key, value, lse, grad_out, delta, parts[0], parts[1], places,
             *query.stride()[:2], lse.stride(0), *grad_out.stride()[:2], parts.stride(1), call.scale, length, first,
-            SPLITS=SPLITS, **_constants(call, query, num_kv_heads, tiles),
+            SPLITS=splits, **_constants(call, query, num_kv_heads, tiles),
         )  # fmt: skip
     grad_key += parts[0].sum(0)
     grad_value += parts[1].sum(0)

@@ -233,8 +233,6 @@ class SliceAttention:
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the query and of the halo's keys and values through the halo."""
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
         grad_query = torch.zeros_like(query)
         gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (halo_key, halo_value)]
         final = (out, lse, grad_out, grad_lse)

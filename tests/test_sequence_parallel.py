@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
+from imagined_ranks import Member, attend_on_imagined_ranks
 from ranks import Ranks
 from strategies import Call, calls
 from tiny_models import left_padding, random_tokens, tiny_config, tiny_model
@@ -27,10 +28,9 @@ from modeling_longnet import (
     sequence_parallel,
     shard_sequence,
 )
-from modeling_longnet.attention_operator import Call as AttentionCall
-from modeling_longnet.sequence_exchange import add_gradients, pack_gradients, pack_keys, plan_exchange, unpack_keys
+from modeling_longnet.sequence_exchange import plan_exchange
 from modeling_longnet.sequence_group import current_group
-from modeling_longnet.sequence_parallel import OPERATORS, SliceAttention, sequence_parallel_attention
+from modeling_longnet.sequence_parallel import sequence_parallel_attention
 from modeling_longnet.sequence_shares import whole_rows
 from modeling_longnet.token_layout import locate_tokens, pack, unpack
 
@@ -262,56 +262,6 @@ def test_gathered_states_are_the_whole_and_carry_gradients_to_their_slice(two_ra
     torch.testing.assert_close(grad0 + grad1, 2 * model.embed_tokens.weight.grad)
 
 
-class Member:
-    """A rank of a group that is only imagined: all ranks live in one process."""
-
-    def __init__(self, rank: int, world_size: int):
-        self._rank, self._world_size = rank, world_size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._world_size
-
-
-def attend_on_imagined_ranks(tensors, do, pattern: DilationPattern, world_size: int, backend: str, is_causal: bool):
-    """Compute output and gradients by what each rank computes, the exchanges done by hand; also count the entries."""
-    operator = OPERATORS[backend]
-    batch, _, length, head_dim = tensors[0].shape
-    size = length // world_size
-    call = AttentionCall(pattern, is_causal, head_dim**-0.5)
-    slices = [[x[:, :, r * size : (r + 1) * size] for x in (*tensors, do)] for r in range(world_size)]
-    plans, members, results, grads = [], [], [], []
-    for rank in range(world_size):
-        sequence = whole_rows(Member(rank, world_size), batch, size)
-        num_kv_heads, device = tensors[1].shape[1], tensors[0].device
-        places = (sequence.shares, sequence.documents, device)
-        plans.append(plan_exchange(pattern, num_kv_heads, is_causal, rank, world_size, *places))
-        members.append(SliceAttention(call, operator, num_kv_heads, sequence.shares, plans[-1].blocks))
-
-    def exchange(sent: list[torch.Tensor], counts: list[list[int]]) -> list[torch.Tensor]:
-        parcels = [list(x.split(n)) for x, n in zip(sent, counts)]
-        return [torch.cat([parcels[source][rank] for source in range(world_size)]) for rank in range(world_size)]
-
-    sent = [pack_keys(plan, k, v) for plan, (_, k, v, _) in zip(plans, slices)]
-    halos = exchange(sent, [plan.send_counts for plan in plans])
-    halos = [unpack_keys(plan, received) for plan, received in zip(plans, halos)]
-    sent = []
-    for plan, member, (q, k, v, grad), halo in zip(plans, members, slices, halos):
-        out, lse = member.forward(q, k, v)
-        member.fold_halo(q, *halo, out, lse)
-        dq, *halo_gradients = member.halo_backward(q, *halo, out, lse, grad, None)
-        sent.append(pack_gradients(plan, *halo_gradients))
-        gradients = member.backward(q, k, v, out, lse, grad, None)
-        gradients[0].add_(dq)
-        results.append(out)
-        grads.append(gradients)
-    for plan, received, gradients in zip(plans, exchange(sent, [p.receive_counts for p in plans]), grads):
-        add_gradients(plan, received, *gradients[1:])
-    return [torch.cat(parts, dim=2) for parts in zip(*[[out, *g] for out, g in zip(results, grads)])], plans
-
-
 @pytest.mark.parametrize("slice_length", [384, 379])  # three whole first segments; begins off every segment and rate
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
@@ -331,11 +281,12 @@ def test_imagined_ranks_in_one_process_equal_one_call(device, dtype, backend, pr
     query, key, value, do = (
         torch.randn(2, heads, 4 * slice_length, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
     )
-    found, plans = attend_on_imagined_ranks((query, key, value), do, pattern, 4, backend, is_causal)
+    dlse = torch.randn(4, 1, generator=generator).to(device).expand(2, 4, 4 * slice_length)  # as autograd hands it
+    found, plans = attend_on_imagined_ranks((query, key, value), (do, dlse), pattern, 4, backend, is_causal)
     assert all(plan.received_entries > 0 for plan in plans[1:])
     leaves = [x.float().requires_grad_() for x in (query, key, value)]
-    out = dilated_attention(*leaves, pattern, is_causal=is_causal, backend="torch")
-    expected = [out, *torch.autograd.grad(out, leaves, do.float())]
+    out, lse = dilated_attention(*leaves, pattern, is_causal=is_causal, backend="torch", return_lse=True)
+    expected = [out, lse, *torch.autograd.grad((out, lse), leaves, (do.float(), dlse))]
     for a, b in zip(found, expected):
         error = ((a.float() - b).norm() / b.norm()).item()
         assert error < (1e-5 if dtype == torch.float32 else 1.5e-2)
