@@ -39,6 +39,8 @@ config = LongNetConfig(
     segment_lengths=segments, dilation_rates=[1, 4, 16], max_position_embeddings=args.length, initializer_range=0.1,
 )  # fmt: skip
 ranks = int(os.environ.get("WORLD_SIZE", 1))
+if ranks > 1 and not torch.cuda.is_available():
+    raise SystemExit(f"Accelerate spreads a sequence over GPUs only, and {ranks} ranks run on CPUs; launch one")
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         output_dir=folder, max_steps=args.steps, per_device_train_batch_size=1, learning_rate=1e-2, logging_steps=1,
