@@ -1,13 +1,15 @@
 """transformers' common tests, run on every LongNet class: `make conformance`.
 
 Not collected with the other tests: the upstream files have to be fetched first (``upstream.py``), and every skip is
-held against ``transformers_suite.md`` (``conftest.py``).
+held against ``transformers_suite.md`` (``skip_list.py``).
 """
 
 import unittest
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import set_seed
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
@@ -97,6 +99,18 @@ class CommonTests(
 
     def test_config(self):
         ConfigTester(self, config_class=LongNetConfig, hidden_size=32).run_common_tests()
+
+    @test_tensor_parallel_mixin.is_tensor_parallel_test
+    def test_tp_generation_quantized(self):
+        """Compare errors of logits. Upstream compares the tokens of a random model; Llama itself fails that here."""
+        self._skip_if_not_supported()
+        from float8_ranks import compare_with_one_process
+
+        set_seed(42)
+        LongNetForCausalLM(self.model_tester.get_config()).save_pretrained("model")
+        test_tensor_parallel_mixin.run_distributed(world_size=2)(compare_with_one_process)(
+            str(Path("model").absolute()), LongNetForCausalLM, 25
+        )
 
 
 class RetrofitTest(CommonTests, unittest.TestCase):
