@@ -1,19 +1,17 @@
 """The fused kernels against the oracle: on the GPU, and without one through Triton's interpreter."""
 
-import os
 import random
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import combinations, product
 from math import inf, lcm
-from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from strategies import Call
 from torch.nn.functional import scaled_dot_product_attention
+from triton_interpreter import interpret, needs_interpreter
 
 from modeling_longnet import DilationPattern, attention_operator, dilated_attention, dilated_attention_hopper
 from modeling_longnet import dilated_attention_triton as fused_backend
@@ -23,7 +21,6 @@ from modeling_longnet.dilated_attention_launches import key_launches, query_laun
 from modeling_longnet.dilated_attention_triton import triton_attention, triton_refusal
 
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("paper", "torchscale", "retrofit")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -365,24 +362,10 @@ def test_progressions_start_anew_where_the_rate_does_not_divide_the_segment(plan
     assert launch.period > 2**30 and not launch.segmented
 
 
-def _interpreter_refusal() -> str | None:
-    try:
-        version("triton")
-    except PackageNotFoundError:
-        return "triton is not installed"
-    if tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4) and version("triton") < "3.7":
-        return f"the interpreter of triton {version('triton')} does not know numpy {version('numpy')}"
-    return None
-
-
-@pytest.mark.skipif(_interpreter_refusal() is not None, reason=str(_interpreter_refusal()))
+@needs_interpreter
 @pytest.mark.parametrize("part", range(2))
 def test_kernel_logic_in_the_interpreter(part):
-    """The same kernels, run by Triton's interpreter on the CPU in float32."""
-    folders = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
-    run = subprocess.run([sys.executable, __file__, str(part)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    interpret(__file__, str(part))
 
 
 if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own

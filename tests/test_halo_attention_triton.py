@@ -1,21 +1,14 @@
 """The fused kernels for halos in Triton's interpreter; on the GPU, test_sequence_parallel.py runs them."""
 
-import os
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from unittest.mock import patch
 
-import pytest
 import torch
 from imagined_ranks import attend_on_imagined_ranks
+from triton_interpreter import interpret, needs_interpreter
 
 from modeling_longnet import DilationPattern, dilated_attention
 from modeling_longnet.halo_attention_triton import fold_halo_backward, fold_halo_forward, halo_refusal
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_what_the_kernels_refuse_is_named():
@@ -45,24 +38,9 @@ def check_against_one_call(pattern: DilationPattern, is_causal: bool, slice_leng
         torch.testing.assert_close(a.double(), b.detach(), rtol=2e-5, atol=2e-5)
 
 
-def _interpreter_refusal() -> str | None:
-    """Say why Triton's interpreter cannot run here, None if it can."""
-    try:
-        version("triton")
-    except PackageNotFoundError:
-        return "triton is not installed"
-    if tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4):
-        return f"Triton's interpreter needs numpy < 2.4, got {version('numpy')}"
-    return None
-
-
-@pytest.mark.skipif(_interpreter_refusal() is not None, reason=str(_interpreter_refusal()))
+@needs_interpreter
 def test_kernel_logic_in_the_interpreter():
-    """The same kernels, run by Triton's interpreter on the CPU in float32."""
-    folders = (str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    interpret(__file__)
 
 
 if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own
