@@ -53,7 +53,7 @@ def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
     script = "\n".join(code for language, code in BLOCKS if language == "python")
     collect = "import json, sys\nprinted = []\nprint = lambda x: printed.append(str(x))\n"
     output = run([sys.executable, "-c", f"{collect}{script}\nsys.stdout.write(json.dumps(printed))"], workshop)
-    shape, reach, text, savings, entries, cache_shape = json.loads(output)
+    shape, reach, text, savings, entries, cache_shape, nats = json.loads(output)
     assert shape == "torch.Size([1, 700, 1000])"
     assert json.loads(reach)[-1] == 200 and json.loads(reach).count(200) == 4  # reached by four branches
     assert text.startswith("def main(")
@@ -61,6 +61,7 @@ def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
     assert entries == "11264"
     entries_held = int(re.fullmatch(r"torch.Size\(\[1, 2, (\d+), 8\]\)", cache_shape)[1])
     assert entries_held <= 128 + 256 // 4 + 128
+    assert 4 < float(re.search(r"[\d.]+", nats)[0]) / 3999 < 10  # random tokens, of a hundred, random weights
 
 
 def test_the_make_targets_that_it_names_exist():
