@@ -83,7 +83,7 @@ def dilated_attention(
     elif backend == "torch":
         out, lse = torch_attention(
             query, key, value, pattern, is_causal=is_causal, attention_mask=attention_mask, cu_seqlens=cu_seqlens,
-            scale=scale, dropout=dropout,
+            scale=scale, dropout=dropout, return_lse=return_lse,
         )  # fmt: skip
     else:
         out, lse = triton_attention(

@@ -36,7 +36,8 @@ def torch_attention(
     cu_seqlens: Tensor | None,
     scale: float,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Compute dilated attention by SDPA-class kernels on strided views.
 
     Args:
@@ -46,14 +47,21 @@ def torch_attention(
         attention_mask: ``[B, L]`` bool, None if all tokens are real.
         cu_seqlens: ``[n + 1]`` integer for packed documents in one row, or None.
         is_causal, scale, dropout: as in ``dilated_attention``.
+        return_lse: whether lse is wanted.
 
     Returns:
-        ``(out [B, H, L, D], lse [B, H, L])``, both differentiable once.
+        ``(out [B, H, L, D], lse [B, H, L] or None)``, both differentiable once.
     """
     # Drawn from the global generator so that torch.manual_seed, and a checkpoint's replay, give the same mask again.
     seed = int(torch.randint(2**62, ())) if dropout else 0
     call = Call(pattern, is_causal, scale, dropout, seed)
-    return _attention(query, key, value, attention_mask, cu_seqlens, call)
+    eagerly = not return_lse and not torch.compiler.is_compiling()
+    if eagerly and _is_one_piece(call, query, attention_mask, cu_seqlens):
+        kernel = _kernel(call, query, key, None, seed)
+        if not isinstance(kernel, _PlainKernel):  # the others bring their own gradient, for less time of the host
+            return kernel.forward(query, key, value, is_causal)[0], None
+    out, lse = _attention(query, key, value, attention_mask, cu_seqlens, call)
+    return out, lse if return_lse else None
 
 
 def _documents(

@@ -155,7 +155,7 @@ class DilationPattern:
     def is_ordinary(self, length: int) -> bool:
         """Whether on a document of ``length`` tokens this is ordinary attention: every key reached, exactly once."""
         undilated = self.dilation_rates[0] == 1 and self.segment_lengths[0] >= length
-        return undilated and (len(self.branches) == 1 or not self.count_overlaps)
+        return undilated and (len(self.segment_lengths) == 1 or not self.count_overlaps)
 
     def offset(self, branch_index: int, kv_head: int, num_kv_heads: int) -> int:
         """Return the offset of one KV head in one branch, ``0 <= offset < dilation_rate``."""

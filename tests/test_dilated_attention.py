@@ -186,6 +186,18 @@ def assert_is_ordinary_attention(pattern: DilationPattern, backend: str, is_caus
     gradients = torch.autograd.grad(out, tensors, cotangent)
     expected = {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients))
     assert_same(evaluate(operator(pattern, backend, is_causal=is_causal), tensors, cotangent), expected)
+    # Without its lse, too: then the torch backend leaves the gradient to PyTorch.
+    out = dilated_attention(*tensors, pattern, backend=backend, is_causal=is_causal)
+    gradients = torch.autograd.grad(out, tensors, cotangent)
+    assert_same({"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients)), expected)
+
+
+@causal_or_not
+def test_ordinary_attention_takes_the_node_of_pytorch_itself(is_causal):
+    call = random_call(RETROFIT, 8)
+    expected = F.scaled_dot_product_attention(*call.tensors(), is_causal=is_causal, enable_gqa=True).grad_fn
+    out = dilated_attention(*call.tensors(), RETROFIT, is_causal=is_causal)
+    assert type(out.grad_fn) is type(expected)
 
 
 # Theorem 3
