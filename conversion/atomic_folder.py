@@ -41,9 +41,12 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that may not be created or replaced.
 
     Raises:
-        ValueError: if it exists without ``overwrite``, or is neither empty nor a checkpoint.
+        ValueError: if it exists without ``overwrite``, is neither empty nor a checkpoint, or would lie in a file.
     """
     if not os.path.lexists(target):
+        above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise ValueError(f"{target} cannot be created because {above} is not a folder; choose another target")
         return
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another target or pass overwrite (--overwrite)")

@@ -23,7 +23,7 @@ def find_folder(source: str | Path, revision: str | None, allow_patterns: list[s
         if revision is not None:
             raise ValueError(f"{source} is a folder, which has no revision {revision}; leave the revision out")
         return folder.absolute(), None
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or folder.exists():
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) or folder.exists():
         raise ValueError(f"the source {source} is not a folder")
     try:
         snapshot = Path(snapshot_download(str(source), revision=revision, allow_patterns=allow_patterns))

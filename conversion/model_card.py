@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .steps import describe_not_finite
 from .weights import DTYPES
 
 
@@ -55,7 +56,7 @@ def fill_model_card(plan: LongNetPlan, report: dict) -> str:
         cost_length=f"{costs['length']:,}",
         attention_ratio=f"{costs['dense_attention_flops'] / costs['pattern_attention_flops']:.1f}",
         kv_ratio=f"{costs['dense_kv_bytes'] / costs['pattern_kv_bytes']:.1f}",
-        verification=_verification_sentence(report["verification"], pattern.segment_lengths[0]),
+        verification=_verified(report, pattern.segment_lengths[0]),
     )
 
 
@@ -76,7 +77,7 @@ def fill_dense_card(plan: DensePlan, report: dict) -> str:
         metadata=metadata,
         architecture=plan.becomes,
         license=_license_sentence(inherited),
-        verification=_verification_sentence(report["verification"], first_segment),
+        verification=_verified(report, first_segment),
     )
 
 
@@ -132,6 +133,12 @@ def _license_sentence(inherited: dict, code: str = "") -> str:
     name = inherited.get("license_name", inherited["license"])
     link = f" ({inherited['license_link']})" if "license_link" in inherited else ""
     return f"As the source: {name}{link}. {code}".rstrip()
+
+
+def _verified(report: dict, first_segment: int) -> str:
+    verified = _verification_sentence(report["verification"], first_segment)
+    not_finite = report["weights"]["not_finite"]
+    return f"{verified} The checkpoint holds {describe_not_finite(not_finite)}." if not_finite else verified
 
 
 def _verification_sentence(verification: dict | None, first_segment: int) -> str:

@@ -17,6 +17,8 @@ from .steps import (
     check_apart,
     check_space,
     command_line,
+    count_not_finite,
+    describe_not_finite,
     describe_outcome,
     describe_verification,
     hash_files,
@@ -81,6 +83,7 @@ def convert(
                 "num_bytes": plan.num_bytes,
                 "dtypes": sorted({dtype_name(DTYPES[plan.dtype or tensor.dtype]) for tensor in plan.tensors.values()}),
                 "files": hash_files(weight_files, progress),
+                "not_finite": count_not_finite(weight_files, progress),
                 "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size, plan.dtype),
             },
             "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
@@ -90,6 +93,8 @@ def convert(
         (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(plan.card(report), encoding="utf-8")
     if progress:
+        if not_finite := report["weights"]["not_finite"]:
+            print(f"warning    {describe_not_finite(not_finite)}")
         print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
     if push_to_hub is not None:
         push_folder(target, push_to_hub, f"Convert {plan.name} to {plan.becomes}")

@@ -159,7 +159,7 @@ def _choose_pattern(
     context: int | None,
 ) -> tuple[DilationPattern, int]:
     """Return the pattern and the target's context."""
-    for name, number in (("max_position_embeddings", context), ("local", local)):
+    for name, number in (("max_position_embeddings (--context)", context), ("local (--local)", local)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"{name} must be a positive integer, got {number!r}")
     if segment_lengths is None:

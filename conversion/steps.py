@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .verify import Comparison, Verification, compare_logits
-from .weights import copy_bytes, total_bytes
+from .weights import copy_bytes, count_numbers_not_finite, read_header, total_bytes
 
 
 CARRIED_FILES = (
@@ -125,6 +125,26 @@ def hash_files(paths: Iterable[Path], progress: bool) -> dict[str, dict]:
             described[path.name] = {"num_bytes": path.stat().st_size, "sha256": digest}
             bar.update(path.stat().st_size)
     return described
+
+
+def count_not_finite(paths: Iterable[Path], progress: bool) -> dict[str, int]:
+    """Return how many NaN and infinite numbers each tensor of safetensors files holds, where it holds any."""
+    paths = list(paths)
+    found = {}
+    with progress_bar("looking for NaN", sum(path.stat().st_size for path in paths), progress) as bar:
+        for path in paths:
+            for tensor in read_header(path).values():
+                if number := count_numbers_not_finite(tensor):
+                    found[tensor.name] = number
+            bar.update(path.stat().st_size)
+    return found
+
+
+def describe_not_finite(found: dict[str, int]) -> str:
+    """Say in a line which tensors hold numbers that are not finite, at most three by name."""
+    named = [f"{name} ({number:,})" for name, number in list(found.items())[:3]]
+    more = f" and {len(found) - 3:,} more tensors" if len(found) > 3 else ""
+    return f"NaN or infinite weights, kept as they are, in {', '.join(named)}{more}"
 
 
 def describe_verification(verification: Verification | None) -> dict | None:

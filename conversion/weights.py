@@ -185,6 +185,20 @@ def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
     return stored.view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
+def count_numbers_not_finite(tensor: StoredTensor) -> int:
+    """Count a stored tensor's NaN and infinite numbers, a megabyte at a time."""
+    count, buffer = 0, torch.empty(2**20, dtype=torch.uint8)
+    for place in tensor.ranges:
+        with open(place.file, "rb") as file:
+            file.seek(place.start)
+            for start in range(0, place.num_bytes, len(buffer)):
+                part = buffer[: place.num_bytes - start]
+                if file.readinto(part.numpy()) != len(part):
+                    raise OSError(f"{place.file} ends inside tensor {tensor.name}")
+                count += int(part.view(DTYPES[tensor.dtype]).isfinite().logical_not().sum())
+    return count
+
+
 def copy_weights(
     tensors: dict[str, StoredTensor],
     folder: Path,

@@ -24,9 +24,13 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
+# As ``python -m conversion``; transformers imports torchao where it is installed, which may complain on stderr.
+RUN = "import runpy, sys; sys.modules['torchao'] = None; runpy.run_module('conversion', run_name='__main__')"
+
+
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "conversion", *map(str, arguments)], capture_output=True, text=True, **settings
+        [sys.executable, "-c", RUN, *map(str, arguments)], capture_output=True, text=True, **settings
     )
 
 

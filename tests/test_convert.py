@@ -380,6 +380,7 @@ def test_report_and_card_say_what_was_done_and_measured(source, tmp_path):
     assert f"{report['verification']['max_error']:.2g}" in card.text
     assert "As the source: llama3.2" in card.text
     assert "$" not in card.text
+    assert report["weights"]["not_finite"] == {} and "NaN" not in card.text
 
 
 @pytest.mark.parametrize("card", [None, "# no front matter", "---\nlicense: [oops\n---\n"])
@@ -413,12 +414,24 @@ def test_as_many_tokens_are_compared_as_the_first_segment_has(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_converted_and_reported(source, tmp_path, capsys):
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    down_proj = "model.layers.1.mlp.down_proj.weight"
+    spoil_tensors(source, lambda tensors: tensors[down_proj][0].fill_(float("nan")))
     report = convert_checkpoint(source, tmp_path / "target")
     assert report["verification"]["num_not_finite"] > 0
-    assert "look for NaN weights" in capsys.readouterr().out
+    assert report["weights"]["not_finite"] == {down_proj: 48}
+    printed = capsys.readouterr().out
+    assert "look for NaN weights" in printed
+    assert f"warning    NaN or infinite weights, kept as they are, in {down_proj} (48)" in printed.splitlines()
+    assert_same_bits(stored_tensors(tmp_path / "target"), stored_tensors(source))
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_infinite_weights_that_no_logit_shows_are_named_too(source, tmp_path, capsys, max_shard_size):
+    spoil_tensors(source, lambda tensors: tensors["model.embed_tokens.weight"][287, 31:].fill_(float("-inf")))
+    report = convert_checkpoint(source, tmp_path / "target", verify=False, max_shard_size=max_shard_size)
+    assert report["weights"]["not_finite"] == {"model.embed_tokens.weight": 1}
+    assert "in model.embed_tokens.weight (1)" in capsys.readouterr().out
+    assert "in model.embed_tokens.weight (1)." in (tmp_path / "target" / "README.md").read_text()
 
 
 def test_without_a_tokenizer_the_logits_are_compared_on_spread_tokens(tmp_path):
@@ -428,12 +441,13 @@ def test_without_a_tokenizer_the_logits_are_compared_on_spread_tokens(tmp_path):
     assert report["verification"]["num_tokens"] == CONTEXT
 
 
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+def test_memory_does_not_grow_with_the_checkpoint(source, tmp_path):
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None or not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux with glibc: /proc/self/clear_refs to measure the peak, malloc_trim to start low")
+    convert_checkpoint(source, tmp_path / "small", **QUIET)  # loads what is loaded once
     make_checkpoint(
-        tmp_path / "source",
+        tmp_path / "large",
         dtype=torch.bfloat16,
         hidden_size=1024,
         intermediate_size=4096,
@@ -441,19 +455,18 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
         num_attention_heads=8,
         vocab_size=4096,
     )
-    size = (tmp_path / "source" / "model.safetensors").stat().st_size
-    assert size > 190e6
+    assert (tmp_path / "large" / "model.safetensors").stat().st_size > 190e6
 
     def memory(line: str) -> int:
         status = dict(entry.split(":") for entry in Path("/proc/self/status").read_text().splitlines())
         return int(status[line].split()[0]) * 1024
 
-    for options, allowed in (({"verify": False}, 20e6), ({"verify": True}, 100e6)):
+    for options, allowed in (({"verify": False}, 40e6), ({"verify": True}, 100e6)):
         trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = memory("VmRSS")
         convert_checkpoint(
-            tmp_path / "source", tmp_path / "target", max_shard_size="50MB", overwrite=True, **options, **QUIET
+            tmp_path / "large", tmp_path / "target", max_shard_size="50MB", overwrite=True, **options, **QUIET
         )
         assert memory("VmHWM") - before < allowed
 
@@ -507,12 +520,20 @@ def spoil_bin(change):
 
 
 def save_with_code(path: Path) -> None:
-    torch.save({**torch.load(path, weights_only=True), "hook": RunsCode()}, path)
+    torch.save({**torch.load(path, weights_only=True), "hook": RunsCode(str(path.parent / RAN_CODE))}, path)
+
+
+RAN_CODE = "code_was_run"
 
 
 class RunsCode:
+    """When unpickled, makes the folder ``mark``."""
+
+    def __init__(self, mark: str):
+        self.mark = mark
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/longnet_conversion_ran_code",)
+        return os.mkdir, (self.mark,)
 
 
 def compress(path: Path) -> None:
@@ -632,6 +653,7 @@ def test_a_bad_source_is_refused_before_anything_is_written(source, tmp_path, ca
         convert_checkpoint(source, tmp_path / "target", **QUIET)
     assert message in str(refusal.value)
     assert sorted(tmp_path.iterdir()) == before
+    assert not (source / RAN_CODE).exists()
 
 
 BAD_OPTIONS = {
@@ -641,7 +663,10 @@ BAD_OPTIONS = {
     "no default rates": ({"segment_lengths": [64, 100]}, "give dilation_rates"),
     "no segments": ({"segment_lengths": []}, "segment_lengths is empty"),
     "not nested": ({"segment_lengths": [64, 96], "dilation_rates": [1, 2]}, "does not divide the next one, 96"),
-    "context": ({"max_position_embeddings": 0}, "max_position_embeddings must be a positive integer, got 0"),
+    "context": (
+        {"max_position_embeddings": 0},
+        "max_position_embeddings (--context) must be a positive integer, got 0",
+    ),
     "rope word": (
         {"rope_parameters": "spiral"},
         "must be a dict or one of yarn, linear, ntk, llama3, none, got 'spiral'",
@@ -650,7 +675,7 @@ BAD_OPTIONS = {
         {"rope_parameters": "yarn", "max_position_embeddings": CONTEXT},
         "nothing to stretch: the context of 64 tokens is not longer than the 64",
     ),
-    "local": ({"local": 0}, "local must be a positive integer, got 0"),
+    "local": ({"local": 0}, "local (--local) must be a positive integer, got 0"),
     "local twice": ({"local": 32, "segment_lengths": [32, 64]}, "local 32 and segment_lengths [32, 64] both set"),
     "dense layer": ({"dense_layers": [0, 2]}, "dense_layers names layer 2, but the 2 layers are numbered from 0 to 1"),
     "dtype": ({"dtype": "int8"}, "dtype must be one of float64, float32, float16, bfloat16, got 'int8'"),
@@ -663,6 +688,8 @@ BAD_OPTIONS = {
     "no tokens": ({"verify_tokens": 0}, "verify_tokens must be a positive integer, got 0"),
     "shard size": ({"max_shard_size": "5 apples"}, "max_shard_size must be bytes or a size"),
     "source": ({"source": "no/such/folder"}, "no/such/folder is not a folder"),
+    "relative source": ({"source": "./absent"}, "the source ./absent is not a folder"),
+    "source above": ({"source": "../absent"}, "the source ../absent is not a folder"),
 }
 
 
@@ -707,6 +734,9 @@ def test_only_checkpoints_are_overwritten(source, tmp_path):
     assert files_of(precious) == {"thesis.tex": b"years of work"}
     with pytest.raises(ValueError, match="no checkpoint folder"):
         convert_checkpoint(source, precious / "thesis.tex", overwrite=True, **QUIET)
+    with pytest.raises(ValueError, match="cannot be created because .*thesis.tex is not a folder"):
+        convert_checkpoint(source, precious / "thesis.tex" / "a" / "target", **QUIET)
+    assert files_of(precious) == {"thesis.tex": b"years of work"}
 
 
 @pytest.mark.parametrize("place", [".", "inside", "..", "link"])
@@ -777,6 +807,10 @@ def kill_self_before(change):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
         if event == "open":
             changes = arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        # The copies of the package's many files are all alike: one of them will do.
+        name = str(arguments[0]) if arguments else ""
+        if name.endswith(".py") and not name.endswith("cache_longnet.py"):
+            return
         if changes and str(target.parent) in str(arguments):
             seen += 1
             if seen == change:

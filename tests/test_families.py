@@ -89,7 +89,9 @@ def test_converted_logits_equal_the_sources_at_every_length_up_to_the_first_segm
     with torch.no_grad():
         for length in range(1, first_segment + 1):
             expected = theirs(tokens[:, :length]).logits
-            torch.testing.assert_close(ours(tokens[:, :length]).logits, expected, rtol=0, atol=1e-5)
+            # float32 rounds logits of 5 to 5e-7: what is single here and fused there adds up in another order
+            allowed = 1e-5 * max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(ours(tokens[:, :length]).logits, expected, rtol=0, atol=allowed)
     assert expected.abs().max() > 0.5
     assert report["verification"]["relative_error"] < 1e-5
     assert_parts_are_rows_of_the_whole(stored_tensors(tmp_path / "target"), stored_tensors(tmp_path / "source"))
