@@ -307,7 +307,9 @@ def test_tied_embeddings_share_one_tensor_after_reloading(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     tokens = random_tokens(1, 30)
-    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+    # The weights are equal bit for bit; where they lie in memory may change the order of a sum.
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_query_and_key_norms_and_biases_exist_only_where_asked_for():
