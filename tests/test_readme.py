@@ -22,15 +22,16 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with a checkpoint named llama, one of the official code and a `longnet-convert` on the path."""
+    """A folder with a checkpoint named llama, one of the official code and our commands on the path."""
     folder = tmp_path_factory.mktemp("readme")
     make_checkpoint(folder / "llama", max_position_embeddings=128)
     weights, arguments = random_weights()
     torch.save({"model": weights, "args": argparse.Namespace(**arguments)}, folder / "checkpoint_best.pt")
-    command = folder / "bin" / "longnet-convert"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m conversion "$@"\n')
-    command.chmod(0o755)
+    (folder / "bin").mkdir()
+    for name, module in (("longnet-convert", "conversion"), ("longnet-inspect", "inspection")):
+        command = folder / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        command.chmod(0o755)
     return folder
 
 
@@ -48,7 +49,7 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
     for language, code in BLOCKS:
-        if language == "bash" and code.startswith("longnet-convert"):
+        if language == "bash" and code.startswith("longnet-"):
             run(["sh", "-ec", code], workshop)
     script = "\n".join(code for language, code in BLOCKS if language == "python")
     collect = "import json, sys\nprinted = []\nprint = lambda x: printed.append(str(x))\n"
@@ -71,6 +72,10 @@ def test_the_make_targets_that_it_names_exist():
 
 
 def test_the_files_that_it_names_exist():
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", README)
+    assert len(images) >= 2
+    for name in images:
+        assert (ROOT / name).exists(), name
     for name in set(re.findall(r"`((?:tests|modeling_longnet|conversion|benchmarks)/[\w/.-]*)`", README)):
         assert (ROOT / name).exists(), name
 
