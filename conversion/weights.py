@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHUNK_BYTES = 16 * 2**20
+SCAN_BYTES = 2**20  # read at once where nothing is written
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -186,8 +187,8 @@ def read_tensor(tensor: StoredTensor, buffer: Tensor) -> Tensor:
 
 
 def count_numbers_not_finite(tensor: StoredTensor) -> int:
-    """Count a stored tensor's NaN and infinite numbers, a megabyte at a time."""
-    count, buffer = 0, torch.empty(2**20, dtype=torch.uint8)
+    """Count a stored tensor's NaN and infinite numbers, a little at a time."""
+    count, buffer = 0, torch.empty(SCAN_BYTES, dtype=torch.uint8)
     for place in tensor.ranges:
         with open(place.file, "rb") as file:
             file.seek(place.start)
