@@ -31,7 +31,8 @@ test-oldest: .venv/.test .venv/.oldest
 # transformers' own tests on these models, and other people's tools on a converted checkpoint.
 conformance: .venv/.conformance
 	.venv/bin/python tests/transformers_suite/run.py -n auto
-	PYTHONPATH=.:tests .venv/bin/python -m pytest -c tests/conformance/pytest.ini tests/conformance/tools.py
+	PYTHONPATH=.:tests .venv/bin/python -m pytest -c tests/conformance/pytest.ini tests/conformance/tools.py \
+	  tests/test_training_tools.py::test_qlora_trains_through_tiles_and_chunks
 
 conformance-skips: .venv/.conformance
 	.venv/bin/python tests/transformers_suite/run.py -n auto --write-skips

@@ -94,7 +94,7 @@ def test_the_wheel_holds_the_packages_their_types_and_templates_and_nothing_else
     for package in PACKAGES:
         for path in (ROOT / package).glob("*.py"):
             assert f"{package}/{path.name}" in names
-    for package in ("modeling_longnet", "conversion", "inspection"):
+    for package in PACKAGES:
         assert f"{package}/py.typed" in names
     for path in (ROOT / "conversion").glob("*.md"):
         assert f"conversion/{path.name}" in names
