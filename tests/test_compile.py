@@ -1,5 +1,7 @@
 """torch.compile and torch.export take the operator and the model as one graph."""
 
+import shutil
+
 import pytest
 import torch
 from tiny_models import left_padding, random_tokens, tiny_model
@@ -60,6 +62,17 @@ def test_the_model_compiles_to_the_same_loss_and_gradients(fields):
         function(tokens, labels=tokens, use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of inductor, about itself
+def test_by_default_the_model_compiles_to_the_same_logits():
+    torch.compiler.reset()
+    model, tokens = tiny_model("retrofit").float(), random_tokens(2, 40)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(tokens, use_cache=False).logits
+        expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_prefill_exports_and_the_exported_program_gives_the_same_logits():
