@@ -24,8 +24,11 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-# As ``python -m conversion``; transformers imports torchao where it is installed, which may complain on stderr.
-RUN = "import runpy, sys; sys.modules['torchao'] = None; runpy.run_module('conversion', run_name='__main__')"
+# As ``python -m conversion``; transformers imports these where they are installed, which may complain on stderr.
+RUN = (
+    "import runpy, sys; sys.modules['torchao'] = sys.modules['bitsandbytes'] = None; "
+    "runpy.run_module('conversion', run_name='__main__')"
+)
 
 
 def run(*arguments, **settings) -> subprocess.CompletedProcess:
