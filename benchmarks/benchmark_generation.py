@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import DilationPattern, LongNetCache, LongNetConfig, LongNetForCausalLM
@@ -32,13 +33,19 @@ from modeling_longnet.dilation_pattern import PRESETS
 
 
 COLUMNS = ("model", "measure", "how", "context", "batch", "value", "extrapolated")
+# PyTorch prefers cuDNN, which plans anew for each length of a growing cache; so the best of others is timed beside it.
+FALLBACKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+DENSE_KERNELS = {
+    "eager": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *FALLBACKS],
+    "eager, without cuDNN": [SDPBackend.FLASH_ATTENTION, *FALLBACKS],
+}
 FILL = 2**18  # random keys per step of filling a cache
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**i for i in (12, 15, 17, 18, 20)])
-    parser.add_argument("--far-contexts", type=int, nargs="+", default=[2**22, 2**24], help="decoded by LongNet alone")
+    parser.add_argument("--far-contexts", type=int, nargs="*", default=[2**22, 2**24], help="decoded by LongNet alone")
     parser.add_argument("--first-segment", type=int, default=2048)
     parser.add_argument("--last-segment", type=int, default=2**20)
     parser.add_argument("--layers", type=int, default=16)
@@ -215,10 +222,12 @@ def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dic
         for context in contexts:
             cache = bench.fill_dense(batch, context)
             kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-            seconds = median_seconds(
-                bench, lambda cache=cache: bench.llama(token, past_key_values=cache), min(args.steps, 10)
-            )
-            bench.record("llama", measure, "eager", context, batch, value(seconds))
+            for how, kernels in DENSE_KERNELS.items():
+                with sdpa_kernel(kernels):
+                    seconds = median_seconds(
+                        bench, lambda cache=cache: bench.llama(token, past_key_values=cache), min(args.steps, 10)
+                    )
+                bench.record("llama", measure, how, context, batch, value(seconds))
             bench.record("llama", "KV bytes", "", context, batch, kv_bytes)
             del cache
             bench.free()

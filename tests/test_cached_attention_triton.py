@@ -103,6 +103,7 @@ def test_chunks_over_the_cache_equal_the_oracle(seed, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # inductor advises, and raises its advice as an error of the compiled graph
 @pytest.mark.parametrize("preset", PRESETS)
 def test_generation_on_the_gpu_compiled_or_not_is_that_of_the_full_forward(preset):
     model = tiny_model(preset, num_key_value_heads=2, head_dim=16).float().cuda()
