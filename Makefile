@@ -15,7 +15,7 @@ demo: .venv/.demo
 test: .venv/.test
 	.venv/bin/python -m pytest -n auto
 
-# The kernels' logic without a GPU, in Triton's interpreter. It knows older numpy only: both live in a folder beside.
+# The kernels' logic without a GPU, in Triton's interpreter. It knows older numpy only: they live in a folder beside.
 test-kernels: export TRITON_INTERPRET = 1
 test-kernels: export PYTHONPATH = .venv/kernels:.:tests
 test-kernels: .venv/.test .venv/.kernels
@@ -23,6 +23,7 @@ test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python tests/test_dilated_attention_triton.py 1
 	.venv/bin/python tests/test_cached_attention_triton.py
 	.venv/bin/python tests/test_halo_attention_triton.py
+	.venv/bin/python tests/test_liger_layers.py
 
 # Everything again, on the oldest transformers that pyproject.toml allows.
 test-oldest: .venv/.test .venv/.oldest
@@ -64,6 +65,7 @@ clean:
 
 .venv/.kernels: .venv/.torch
 	$(INSTALL) --target .venv/kernels 'triton>=3.6,<3.7' 'numpy<2.4'
+	$(INSTALL) --target .venv/kernels --no-deps liger-kernel
 	touch $@
 
 # transformers has no dependency on torch: the one that .venv has serves both versions.

@@ -2,7 +2,8 @@
 
 A step is forward, backward and optimizer on one sequence of random tokens in bfloat16. The peer is transformers' Llama
 of the same shape with SDPA (its own choice of kernel, and cuDNN's by name; the faster one counts), with the same tricks
-where they apply: activation checkpointing per layer, and this package's loss without logits. Checks first that the
+where they apply: activation checkpointing per layer, this package's loss without logits and, with ``--liger``, Liger's
+kernels in the layers. Checks first that the
 tricks change no gradient on this device. Every configuration has a time box; one that runs out of memory says so.
 
 Model FLOPs count 6 per weight of a matrix and token (4 where the weight is frozen), and three times the forward pass of
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
+from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, apply_liger_kernel_to_longnet
 from modeling_longnet.head_loss import head_loss, next_tokens
 from training import offload_checkpoints
 
@@ -52,7 +53,7 @@ SHAPES = {
     },
 }  # fmt: skip
 COLUMNS = (
-    "stage", "shape", "attention", "length", "trained", "offloaded_layers", "step_s", "steps", "tokens_per_s",
+    "stage", "shape", "attention", "length", "trained", "offloaded_layers", "kernels", "step_s", "steps", "tokens_per_s",
     "model_tflops", "mfu", "peak_gib", "weights_gib", "loss", "note",
 )  # fmt: skip
 
@@ -67,6 +68,7 @@ class Run:
     length: int
     lora: bool = False
     offloaded_layers: int = 0
+    liger: bool = False
     max_steps: int = 5
     warm_up_length: int | None = None  # None: the length itself
 
@@ -111,12 +113,24 @@ def build(run: Run, device: torch.device, first_segment: int) -> nn.Module:
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable()
+    if run.liger:
+        apply_liger(model)
     if run.lora:
         config = LoraConfig(task_type="CAUSAL_LM", r=16)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)  # bfloat16, as all the rest
     if run.offloaded_layers:
         offload_checkpoints(model, run.offloaded_layers)
     return model.train()
+
+
+def apply_liger(model: nn.Module) -> None:
+    """Put Liger's norms, rotary embedding and MLPs into a model; the loss is the same for all already."""
+    if isinstance(model, LongNetForCausalLM):
+        apply_liger_kernel_to_longnet(model)
+    else:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False)
 
 
 @contextlib.contextmanager
@@ -166,6 +180,7 @@ def measure(run: Run, device: torch.device, box_s: float, first_segment: int, pe
     row = {
         "stage": run.stage, "shape": run.shape, "attention": run.attention, "length": run.length,
         "trained": "lora" if run.lora else "all", "offloaded_layers": run.offloaded_layers,
+        "kernels": "liger" if run.liger else "torch",
     }  # fmt: skip
     try:
         row |= timed_steps(run, device, box_s, first_segment, peak_tflops)
@@ -278,6 +293,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", help="check, loss and those of the table (default: all)")
     parser.add_argument("--small", action="store_true", help="tiny shapes: tests the path on any machine")
     parser.add_argument(
+        "--liger", action="store_true", help="norms, rotary embedding and MLPs by Liger, in all models"
+    )
+    parser.add_argument(
         "--box", type=float, default=12.0, help="seconds of timed steps per configuration: %(default)s"
     )
     parser.add_argument(
@@ -290,7 +308,7 @@ def main() -> None:
         return plot(arguments.plot)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.small else "cpu")
     first_segment = 64 if arguments.small else 2048
-    runs = all_runs(arguments.small)
+    runs = [replace(run, liger=arguments.liger) for run in all_runs(arguments.small)]
     stages = arguments.stages or ["check", "loss", *dict.fromkeys(run.stage for run in runs)]
     if unknown := set(stages) - {"check", "loss"} - {run.stage for run in runs}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are check, loss, "

@@ -18,6 +18,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention
 from .dilation_pattern import DilationPattern
+from .liger_layers import apply_liger_kernel_to_longnet
 from .modeling_longnet import (
     LongNetForCausalLM,
     LongNetForQuestionAnswering,
@@ -88,6 +89,7 @@ __all__ = [
     "LongNetModel",
     "LongNetTrainer",
     "TokenStream",
+    "apply_liger_kernel_to_longnet",
     "dilated_attention",
     "gather_sequence",
     "prefill_sequence",

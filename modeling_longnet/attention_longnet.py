@@ -71,6 +71,8 @@ ATTENTION_NAMES = ("sdpa", "eager", "longnet_torch", "longnet_triton")
 class LongNetAttention(LlamaAttention):
     """Llama's attention block around ``dilated_attention``, with optional q/k norms and a bias of ``o_proj``'s own."""
 
+    rotate_heads = staticmethod(rotate_heads)  # Liger's kernel may take its place
+
     def __init__(self, config: LongNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if config.attention_output_bias is not None and config.attention_output_bias != config.attention_bias:
@@ -112,7 +114,7 @@ class LongNetAttention(LlamaAttention):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, H, T, D], [B, G, T, D]
         if self.rotates:
-            query, key = rotate_heads(query, key, *position_embeddings)
+            query, key = self.rotate_heads(query, key, *position_embeddings)
         dropout = self.attention_dropout if self.training else 0.0
 
         continues = False

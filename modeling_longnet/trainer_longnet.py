@@ -5,6 +5,7 @@ import functools
 import torch.distributed as dist
 from transformers import Trainer
 
+from .liger_layers import register_with_liger
 from .sequence_group import sequence_parallel
 from .sequence_shards import shard_sequence
 
@@ -16,18 +17,16 @@ class LongNetTrainer(Trainer):
     permuted slice of the sequence, which full attention does not notice and dilated attention cannot follow. Here the
     ranks of the "cp" dimension hold contiguous slices under ``sequence_parallel``: any length, padding and packed
     documents, and beside it data parallelism and FSDP2 as Accelerate sets them up. Losses and gradients equal those of
-    one process.
+    one process. ``use_liger_kernel`` puts Liger's kernels into the layers; the stock Trainer does not find them.
 
     Raises:
-        ValueError: if the model has no dilation pattern, or ``args`` ask for Liger's patches; with ``cp_size > 1``, if
-            a loss function of the user's own or whole logits are asked for, which no rank has.
+        ValueError: if the model has no dilation pattern; with ``cp_size > 1``, if a loss function of the user's own or
+            whole logits are asked for, which no rank has.
     """
 
     def __init__(self, model=None, args=None, **kwargs):
         if getattr(args, "use_liger_kernel", False):
-            raise ValueError(
-                'use_liger_kernel patches no LongNet layer; leave it out and set the config\'s loss_implementation="liger"'
-            )
+            register_with_liger()
         super().__init__(model=model, args=args, **kwargs)
         if not hasattr(self.model.config, "pattern"):
             raise ValueError(

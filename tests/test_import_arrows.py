@@ -25,6 +25,7 @@ TRANSFORMERS_FILES = {
     "backbone_magneto",
     "cache_longnet",
     "configuration_longnet",
+    "liger_layers",
     "modeling_longnet",
     "sequence_prefill",
     "rotary_longnet",

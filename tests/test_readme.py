@@ -93,9 +93,17 @@ def test_the_picture_is_what_the_patterns_reach():
             assert row[columns].rstrip() == drawn, (preset, position)
 
 
+def measurements(name: str) -> list[dict[str, str]]:
+    lines = (ROOT / "benchmarks" / "results" / name).read_text().splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def number(cell: str) -> float:
+    return float(cell.strip("*").replace(",", ""))
+
+
 def test_the_speed_table_is_what_the_measurements_say():
-    path = ROOT / "benchmarks" / "results" / "attention_NVIDIA-H200_2026-11-23.csv"
-    rows = csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
+    rows = measurements("attention_NVIDIA-H200_2026-11-24.csv")
     wanted = {"pass": "forward+backward", "heads": "16", "kv_heads": "16", "head_dim": "128", "layout": "plain"}
     measured = {
         (row["attention"], int(row["length"])): (float(row["ms"]), row["extrapolated"])
@@ -106,6 +114,37 @@ def test_the_speed_table_is_what_the_measurements_say():
     assert len(table) == 5
     for tokens, *cells in table:
         for attention, cell in zip(("dense cudnn", "paper", "retrofit"), cells):
-            ms, extrapolated = measured[attention, int(tokens.replace(",", ""))]
-            assert float(cell.strip("*").replace(",", "")) == pytest.approx(ms, rel=0.01)
+            ms, extrapolated = measured[attention, int(number(tokens))]
+            assert number(cell) == pytest.approx(ms, rel=0.01)
             assert bool(re.fullmatch(r"\*[^*]+\*", cell)) == (extrapolated == "1")
+
+
+def test_the_table_of_whole_models_is_what_the_measurements_say():
+    measured = {}  # (what, tokens, model): value
+    for row in measurements("training_NVIDIA-H200_2026-11-24_1354.csv"):
+        key = "training step, tokens/s", int(row["length"]), row["attention"].removesuffix(" cudnn")
+        measured[key] = max(float(row["tokens_per_s"]), measured.get(key, 0.0))  # of Llama, the faster kernel
+    names = {"prefill tokens/s": "reading a prompt, tokens/s", "decode ms/token": "one generated token, ms",
+             "KV bytes": "KV cache, MB"}  # fmt: skip
+    for row in measurements("generation_NVIDIA-H200_2026-11-24.csv"):
+        graph = row["measure"] != "decode ms/token" or row["how"] == "compiled, CUDA graph" or row["model"] == "llama"
+        if graph and row["batch"] == "1":
+            model = {"longnet": "retrofit"}.get(row["model"], row["model"])
+            scale = 1e6 if row["measure"] == "KV bytes" else 1.0
+            measured[names[row["measure"]], int(row["context"]), model] = float(row["value"]) / scale
+    what, checked = "", 0
+    for label, tokens, *cells in re.findall(
+        r"^\| (.*?)\| ([\d,]+) \| (.*?) ?\| (.*?) ?\| (.*?) \|$", README, flags=re.MULTILINE
+    ):
+        what = label.strip() or what
+        for model, cell in zip(("llama", "paper", "retrofit"), cells):
+            if cell.strip():
+                assert number(cell) == pytest.approx(measured[what, int(number(tokens)), model], rel=0.01), (
+                    what,
+                    cell,
+                )
+                checked += 1
+    assert checked == 22
+    (billion,) = re.findall(r"went through one H200 in (\d+) s", README)
+    report = (ROOT / "benchmarks/results/one_billion_tokens_NVIDIA-H200_2026-11-24.csv").read_text()
+    assert float(re.search(r"# seconds: ([\d.]+)", report)[1]) == pytest.approx(float(billion), abs=0.5)

@@ -6,7 +6,10 @@
 import ast
 import inspect
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from modeling_longnet import (
     LongNetForTokenClassification,
     LongNetModel,
     LongNetTrainer,
+    apply_liger_kernel_to_longnet,
 )
 
 
@@ -90,7 +94,7 @@ TRAPS = {
         "test_traps.py::test_the_pattern_is_saved_whatever_the_attention_implementation",
     ),
     "use_liger_kernel does nothing for an unknown model_type": (
-        "test_traps.py::test_the_trainer_refuses_a_liger_kernel_that_would_do_nothing",
+        "test_traps.py::test_the_trainer_tells_liger_of_this_model_type_or_says_that_liger_is_missing",
     ),
     "a cache layer class registered by name is replaced by a checkpoint's copy": (
         "test_traps.py::test_cache_layers_are_registered_under_no_name",
@@ -184,11 +188,19 @@ def test_the_pattern_is_saved_whatever_the_attention_implementation(implementati
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-6, atol=1e-6)
 
 
-def test_the_trainer_refuses_a_liger_kernel_that_would_do_nothing(tmp_path):
+def test_the_trainer_tells_liger_of_this_model_type_or_says_that_liger_is_missing(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     arguments.use_liger_kernel = True  # transformers itself asks for the package first
-    with pytest.raises(ValueError, match='use_liger_kernel patches no LongNet layer; .* loss_implementation="liger"'):
+    functions = {}
+    stand_in = ModuleType("liger_kernel.transformers.monkey_patch")
+    stand_in.MODEL_TYPE_TO_APPLY_LIGER_FN = functions
+    hidden = patch.dict(sys.modules, {"liger_kernel": None, stand_in.__name__: None})
+    with hidden, pytest.raises(ImportError, match="use_liger_kernel=True needs liger-kernel"):
         LongNetTrainer(tiny_model(), arguments)
+    parents = {name: ModuleType(name) for name in ("liger_kernel", "liger_kernel.transformers")}
+    with patch.dict(sys.modules, parents | {stand_in.__name__: stand_in}):
+        LongNetTrainer(tiny_model(), arguments)
+    assert functions == {"longnet": apply_liger_kernel_to_longnet}
 
 
 def test_cache_layers_are_registered_under_no_name():

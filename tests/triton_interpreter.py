@@ -31,3 +31,20 @@ def interpret(script: str, *arguments: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
     run = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def hand_over_floats_as_tensors() -> None:
+    """Let the interpreter give kernels what the compiler gives them for a float argument; others' kernels cast it."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_floats_too(argument):
+        if type(argument) is not float:
+            return convert(argument)
+        handle = interpreter.TensorHandle(numpy.array([argument], dtype=numpy.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    interpreter._implicit_cvt = convert_floats_too
