@@ -122,7 +122,8 @@ class LongNetCacheLayer(CacheLayerMixin):
             self._commit_pending()
             self._keep_history(positions)
             if num_tokens == 1:
-                self._write_one(key_states, value_states, positions[:, None], places)
+                rows = self.once(positions, (num_kv_heads, "rows"), self._rows)
+                self._write_one(key_states, value_states, positions, places, rows)
             else:
                 takers = self.once(
                     positions, (self.slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
@@ -248,19 +249,32 @@ class LongNetCacheLayer(CacheLayerMixin):
         takers[..., -1] = -1
         return takers
 
-    def _write_one(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places) -> None:
-        """Put one entry ``[B, G, 1, D]`` at ``positions [B, 1, 1]`` into its slot."""
-        slots, rows = places.slots, places.slots[..., None].expand_as(keys)
+    def _write_one(
+        self, keys: Tensor, values: Tensor, positions: Tensor, places: Places, rows: tuple[Tensor, Tensor]
+    ) -> None:
+        """Put one entry ``[B, G, 1, D]`` at ``positions [B, 1]`` into its slot.
+
+        Args:
+            rows: of ``_rows``.
+        """
+        slots = places.slots[..., 0]  # [B, G]
         positions = torch.where(slots < self.slots.capacity, positions, PADDING)
-        for name, index, new in (
-            ("keys", rows, keys), ("values", rows, values), ("key_positions", slots, positions),
-            ("key_branches", slots, places.branches),
+        for name, new in (
+            ("keys", keys[:, :, 0]), ("values", values[:, :, 0]), ("key_positions", positions),
+            ("key_branches", places.branches[..., 0]),
         ):  # fmt: skip
             held = getattr(self, name)
+            # Not scatter_: the compiler writes an index_put in place, but copies all that is held around a scatter.
             if self._is_differentiated(held, new):
-                setattr(self, name, held.scatter(2, index, new))
+                setattr(self, name, held.index_put((*rows, slots), new))
             else:
-                held.scatter_(2, index, new)
+                held.index_put_((*rows, slots), new)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Return the rows of the batch and the KV heads as indices, ``[B, 1]`` and ``[1, G]``."""
+        batch, num_kv_heads = self.keys.shape[:2]
+        device = self.keys.device
+        return torch.arange(batch, device=device)[:, None], torch.arange(num_kv_heads, device=device)[None]
 
     def _hold(self, name: str, new: Tensor) -> None:
         """Replace what is held, in place where addresses are fixed."""

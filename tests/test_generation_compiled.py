@@ -1,10 +1,15 @@
 """Decoding through a cache of fixed size is one graph that serves a whole generation."""
 
+import re
+import shutil
+
 import pytest
 import torch
 from tiny_models import left_padding, random_tokens, tiny_model
+from torch._inductor.utils import run_and_get_code
 
-from modeling_longnet import LongNetCache
+from modeling_longnet import DilationPattern, LongNetCache
+from modeling_longnet.cache_longnet import LongNetCacheLayer
 
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -53,6 +58,31 @@ def test_the_graph_passes_through_aot_autograd():
         logits = [step(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(20, 40)]
         full = model(tokens, use_cache=False).logits[:, 20:]
     torch.testing.assert_close(torch.cat(logits, dim=1), full, **CLOSE)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of inductor, about itself
+def test_a_compiled_step_writes_into_the_cache_and_copies_none_of_it():
+    torch.compiler.reset()
+    layer = LongNetCacheLayer(DilationPattern.geometric(8, 64, preset="retrofit"), max_length=100)
+    key, value = torch.randn(2, 2, 3, 1, 16)
+    layer.update(key, value, positions=torch.zeros(2, 1, dtype=torch.long))
+
+    def step(key, value, positions):
+        keys, values = layer.update(key, value, positions=positions)
+        return keys.sum(2) + values.sum(2)
+
+    key, value = torch.randn(2, 2, 3, 1, 16)
+    sums, (code,) = run_and_get_code(
+        torch.compile(step, fullgraph=True), key, value, torch.ones(2, 1, dtype=torch.long)
+    )
+    torch.testing.assert_close(sums, layer.keys.sum(2) + layer.values.sum(2))
+    held = layer.key_positions.amax(-1)
+    assert held.eq(1).all()
+    allocated = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
+    assert allocated
+    slots = layer.key_positions.shape[-1]
+    assert not any(str(slots) in shape.split(", ") for shape in allocated), allocated
 
 
 @pytest.mark.parametrize(
