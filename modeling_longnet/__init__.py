@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .decoding_step import DecodingStep
 from .dilated_attention import dilated_attention
 from .dilation_pattern import DilationPattern
 from .liger_layers import apply_liger_kernel_to_longnet
@@ -79,6 +80,7 @@ _register()
 _register_lora_targets()
 
 __all__ = [
+    "DecodingStep",
     "DilationPattern",
     "LongNetCache",
     "LongNetConfig",

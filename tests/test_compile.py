@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import left_padding, random_tokens, tiny_model
 
-from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet import DecodingStep, DilationPattern, LongNetCache, dilated_attention
 from modeling_longnet.attention_operator import Call
 from modeling_longnet.dilated_attention_torch import _attention
 
@@ -81,3 +81,31 @@ def test_prefill_exports_and_the_exported_program_gives_the_same_logits():
     other = random_tokens(1, 40, seed=1)
     exported = program.module()(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(exported, model(other).logits)
+
+
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_a_decoding_step_exports_and_the_exported_program_goes_on_as_the_model_does(preset, tmp_path):
+    model, tokens = tiny_model(preset).float(), random_tokens(2, 75)
+    cache = LongNetCache(model.config, max_length=75)
+    with torch.no_grad():
+        model(tokens[:, :20], past_key_values=cache)
+        before = {name: x.clone() for name, x in cache.state_dict().items()}
+        program = torch.export.export(DecodingStep(model, cache), (tokens[:, 20:21],))
+        torch.export.save(program, tmp_path / "step.pt2")
+        step = torch.export.load(tmp_path / "step.pt2").module()
+        logits = torch.cat([step(tokens[:, t : t + 1]) for t in range(20, 75)], dim=1)
+        full = model(tokens, use_cache=False).logits[:, 20:]
+    torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-4)
+    for name, x in cache.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+
+def test_a_decoding_step_needs_a_filled_cache_of_fixed_size():
+    model = tiny_model()
+    growing = LongNetCache(model.config)
+    with torch.no_grad():
+        model(random_tokens(1, 5), past_key_values=growing)
+    with pytest.raises(ValueError, match=r"LongNetCache\(max_length=...\)"):
+        DecodingStep(model, growing)
+    with pytest.raises(ValueError, match="read the prompt with it first"):
+        DecodingStep(model, LongNetCache(model.config, max_length=5))

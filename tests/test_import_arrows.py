@@ -25,6 +25,7 @@ TRANSFORMERS_FILES = {
     "backbone_magneto",
     "cache_longnet",
     "configuration_longnet",
+    "decoding_step",
     "liger_layers",
     "modeling_longnet",
     "sequence_prefill",

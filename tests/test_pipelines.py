@@ -89,6 +89,26 @@ def test_layers_offloaded_by_a_device_map_compute_the_same(converted, tmp_path):
         torch.testing.assert_close(automatic(tokens.to(automatic.device)).logits, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("device", "beyond"), [("cpu", "disk"), pytest.param(0, "cpu", marks=pytest.mark.gpu)], ids=["cpu", "gpu"]
+)
+def test_what_exceeds_a_devices_memory_goes_to_the_next(converted, tmp_path, device, beyond):
+    tokens = random_tokens(1, 90)
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    layer_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = {device: whole - layer_bytes // 2} | ({"cpu": "4GiB"} if beyond == "cpu" else {})
+    split = AutoModelForCausalLM.from_pretrained(
+        converted, device_map="auto", max_memory=memory, offload_folder=str(tmp_path)
+    )
+    layers = [split.hf_device_map.get(f"model.layers.{i}") for i in range(len(model.model.layers))]
+    assert layers[0] == device and layers[-1] == beyond, split.hf_device_map
+    with torch.no_grad():
+        torch.testing.assert_close(split(tokens).logits.cpu(), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    assert split.generate(tokens, **options).tolist() == model.generate(tokens, **options).tolist()
+
+
 def test_no_decoder_layer_is_split_between_devices():
     for backbone in ("llama", "magneto"):
         model = tiny_model(backbone=backbone)
