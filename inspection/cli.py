@@ -1,6 +1,7 @@
 """`longnet-inspect`: what a configuration's pattern reaches and costs, in tables and one picture."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,10 +34,12 @@ def run(options: argparse.Namespace) -> list[str]:
     """Compute and format everything that the options ask for."""
     config = _config(options)
     shape = ModelShape.of(config)
-    if options.suggest is not None:
+    if options.suggest is not None or options.kv_bytes is not None:
+        per_entry = shape.bytes_per_entry * len(shape.layers)
         pattern, share = suggest_pattern(
             options.context or max(config.segment_lengths),
-            options.suggest,
+            1.0 if options.suggest is None else options.suggest,
+            cache_budget=None if options.kv_bytes is None else options.kv_bytes // per_entry,
             preset=options.preset or "retrofit",
             num_kv_heads=shape.num_kv_heads,
         )
@@ -60,7 +63,11 @@ def run(options: argparse.Namespace) -> list[str]:
     }
     for name, pattern in found.items():
         lines += [*_describe(name, pattern, shape.num_kv_heads), ""]
-    lines += [*_coverage_table(coverages), "", *_costs_table(costs)]
+    lines += [*_coverage_table(coverages), ""]
+    if len(found) == 1:
+        ((name, pattern),) = found.items()
+        lines += [*_branch_table(pattern, coverages[name]), ""]
+    lines += _costs_table(costs)
     if options.plot:
         plot(options.plot, found, coverages, costs, shape.num_kv_heads)
         lines += ["", f"written {options.plot}"]
@@ -81,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--suggest", type=float, metavar="BUDGET", help="find branches that cost this share of dense attention"
     )
+    parser.add_argument(
+        "--kv-bytes", type=_byte_count, metavar="BYTES", help="... whose KV cache takes at most so much, as 512MiB"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a picture too")
     return parser
 
@@ -89,9 +99,17 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.replace("_", "").split(","))
 
 
+def _byte_count(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?)?B?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 536870912, 512MiB or 0.5GiB")
+    unit = match[2] or ""
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
+
+
 def _config(options: argparse.Namespace) -> LongNetConfig:
     if options.source is None:
-        if options.segment_lengths is None and options.suggest is None:
+        if options.segment_lengths is None and options.suggest is None and options.kv_bytes is None:
             raise ValueError("name a checkpoint, or give --segment-lengths and --dilation-rates")
         config = LongNetConfig()
     else:
@@ -100,7 +118,7 @@ def _config(options: argparse.Namespace) -> LongNetConfig:
         raise ValueError("--segment-lengths and --dilation-rates go together")
     if options.segment_lengths is not None:
         config.segment_lengths, config.dilation_rates = options.segment_lengths, options.dilation_rates
-    if options.preset and options.suggest is None:
+    if options.preset and options.suggest is None and options.kv_bytes is None:
         preset = DilationPattern.preset(options.preset, config.segment_lengths, config.dilation_rates)
         for field in ("head_offsets", "count_overlaps", "dilate_queries", "window"):
             setattr(config, field, getattr(preset, field))
@@ -145,6 +163,14 @@ def _coverage_table(coverages: dict[str, Coverage]) -> list[str]:
         lines.append(f"  {text:<32}" + "  ".join(f"{value:.2%}" for value in values))
     if not some.exact:
         lines.append("(averages over a sample of positions)")
+    return lines
+
+
+def _branch_table(pattern: DilationPattern, coverage: Coverage) -> list[str]:
+    lines = ["share of queries and heads that reach a token through each branch (segment/rate)"]
+    lines.append("  tokens back" + "".join(f"{f'{w}/{r}':>14}" for w, r in pattern.branches))
+    for distance, *shares in zip(coverage.distances, *coverage.per_branch):
+        lines.append(f"{distance:>13}" + "".join(f"{f'{share:.3f}' if share else '-':>14}" for share in shares))
     return lines
 
 

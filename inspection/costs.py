@@ -27,6 +27,11 @@ class ModelShape:
             layers=tuple(config.layer_pattern(i) for i in range(config.num_hidden_layers)),
         )
 
+    @property
+    def bytes_per_entry(self) -> int:
+        """Bytes of the keys and values of one position, all KV heads of a layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.bytes_per_value
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -51,7 +56,7 @@ def measure_costs(shape: ModelShape, lengths: Sequence[int]) -> list[Costs]:
                 flops += weight * n
                 dense_flops += (1 - weight) * n
             entries += pattern.cache_entries(length)
-        bytes_per_entry = 2 * shape.num_kv_heads * shape.head_dim * shape.bytes_per_value
+        bytes_per_entry = shape.bytes_per_entry
         found.append(
             Costs(length, flops, dense_flops, entries * bytes_per_entry, length * len(shape.layers) * bytes_per_entry)
         )

@@ -1,6 +1,7 @@
 """What the heads of one layer see of the past: by distance, and at the edges of segments."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modeling_longnet import DilationPattern
@@ -18,6 +19,7 @@ class Coverage:
     Args:
         distances: how many tokens back, each once.
         per_head: per KV head, the share of queries that reach the key at each distance.
+        per_branch: per branch, the share of queries and heads that reach the key through it.
         any_head: the share of queries for which at least one head reaches it.
         blind: the share of queries that reach nothing, in the mean over heads.
         nearest_missed: the share of queries for which no head reaches the token right before.
@@ -26,6 +28,7 @@ class Coverage:
 
     distances: tuple[int, ...]
     per_head: tuple[tuple[float, ...], ...]
+    per_branch: tuple[tuple[float, ...], ...]
     any_head: tuple[float, ...]
     blind: float
     nearest_missed: float
@@ -37,17 +40,25 @@ class Coverage:
         return tuple(sum(column) / len(column) for column in zip(*self.per_head))
 
 
-def reaches(pattern: DilationPattern, query: int, key: int, kv_head: int, num_kv_heads: int) -> bool:
-    """Whether a causal query reaches a key, in any branch."""
+def reaching_branches(
+    pattern: DilationPattern, query: int, key: int, kv_head: int, num_kv_heads: int
+) -> Iterator[int]:
+    """Yield the branches through which a causal query reaches a key; only the first where each key counts once."""
     if key > query or key < 0:
-        return False
+        return
     for i, (w, r) in enumerate(pattern.branches):
         offset = pattern.offset(i, kv_head, num_kv_heads)
         if (key % w) % r != offset or (pattern.dilate_queries and (query % w) % r != offset):
             continue
         if query - key < w if pattern.window == "sliding" else query // w == key // w:
-            return True
-    return False
+            yield i
+            if not pattern.count_overlaps:
+                return
+
+
+def reaches(pattern: DilationPattern, query: int, key: int, kv_head: int, num_kv_heads: int) -> bool:
+    """Whether a causal query reaches a key, in any branch."""
+    return any(True for _ in reaching_branches(pattern, query, key, kv_head, num_kv_heads))
 
 
 def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: list[int] | None = None) -> Coverage:
@@ -70,20 +81,24 @@ def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: lis
     places = range(steps) if exact else [int(k * GOLDEN_RATIO % 1 * period) for k in range(steps)]
     heads = range(num_kv_heads)
     counts = [[0] * len(distances) for _ in heads]
+    branch_counts = [[0] * len(distances) for _ in pattern.branches]
     any_counts = [0] * len(distances)
     blind = missed = 0
     for place in places:
         query = start + place
         for column, distance in enumerate(distances):
-            seen = [reaches(pattern, query, query - distance, g, num_kv_heads) for g in heads]
+            seen = [list(reaching_branches(pattern, query, query - distance, g, num_kv_heads)) for g in heads]
             any_counts[column] += any(seen)
             for g in heads:
-                counts[g][column] += seen[g]
+                counts[g][column] += bool(seen[g])
+                for i in seen[g]:
+                    branch_counts[i][column] += 1
         blind += sum(not _active(pattern, query, g, num_kv_heads) for g in heads)
         missed += not any(reaches(pattern, query, query - 1, g, num_kv_heads) for g in heads)
     return Coverage(
         distances=tuple(distances),
         per_head=tuple(tuple(count / steps for count in row) for row in counts),
+        per_branch=tuple(tuple(count / steps / num_kv_heads for count in row) for row in branch_counts),
         any_head=tuple(count / steps for count in any_counts),
         blind=blind / steps / num_kv_heads,
         nearest_missed=missed / steps,

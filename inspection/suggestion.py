@@ -7,9 +7,14 @@ SMALLEST_SEGMENT = 64
 
 
 def suggest_pattern(
-    context: int, flops_budget: float, *, preset: str = "retrofit", num_kv_heads: int = 8
+    context: int,
+    flops_budget: float = 1.0,
+    *,
+    cache_budget: int | None = None,
+    preset: str = "retrofit",
+    num_kv_heads: int = 8,
 ) -> tuple[DilationPattern, float]:
-    """Find the geometric pattern with the longest first segment that fits the budget.
+    """Find the geometric pattern with the longest first segment that fits the budgets.
 
     Segment lengths and dilation rates double from branch to branch and the last segment covers the context: cost per
     token then grows with the logarithm of the context (Section 3.1 of the paper). The first segment is what a query
@@ -18,6 +23,7 @@ def suggest_pattern(
     Args:
         context: tokens to reach.
         flops_budget: attention FLOPs over those of dense attention on ``context`` tokens, ``0 < budget <= 1``.
+        cache_budget: entries per KV head and layer that the cache may hold, None for any number.
         preset: rules of the pattern.
         num_kv_heads: offsets, and so the exact FLOPs, depend on it a little.
 
@@ -25,24 +31,32 @@ def suggest_pattern(
         The pattern, and its own share of dense FLOPs.
 
     Raises:
-        ValueError: if the numbers make no sense, or even a first segment of 64 tokens costs more.
+        ValueError: if the numbers make no sense, or even a first segment of 64 tokens costs or holds more.
     """
     if context < SMALLEST_SEGMENT:
         raise ValueError(f"context must be at least {SMALLEST_SEGMENT} tokens, got {context}")
     if not 0 < flops_budget <= 1:
         raise ValueError(f"flops_budget is a share of dense attention, between 0 and 1, got {flops_budget}")
+    if cache_budget is not None and cache_budget < 1:
+        raise ValueError(f"the cache must hold at least one entry per KV head, got {cache_budget}")
     dense = DilationPattern((context,), (1,)).attention_flops(context, num_kv_heads, 1)
     last = SMALLEST_SEGMENT
     while last < context:
         last *= 2
-    first, share = last, 1.0
+    first, share, entries = last, 1.0, context
     while first >= SMALLEST_SEGMENT:
         pattern = DilationPattern.geometric(first, last, preset=preset)
         share = pattern.attention_flops(context, num_kv_heads, 1) / dense
-        if share <= flops_budget:
+        entries = pattern.cache_entries(context)
+        if share <= flops_budget and (cache_budget is None or entries <= cache_budget):
             return pattern, share
         first //= 2
+    if share > flops_budget:
+        raise ValueError(
+            f"no pattern reaches {context} tokens for {flops_budget:.3g} of dense attention: a first segment of "
+            f"{SMALLEST_SEGMENT} tokens still costs {share:.3g}; raise the budget or lower the context"
+        )
     raise ValueError(
-        f"no pattern reaches {context} tokens for {flops_budget:.3g} of dense attention: a first segment of "
-        f"{SMALLEST_SEGMENT} tokens still costs {share:.3g}; raise the budget or lower the context"
+        f"no pattern reaches {context} tokens with {cache_budget} cache entries per KV head: a first segment of "
+        f"{SMALLEST_SEGMENT} tokens still holds {entries}; raise the budget or lower the context"
     )

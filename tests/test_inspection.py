@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from checkpoints import make_checkpoint
@@ -38,6 +39,26 @@ def test_coverage_counts_what_reach_lists(pattern):
     assert coverage.blind == sum(not keys for seen in reached for keys in seen) / period / heads
     missed = sum(not any(q - 1 in keys for keys in seen) for q, seen in zip(queries, reached))
     assert coverage.nearest_missed == missed / period
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_what_is_reached_through_a_branch_is_what_a_pattern_without_it_lacks(pattern):
+    heads, period = 3, math.lcm(*pattern.segment_lengths)
+    coverage = measure_coverage(pattern, heads)
+    up_to = [
+        replace(pattern, segment_lengths=pattern.segment_lengths[:i], dilation_rates=pattern.dilation_rates[:i])
+        for i in range(1, len(pattern.branches) + 1)
+    ]
+    counts = []
+    for column, distance in enumerate(coverage.distances):
+        before = 0
+        for i, shorter in enumerate(up_to):
+            places = ((q, g) for q in range(2 * period, 3 * period) for g in range(heads))
+            count = sum(shorter.reach(q, g, num_kv_heads=heads).count(q - distance) for q, g in places)
+            counts.append(count - before)
+            assert coverage.per_branch[i][column] == pytest.approx((count - before) / period / heads)
+            before = count
+    assert any(counts)
 
 
 def test_a_sample_of_positions_stays_close_to_all_of_them(monkeypatch):
@@ -80,9 +101,30 @@ def test_the_suggestion_fits_the_budget_and_a_longer_first_segment_does_not(cont
         assert longer.attention_flops(context, 8, 1) / dense > budget
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("context", "entries"), [(4096, 700), (50_000, 4000), (2**20, 20_000), (512, 10**6)])
+def test_the_suggestion_holds_no_more_than_the_cache_may(context, entries, preset):
+    pattern, _ = suggest_pattern(context, cache_budget=entries, preset=preset)
+    first, last = pattern.segment_lengths[0], pattern.segment_lengths[-1]
+    assert last >= context and pattern.cache_entries(context) <= entries
+    if first < last:
+        assert DilationPattern.geometric(first * 2, last, preset=preset).cache_entries(context) > entries
+
+
+@pytest.mark.parametrize(("text", "entries"), [("1MiB", 2**20 // 512), ("0.5 MB", 976), ("400000", 781)])
+def test_a_budget_in_bytes_counts_all_layers_and_kv_heads(text, entries, tmp_path, capsys):
+    config = tiny_config("retrofit", num_hidden_layers=4, num_key_value_heads=2, head_dim=16, dtype="bfloat16")
+    config.save_pretrained(tmp_path)  # 4 layers * 2 tensors * 2 heads * 16 * 2 bytes = 512 bytes an entry
+    assert main([str(tmp_path), "--kv-bytes", text, "--context", "4000"]) == 0
+    pattern, _ = suggest_pattern(4000, cache_budget=entries, num_kv_heads=2)
+    assert capsys.readouterr().out.startswith(f"segment_lengths {','.join(map(str, pattern.segment_lengths))}\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([4096, 1.0, {"cache_budget": 100}], "no pattern reaches 4096 tokens with 100 cache entries per KV head"),
+        ([4096, 1.0, {"cache_budget": 0}], "at least one entry per KV head, got 0"),
         ([10, 0.5], "context must be at least 64 tokens, got 10"),
         ([4096, 1.5], "between 0 and 1, got 1.5"),
         ([4096, 1e-3], "no pattern reaches 4096 tokens for 0.001 of dense attention"),
@@ -90,7 +132,8 @@ def test_the_suggestion_fits_the_budget_and_a_longer_first_segment_does_not(cont
 )
 def test_impossible_suggestions_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        suggest_pattern(*arguments)
+        keywords = arguments.pop() if isinstance(arguments[-1], dict) else {}
+        suggest_pattern(*arguments, **keywords)
 
 
 def test_the_command_describes_a_checkpoint_and_a_llama_that_is_to_become_one(tmp_path, capsys):
