@@ -47,7 +47,7 @@ def query_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
         segmented = any(w % r for w, r in zip(windows, rates))
         return (Launch(windows, previous_windows, rates, ENDLESS, 1, loop_rate, segmented, True),)
 
-    launches = []
+    launches: list[Launch] = []
     for window, previous_window, rate in rows:
         # Rows of different segments form one progression only if the rate divides the segment length. Segments are
         # kept apart in any case where they bound the keys, so that a tile never straddles two.
@@ -61,7 +61,7 @@ def query_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
 @functools.cache
 def key_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
     """Plan the launches whose tiles are keys: the gradients of keys and values, one launch per branch."""
-    launches = []
+    launches: list[Launch] = []
     for window, previous_window, rate in _rows_of_branches(pattern):
         bounded = pattern.window == "segment" and pattern.dilate_queries
         period = window if bounded or window % rate else ENDLESS

@@ -1,5 +1,7 @@
 """Rotary embeddings whose angles stay exact at any position."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import dynamic_rope_update
@@ -15,7 +17,9 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     @staticmethod
-    def compute_default_rope_parameters(config, device=None, *args, **kwargs) -> tuple[Tensor, float]:
+    def compute_default_rope_parameters(
+        config: Any, device: torch.device | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, float]:
         """Compute the frequencies of plain RoPE for the share of each head that rotates (Phi-4-mini: three quarters)."""
         rope = config.rope_parameters
         dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))

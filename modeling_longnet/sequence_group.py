@@ -1,15 +1,18 @@
 """The group of processes that share one sequence, and how they talk: small agreements, clear errors."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+
+Result = TypeVar("Result")
 
 # A model's forward is called through layers of code that cannot hand on an argument: trainers, wrappers for data
 # parallelism, checkpoints. A context variable reaches it, belongs to one thread of control, and undoes itself. It is
@@ -65,7 +68,7 @@ def as_process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup
     return group
 
 
-def talk(group: dist.ProcessGroup, what: str, exchange: Callable):
+def talk(group: dist.ProcessGroup, what: str, exchange: Callable[[], Result]) -> Result:
     """Call a collective, or wait for one; a failure says which exchange failed, on which rank.
 
     Raises:
@@ -93,7 +96,7 @@ def gather_numbers(
 
 
 def require_agreement(
-    group: dist.ProcessGroup, device: torch.device, terms: dict[str, object], maxima: Sequence[int] = ()
+    group: dist.ProcessGroup, device: torch.device, terms: Mapping[str, object], maxima: Sequence[int] = ()
 ) -> list[int]:
     """Compare what must be the same on all ranks.
 

@@ -1,6 +1,7 @@
 """Cut a batch into the slices of a sequence-parallel group, and put slices together again."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     }
 
 
-def _has_sequence(x, length: int) -> bool:
+def _has_sequence(x: object, length: int) -> bool:
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == length
 
 
@@ -99,12 +100,12 @@ def gather_sequence(tensor: Tensor, group: dist.ProcessGroup | DeviceMesh, lengt
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, group):
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return torch.cat(all_gather(group, tensor, "the gathering of slices"), dim=1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         group = ctx.group
         sent = torch.stack(grad.chunk(group.size(), dim=1)).contiguous()
         received = torch.empty_like(sent)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache_longnet import LongNetCache
 
@@ -29,7 +29,7 @@ class TokenStream:
             and no cache is given.
     """
 
-    def __init__(self, model, cache: LongNetCache | None = None):
+    def __init__(self, model: nn.Module, cache: LongNetCache | None = None):
         if model.training:
             raise ValueError("the model is in training mode, where dropout changes losses; call model.eval()")
         if cache is None:
@@ -91,7 +91,7 @@ class TokenStream:
         self.last_hidden_state = state.get("last_hidden_state")
 
 
-def stream(model, chunks: Iterable[Tensor], cache: LongNetCache | None = None) -> Iterator[Tensor]:
+def stream(model: nn.Module, chunks: Iterable[Tensor], cache: LongNetCache | None = None) -> Iterator[Tensor]:
     """Score a sequence of any length, fed in chunks; nothing that grows with it is kept.
 
     Args:

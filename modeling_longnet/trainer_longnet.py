@@ -1,9 +1,11 @@
 """The Trainer for LongNet models."""
 
 import functools
+from typing import Any
 
 import torch.distributed as dist
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from .liger_layers import register_with_liger
 from .sequence_group import sequence_parallel
@@ -24,7 +26,7 @@ class LongNetTrainer(Trainer):
             whole logits are asked for, which no rank has.
     """
 
-    def __init__(self, model=None, args=None, **kwargs):
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, **kwargs: Any):
         if getattr(args, "use_liger_kernel", False):
             register_with_liger()
         super().__init__(model=model, args=args, **kwargs)
@@ -40,13 +42,19 @@ class LongNetTrainer(Trainer):
         # The stock Trainer smooths labels over all logits at once; the model does it chunk by chunk.
         self.label_smoother = None
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the stock Trainer does, with label smoothing left to the model."""
         if self.args.label_smoothing_factor:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
         """Evaluate one batch; where only its loss is wanted, without logits."""
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
@@ -62,7 +70,7 @@ class LongNetTrainer(Trainer):
             loss = loss / self.get_cp_size()
         return loss, logits, labels
 
-    def _prepare_context_parallel_inputs(self, model, inputs):
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if self.get_cp_size() == 1:
             return super()._prepare_context_parallel_inputs(model, inputs)
         group = self._sequence_group()
