@@ -75,6 +75,27 @@ def test_by_default_the_model_compiles_to_the_same_logits():
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # inductor advises, and raises its advice as an error of the compiled graph
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_with_reduced_overhead_prefill_and_decoding_give_the_same_logits(preset):
+    torch.compiler.reset()
+    model, tokens = tiny_model(preset, head_dim=16).float().cuda(), random_tokens(2, 75).cuda()
+    cache = LongNetCache(model.config, max_length=75)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        full = model(tokens, use_cache=False).logits
+        for _ in range(3):  # warm-up, capture, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            prefilled = compiled(tokens, use_cache=False).logits.clone()
+        logits = [model(tokens[:, :20], past_key_values=cache).logits]
+        for t in range(20, 75):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits.append(compiled(tokens[:, t : t + 1], past_key_values=cache).logits.clone())
+    torch.testing.assert_close(prefilled, full, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=2e-3, atol=2e-3)
+
+
 def test_prefill_exports_and_the_exported_program_gives_the_same_logits():
     model, tokens = tiny_model("paper").float(), random_tokens(1, 40)
     program = torch.export.export(model, (), {"input_ids": tokens, "use_cache": False})
