@@ -33,7 +33,7 @@ from modeling_longnet.dilation_pattern import PRESETS
 
 
 COLUMNS = ("model", "measure", "how", "context", "batch", "value", "extrapolated")
-# PyTorch prefers cuDNN, which plans anew for each length of a growing cache; so the best of others is timed beside it.
+# PyTorch prefers cuDNN, which need not be the fastest for single tokens; so its other kernels are timed beside it.
 FALLBACKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 DENSE_KERNELS = {
     "eager": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *FALLBACKS],
