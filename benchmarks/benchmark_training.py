@@ -3,8 +3,8 @@
 A step is forward, backward and optimizer on one sequence of random tokens in bfloat16. The peer is transformers' Llama
 of the same shape with SDPA (its own choice of kernel, and cuDNN's by name; the faster one counts), with the same tricks
 where they apply: activation checkpointing per layer, this package's loss without logits and, with ``--liger``, Liger's
-kernels in the layers. Checks first that the
-tricks change no gradient on this device. Every configuration has a time box; one that runs out of memory says so.
+kernels in the layers. Checks first that the tricks change no gradient on this device. Every configuration has a time
+box; one that runs out of memory says so.
 
 Model FLOPs count 6 per weight of a matrix and token (4 where the weight is frozen), and three times the forward pass of
 the attention with its useful pairs alone; recomputation does not count. MFU is against ``--peak-tflops``.
@@ -32,6 +32,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, apply_liger_kernel_to_longnet
 from modeling_longnet.head_loss import head_loss, next_tokens
@@ -130,7 +131,10 @@ def apply_liger(model: nn.Module) -> None:
     else:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
+        classes = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
         apply_liger_kernel_to_llama(model=model, fused_linear_cross_entropy=False)
+        # Liger replaces them for all models to come, too; the next one is built from plain layers again.
+        modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP = classes
 
 
 @contextlib.contextmanager
