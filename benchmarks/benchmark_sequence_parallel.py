@@ -1,48 +1,55 @@
 """How well does one sequence scale over several GPUs, and how long may it be?
 
-Checks first, on all ranks, that a model on slices has the logits, the loss and the gradients of one GPU, and stops if
-not. Then, over 1, 2, 4, ... ranks of the same launch:
+Stages, each on the ranks of one launch:
 
+- check: a model on slices has the logits, the loss and the gradients of one GPU, FSDP2, checkpoints and tiles
+  included, and so has the operator; if not, nothing is timed;
 - attention: forward and backward of the operator, weak scaling (the tokens of a rank stay) and strong (those of the
-  sequence stay);
+  sequence stay) over the first 1, 2, 4, ... ranks;
 - step: a training step (forward, backward, AdamW) of a model whose weights FSDP2 shards over the same ranks, with
   activation checkpointing and the loss without logits;
-- longest: the same step on longer and longer sequences until memory runs out. That ends the launch: the rows stand in
-  the CSV.
+- longest: one such step on longer and longer sequences, or on those of ``--lengths``, until memory runs out. That ends
+  the launch: the rows stand in the CSV, which is complete after each of them.
 
-Every row has the bytes that its busiest rank received per attention call, beside the formula's bound, and for the
-operator how much of the exchange ran beside computation, from a profile. Efficiency is useful FLOPs per rank and second
-against those of one rank: with more ranks windows are fuller, so time per token alone would blame the exchange for
-work. Milliseconds are medians of the slowest rank.
+``received_bytes`` is what the busiest rank received in one attention call, beside the formula's bound. ``efficiency``
+is useful FLOPs per rank and second against those of one rank, by the slowest rank's median: with more ranks windows are
+fuller, so time per token alone would blame the exchange for work. ``balance`` is the ranks' mean work over the most that
+one has: the first slices have less past than the others, and at equal speed no exchange comes nearer to 1 than that.
+For the operator a profile says how long the collectives ran (with waiting for one another), which part of that had
+computation beside it (the worst rank), and how long the halo's kernels ran; the last rank's timeline is a CSV of its own.
 
     torchrun --nproc-per-node 8 benchmarks/benchmark_sequence_parallel.py
-    torchrun --nproc-per-node 8 benchmarks/benchmark_sequence_parallel.py --stages longest --shape 8b \\
-        --tokens-per-rank 262144 --offloaded-layers 12
+    torchrun --nproc-per-node 8 benchmarks/benchmark_sequence_parallel.py --stages longest --presets retrofit \\
+        --shape 8b --lengths 462848 --offloaded-layers 8
     torchrun --nproc-per-node 2 benchmarks/benchmark_sequence_parallel.py --small          the path, on CPUs (gloo)
-    python benchmarks/benchmark_sequence_parallel.py --plot benchmarks/results/sequence_parallel_<...>.csv
+    python benchmarks/plot_sequence_parallel.py benchmarks/results/sequence_parallel_<...>.csv
 
-Run with PYTHONPATH=. from the root of the repository.
+Run with PYTHONPATH=. from the root of the repository. A rank that waits for another longer than ``--timeout`` ends the
+launch, and so does ``--limit``, both in seconds; the latter prints where every thread stood.
 """
 
 import argparse
 import csv
+import faulthandler
+import gc
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 from benchmark_training import SHAPES, default_dtype
+from exchange_profile import KINDS, Timeline, profile_call
+from plot_sequence_parallel import plot, timeline_path
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.profiler import ProfilerActivity, profile
 
 from modeling_longnet import (
     DilationPattern,
@@ -56,32 +63,38 @@ from modeling_longnet import (
 from modeling_longnet.sequence_parallel import sequence_parallel_attention
 from modeling_longnet.sequence_shares import whole_rows
 from training import offload_checkpoints
+from training.checkpoint_offload import BLOCK_BYTES
 
 
-STAGES = ("attention", "step", "longest")
-PRESETS = ("paper", "retrofit")
+STAGES = ("check", "attention", "step", "longest")
+PRESETS = ("retrofit", "paper")
 COLUMNS = (
     "stage", "scaling", "attention", "shape", "ranks", "tokens", "tokens_per_rank", "ms", "tokens_per_s",
-    "tflops_per_rank", "efficiency", "received_bytes", "bound_bytes", "exchange_ms", "overlapped", "peak_gib", "loss",
+    "tflops_per_rank", "efficiency", "balance", "received_bytes", "bound_bytes", "exchange_ms", "overlapped", "halo_ms",
+    "offloaded_layers", "peak_gib", "loss",
 )  # fmt: skip
 
 
 class Launch:
     """The processes of this launch, and their first 1, 2, 4, ... as groups of their own."""
 
-    def __init__(self, small: bool):
+    def __init__(self, small: bool, timeout_s: float):
+        self.start = time.perf_counter()
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         if torch.cuda.is_available() and not small:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        sizes = sorted({2**i for i in range(self.world_size.bit_length())} | {self.world_size})
-        self.groups = {n: dist.new_group(list(range(n))) for n in sizes if n <= self.world_size}
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        # A new group would wait for its own default time, half an hour with gloo, if it were not told.
+        sizes = [2**i for i in range(self.world_size.bit_length()) if 2**i < self.world_size]
+        self.groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in sizes}
+        self.groups[self.world_size] = self.everyone = dist.group.WORLD
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -95,7 +108,7 @@ class Launch:
 
     def say(self, *words) -> None:
         if self.rank == 0:
-            print(*words, flush=True)
+            print(f"[{time.perf_counter() - self.start:.0f} s]", *words, flush=True)
 
 
 @contextmanager
@@ -116,7 +129,6 @@ def counted_bytes() -> Iterator[list[int]]:
 
 def median_seconds(launch: Launch, group: dist.ProcessGroup, call: Callable[[], object], repeats: int) -> float:
     """Time a call on all ranks of a group at once; the slowest rank counts."""
-    call()
     times = []
     for _ in range(repeats):
         dist.barrier(group)
@@ -128,37 +140,15 @@ def median_seconds(launch: Launch, group: dist.ProcessGroup, call: Callable[[], 
     return statistics.median(times)
 
 
-def overlap(call: Callable[[], object]) -> tuple[float, float]:
-    """Profile a call; return the milliseconds of its collectives on the GPU, and which part had company."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        call()
-        torch.cuda.synchronize()
-    talk, work = [], []
-    for event in profiled.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            is_talk = "nccl" in event.name.lower()
-            (talk if is_talk else work).append((event.time_range.start, event.time_range.end))
-    total = sum(end - start for start, end in talk)
-    shared = 0.0
-    busy = merged(work)
-    for start, end in talk:
-        shared += sum(max(0.0, min(end, b) - max(start, a)) for a, b in busy)
-    return total / 1e3, shared / total if total else 1.0
-
-
-def merged(intervals: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    result: list[tuple[float, float]] = []
-    for start, end in sorted(intervals):
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((start, end))
-    return result
-
-
 def bound_bytes(pattern: DilationPattern, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
     """Return what a rank receives at most in one causal call: ``sum(w / r)`` keys and values per KV head."""
     return num_kv_heads * sum(w // r for w, r in pattern.branches) * 2 * head_dim * itemsize
+
+
+def balance(work: Callable[[int], float], tokens: int, size: int) -> float:
+    """Return the ranks' mean work over the most that one has; ``work`` counts that of the first so many tokens."""
+    edges = [work(tokens // size * rank) for rank in range(size + 1)]
+    return edges[-1] / size / max(stop - start for start, stop in zip(edges, edges[1:]))
 
 
 def build(shape: str, pattern: DilationPattern, device: torch.device, dtype: torch.dtype, length: int) -> nn.Module:
@@ -170,57 +160,68 @@ def build(shape: str, pattern: DilationPattern, device: torch.device, dtype: tor
         return LongNetForCausalLM(LongNetConfig(**fields, max_position_embeddings=length, use_cache=False)).train()
 
 
-def check(launch: Launch, length: int) -> None:
+def check(launch: Launch, length: int, preset: str) -> None:
     """Stop unless all ranks together compute what one does: the operator, logits, loss and gradients."""
-    group = launch.groups[launch.world_size]
-    for preset in PRESETS:
-        pattern = DilationPattern.geometric(64, 512, preset=preset)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(512, (1, length - 5), generator=generator).to(launch.device)  # 5 tokens of padding
-        found = {}
-        for name in ("one", "all"):
-            model = build("small", pattern, launch.device, torch.float32, length)
-            model.config.loss_implementation = "logits"
-            if name == "one":
-                out = model(input_ids=tokens, labels=tokens)
-                out.loss.backward()
-                found[name] = [out.logits, out.loss, *(p.grad for p in model.parameters())]
-                continue
-            with sequence_parallel(group):
-                out = model(**shard_sequence({"input_ids": tokens, "labels": tokens}, group))
-                out.loss.backward()
-            sums = [out.loss.detach().clone(), *(p.grad for p in model.parameters())]
-            for x in sums:
-                dist.all_reduce(x, group=group)
-            found[name] = [gather_sequence(out.logits, group, tokens.shape[1]), *sums]
-        report(launch, f"{preset}: logits, loss and gradients in float32", found["all"], found["one"], 1e-4)
+    group, size = launch.everyone, launch.world_size
+    pattern = DilationPattern.geometric(64, 512, preset=preset)
+    generator = torch.Generator().manual_seed(0)
+    # With one token missing slices begin where the rates say; with more they need not, and take another way.
+    for missing in (1, 2 * size + 1):
+        tokens = torch.randint(512, (1, length - missing), generator=generator).to(launch.device)
+        batch = {"input_ids": tokens, "labels": tokens}
+        model = build("small", pattern, launch.device, torch.float32, length)
+        model.config.loss_implementation = "logits"
+        out = model(**batch)
+        out.loss.backward()
+        one = [out.loss.detach(), *(p.grad for p in model.parameters())]
 
-        if launch.device.type == "cuda":
-            n = length // launch.world_size
-            whole = [torch.randn(1, h, length, 128, generator=generator).to(launch.device) for h in (4, 2, 2, 4)]
-            mine = [x[:, :, launch.rank * n : (launch.rank + 1) * n].bfloat16().requires_grad_() for x in whole[:3]]
-            do = whole[3][:, :, launch.rank * n : (launch.rank + 1) * n].bfloat16()
-            out, _ = sequence_parallel_attention(*mine, pattern, whole_rows(group, 1, n))
-            gradients = torch.autograd.grad(out, mine, do)
-            leaves = [x.bfloat16().float().requires_grad_() for x in whole[:3]]
-            expected = dilated_attention(*leaves, pattern)
-            slices = [expected, *torch.autograd.grad(expected, leaves, whole[3].bfloat16().float())]
-            slices = [x[:, :, launch.rank * n : (launch.rank + 1) * n] for x in slices]
-            report(launch, f"{preset}: attention and gradients in bfloat16", [out, *gradients], slices, 1.5e-2)
+        sliced = build("small", pattern, launch.device, torch.float32, length)
+        sliced.config.loss_implementation = "logits"
+        with sequence_parallel(group):
+            part = sliced(**shard_sequence(batch, group))
+            part.loss.backward()
+        found = [part.loss.detach().clone(), *(p.grad for p in sliced.parameters())]
+        for x in found:
+            dist.all_reduce(x, group=group)
+        found.append(gather_sequence(part.logits, group, tokens.shape[1]))
+        what = f"{preset}, {size} ranks, {tokens.shape[1]} tokens"
+        report(launch, f"{what}: logits, loss, gradients in float32", found, [*one, out.logits], 1e-4)
+
+        trained = Trained(launch, size, pattern, length, "small", torch.float32, offloaded_layers=1)
+        loss = trained.gradients(shard_sequence(batch, group))
+        gradients = [p.grad * size for p in trained.model.parameters()]  # FSDP2 averages parts that add up
+        dist.all_reduce(loss, group=group)
+        found = [loss, *(x.full_tensor() if hasattr(x, "full_tensor") else x for x in gradients)]
+        report(launch, f"{what}: loss and gradients of the training step", found, one, 1e-4)
+
+    if launch.device.type == "cuda":
+        n = length // size
+        mine = slice(launch.rank * n, (launch.rank + 1) * n)
+        *inputs, do = (torch.randn(1, h, length, 128, generator=generator).bfloat16() for h in (4, 2, 2, 4))
+        leaves = [x[:, :, mine].to(launch.device).requires_grad_() for x in inputs]
+        out, _ = sequence_parallel_attention(*leaves, pattern, whole_rows(group, 1, n))
+        gradients = torch.autograd.grad(out, leaves, do[:, :, mine].to(launch.device))
+        leaves = [x.to(launch.device, torch.float32).requires_grad_() for x in inputs]
+        expected = dilated_attention(*leaves, pattern, backend="torch")
+        expected = [expected, *torch.autograd.grad(expected, leaves, do.to(launch.device, torch.float32))]
+        what = f"{preset}, {size} ranks: attention and its gradients in bfloat16"
+        report(launch, what, [out, *gradients], [x[:, :, mine] for x in expected], 1.5e-2)
 
 
 def report(launch: Launch, what: str, found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, expected)]
-    error = launch.largest(max(errors), launch.groups[launch.world_size])
+    error = launch.largest(max(errors), launch.everyone)
     if not error <= tolerance:
-        raise SystemExit(f"{what} on {launch.world_size} ranks are off by {error:.1e}; not timing that")
-    launch.say(f"checked {what} on {launch.world_size} ranks: relative error {error:.1e}")
+        raise SystemExit(f"{what} are off by {error:.1e}; not timing that")
+    launch.say(f"checked {what}: relative error {error:.1e}")
 
 
-def time_attention(launch: Launch, size: int, preset: str, tokens: int, pattern: DilationPattern, arguments) -> dict:
-    """Time the operator on the first ``size`` ranks."""
+def time_attention(
+    launch: Launch, size: int, tokens: int, pattern: DilationPattern, repeats: int, small: bool
+) -> tuple[dict, Timeline | None]:
+    """Time the operator on the first ``size`` ranks; on GPUs, profile it too."""
     group = launch.groups[size]
-    heads, head_dim = (16, 128) if not arguments.small else (4, 16)
+    heads, head_dim = (16, 128) if not small else (4, 16)
     n = tokens // size
     dtype = torch.bfloat16 if launch.device.type == "cuda" else torch.float32
     q, k, v, do = (
@@ -235,25 +236,38 @@ def time_attention(launch: Launch, size: int, preset: str, tokens: int, pattern:
 
     with counted_bytes() as received:
         call()
-    seconds = median_seconds(launch, group, call, arguments.repeats)
-    exchange_ms, overlapped = overlap(call) if launch.device.type == "cuda" and size > 1 else ("", "")
-    flops = pattern.attention_flops(tokens, heads, head_dim)
-    flops += pattern.attention_flops(tokens, heads, head_dim, backward=True)
-    return {
-        "tokens": tokens, "ms": 1e3 * seconds, "tflops_per_rank": flops / size / seconds / 1e12,
+    median_seconds(launch, group, call, 1)
+    seconds = median_seconds(launch, group, call, repeats)
+    profiled: dict = {}
+    found = None
+    if launch.device.type == "cuda":
+        dist.barrier(group)
+        found = profile_call(call)
+        profiled["halo_ms"] = launch.largest(found.milliseconds("halo"), group)
+        profiled["exchange_ms"] = launch.largest(found.milliseconds("exchange"), group)
+        profiled["overlapped"] = -launch.largest(-found.overlapped(), group)
+
+    def work(length: int) -> float:
+        return sum(pattern.attention_flops(length, heads, head_dim, backward=backward) for backward in (False, True))
+
+    return profiled | {
+        "tokens": tokens, "ms": 1e3 * seconds, "tflops_per_rank": work(tokens) / size / seconds / 1e12,
         "received_bytes": int(launch.largest(received[0] if received else 0, group)),
         "bound_bytes": bound_bytes(pattern, heads, head_dim, q.element_size()),
-        "exchange_ms": exchange_ms, "overlapped": overlapped,
-    }  # fmt: skip
+        "balance": balance(work, tokens, size),
+    }, found  # fmt: skip
 
 
 class Trained:
-    """A model and its optimizer, sharded over a group by FSDP2."""
+    """A model and its optimizer, sharded over the first ``size`` ranks by FSDP2."""
 
-    def __init__(self, launch: Launch, size: int, pattern: DilationPattern, length: int, arguments):
-        self.launch, self.group, self.shape, self.pattern = launch, launch.groups[size], arguments.shape, pattern
-        dtype = torch.bfloat16 if launch.device.type == "cuda" else torch.float32
-        self.model = build(arguments.shape, pattern, launch.device, dtype, length)
+    def __init__(
+        self, launch: Launch, size: int, pattern: DilationPattern, length: int, shape: str, dtype: torch.dtype,
+        offloaded_layers: int = 0,
+    ):  # fmt: skip
+        self.launch, self.group, self.pattern = launch, launch.groups[size], pattern
+        self.shape, self.dtype, self.offloaded_layers = shape, dtype, offloaded_layers
+        self.model = build(shape, pattern, launch.device, dtype, length)
         self.matrix_weights = sum(p.numel() for p in self.model.parameters() if p.ndim == 2)
         if hasattr(self.model, "activation_checkpointing_enable"):
             self.model.activation_checkpointing_enable()
@@ -264,30 +278,36 @@ class Trained:
             for layer in self.model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
-        if arguments.offloaded_layers:
-            offload_checkpoints(self.model, arguments.offloaded_layers)
+        if offloaded_layers:
+            offload_checkpoints(self.model, offloaded_layers)
         fused = {"fused": True} if launch.device.type == "cuda" else {}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, **fused)
         self.loss = float("nan")
 
+    def gradients(self, batch: Mapping) -> Tensor:
+        """Run forward and backward on this rank's slice; return its part of the loss."""
+        with sequence_parallel(self.group):
+            loss = self.model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
     def step(self, slice_length: int) -> None:
         """Train on random tokens, of which every rank draws its own slice: nothing here is as long as the sequence."""
-        vocabulary = SHAPES[self.shape]["vocab_size"]
-        generator = torch.Generator(self.launch.device).manual_seed(self.group.rank())
-        tokens = torch.randint(vocabulary, (1, slice_length), device=self.launch.device, generator=generator)
-        targets = torch.randint(vocabulary, (1, slice_length), device=self.launch.device, generator=generator)
-        with sequence_parallel(self.group):
-            loss = self.model(
-                input_ids=tokens, labels=tokens, shift_labels=targets,
-                num_items_in_batch=torch.tensor(slice_length, device=self.launch.device),
-            ).loss  # fmt: skip
-        loss.backward()  # FSDP2 averages over the ranks: each takes its own mean
+        vocabulary, device = SHAPES[self.shape]["vocab_size"], self.launch.device
+        generator = torch.Generator(device).manual_seed(self.group.rank())
+        tokens, targets = (
+            torch.randint(vocabulary, (1, slice_length), device=device, generator=generator) for _ in range(2)
+        )
+        # FSDP2 averages over the ranks: each takes its own mean.
+        number = torch.tensor(slice_length, device=device)
+        self.loss = self.gradients(
+            {"input_ids": tokens, "labels": tokens, "shift_labels": targets, "num_items_in_batch": number}
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.detach()
 
     def flops(self, tokens: int) -> float:
-        """Count what a step must do; recomputation does not count."""
+        """Count what a step on the first so many tokens must do; recomputation does not count."""
         shape = SHAPES[self.shape]
         attention = self.pattern.attention_flops(
             tokens, shape["num_attention_heads"], shape["head_dim"], num_kv_heads=shape["num_key_value_heads"]
@@ -295,113 +315,193 @@ class Trained:
         lookup = 0 if shape["tie_word_embeddings"] else shape["vocab_size"] * shape["hidden_size"]
         return 6 * tokens * (self.matrix_weights - lookup) + 3 * shape["num_hidden_layers"] * attention
 
+    def reserve_host_memory(self, slice_length: int) -> None:
+        """Pin the memory for offloaded checkpoints, which PyTorch keeps: the first step would wait for it."""
+        if self.launch.device.type == "cuda":
+            per_layer = slice_length * SHAPES[self.shape]["hidden_size"] * self.dtype.itemsize
+            blocks = self.offloaded_layers * -(-per_layer // BLOCK_BYTES)
+            blocks = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(blocks)]
+            self.launch.say(f"pinned {len(blocks) * BLOCK_BYTES / 2**30:.0f} GiB of host memory per rank")
 
-def time_step(launch: Launch, trained: Trained, tokens: int, repeats: int) -> dict:
+
+def time_step(launch: Launch, trained: Trained, tokens: int, repeats: int, warm_up_tokens: int) -> dict:
+    """Time steps on ``tokens``, after one on ``warm_up_tokens``."""
     group, size = trained.group, trained.group.size()
     shape = SHAPES[trained.shape]
+    trained.step(warm_up_tokens // size)
     if launch.device.type == "cuda":
-        torch.cuda.empty_cache()
+        if warm_up_tokens != tokens:
+            torch.cuda.empty_cache()  # no room for pieces of other sizes
         torch.cuda.reset_peak_memory_stats()
     with counted_bytes() as received:
         seconds = median_seconds(launch, group, lambda: trained.step(tokens // size), repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if launch.device.type == "cuda" else float("nan")
-    itemsize = 2 if launch.device.type == "cuda" else 4
     return {
         "tokens": tokens, "ms": 1e3 * seconds, "tflops_per_rank": trained.flops(tokens) / size / seconds / 1e12,
         "received_bytes": int(launch.largest(max(received, default=0), group)),
-        "bound_bytes": bound_bytes(trained.pattern, shape["num_key_value_heads"], shape["head_dim"], itemsize),
+        "bound_bytes": bound_bytes(
+            trained.pattern, shape["num_key_value_heads"], shape["head_dim"], trained.dtype.itemsize
+        ),
+        "balance": balance(trained.flops, tokens, size), "offloaded_layers": trained.offloaded_layers,
         "peak_gib": f"{launch.largest(peak, group):.4g}", "loss": f"{trained.loss.item():.4f}",
     }  # fmt: skip
 
 
-def stage_rows(launch: Launch, arguments) -> Iterator[dict]:
-    """Yield one row per configuration on the ranks that take part, and nothing on the others."""
-    first = 64 if arguments.small else 2048
+def pattern_for(tokens: int, preset: str, arguments) -> DilationPattern:
+    """Return branches that double up to the sequence, or to the longest segment."""
+    first = last = 64 if arguments.small else 2048
+    while last < min(tokens, arguments.longest_segment):
+        last *= 2
+    return DilationPattern.geometric(first, last, preset=preset)
+
+
+def forget(launch: Launch) -> None:
+    """Free what a model leaves in reference cycles."""
+    gc.collect()
+    if launch.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def scaling_rows(launch: Launch, stage: str, preset: str, arguments, folder: Path) -> Iterator[dict]:
+    """Yield one row per number of ranks, weak scaling first, on the ranks that take part; nothing on the others."""
     n, total = arguments.tokens_per_rank, arguments.tokens_per_rank * launch.world_size
-    for preset in arguments.presets:
-        last = first
-        while last < min(total, arguments.longest_segment):
-            last *= 2
-        pattern = DilationPattern.geometric(first, last, preset=preset)
-        for stage in ("attention", "step"):
-            if stage not in arguments.stages:
-                continue
-            for scaling in ("weak", "strong"):
-                single = None
-                for size in launch.groups:
-                    tokens = n * size if scaling == "weak" else n - n % size
-                    if launch.rank < size:
-                        row = {"stage": stage, "scaling": scaling, "attention": preset, "ranks": size}
-                        if stage == "attention":
-                            row |= time_attention(launch, size, preset, tokens, pattern, arguments)
-                        else:
-                            trained = Trained(launch, size, pattern, total, arguments)
-                            row |= time_step(launch, trained, tokens, arguments.repeats) | {"shape": arguments.shape}
-                            del trained
-                        single = row["tflops_per_rank"] if size == 1 else single
-                        # Only rank 0 has run alone, and only it writes.
-                        row["efficiency"] = "" if single is None else row["tflops_per_rank"] / single
-                        yield row
-                    dist.barrier()
-        if "longest" in arguments.stages:
-            trained = Trained(launch, launch.world_size, pattern, 64 * total, arguments)
-            length = n
-            while length <= arguments.most_tokens_per_rank:
-                row = {
-                    "stage": "longest", "scaling": "", "attention": preset, "ranks": launch.world_size,
-                    "shape": arguments.shape,
-                }  # fmt: skip
-                try:
-                    row |= time_step(launch, trained, length * launch.world_size, 1)
-                except torch.OutOfMemoryError:
-                    print(f"rank {launch.rank}: {length * launch.world_size} tokens do not fit", flush=True)
-                    os._exit(3)  # the others wait in an exchange; the launcher ends them
-                yield row
-                length = (
-                    (length * arguments.growth_percent // 100) // 2048 * 2048 if not arguments.small else 2 * length
-                )
+    pattern = pattern_for(total, preset, arguments)
+    single: dict | None = None
+    for scaling in ("weak", "strong"):
+        for size in launch.groups:
+            tokens = n * size if scaling == "weak" else n - n % size
+            row = {"stage": stage, "attention": preset, "ranks": size}
+            if launch.rank >= size:
+                pass
+            elif size == 1 and single is not None:  # weak and strong scaling begin alike
+                row = single
+            elif stage == "attention":
+                found, timeline = time_attention(launch, size, tokens, pattern, arguments.repeats, arguments.small)
+                row |= found
+                if timeline is not None and size == launch.world_size and launch.rank == size - 1:
+                    write_timeline(folder, f"{preset}, {scaling}", timeline)
+            else:
+                dtype = torch.bfloat16 if launch.device.type == "cuda" else torch.float32
+                trained = Trained(launch, size, pattern, total, arguments.shape, dtype, arguments.offloaded_layers)
+                row |= time_step(launch, trained, tokens, arguments.step_repeats, tokens)
+                row |= {"shape": arguments.shape}
+                del trained
+                forget(launch)
+            if launch.rank < size:
+                single = row if size == 1 else single
+                # Only rank 0 has run alone, and only it writes.
+                rate = None if single is None else row["tflops_per_rank"] / single["tflops_per_rank"]
+                yield row | {"scaling": scaling, "efficiency": "" if rate is None else rate}
+            dist.barrier()
 
 
-def main() -> None:
+def longest_rows(launch: Launch, preset: str, arguments) -> Iterator[dict]:
+    """Yield a row per length that fits; where memory ends, end the launch."""
+    lengths = arguments.lengths or growing(arguments)
+    dtype = torch.bfloat16 if launch.device.type == "cuda" else torch.float32
+    size, trained = launch.world_size, None
+    for n in lengths:
+        pattern = pattern_for(n * size, preset, arguments)
+        launch.say(f"longest: trying {n} tokens per rank")
+        try:
+            if trained is None or trained.pattern != pattern:
+                trained = None
+                forget(launch)
+                trained = Trained(launch, size, pattern, n * size, arguments.shape, dtype, arguments.offloaded_layers)
+            trained.reserve_host_memory(n)
+            row = time_step(launch, trained, n * size, 1, min(n, arguments.warm_up_tokens) * size)
+        except torch.OutOfMemoryError:
+            print(f"rank {launch.rank}: {n} tokens per rank do not fit", flush=True)
+            os._exit(3)  # the others wait in an exchange; the launcher ends them
+        yield row | {"stage": "longest", "attention": preset, "ranks": size, "shape": arguments.shape}
+
+
+def growing(arguments) -> Iterator[int]:
+    """Yield lengths of slices that every rate divides, each longer than the one before."""
+    n, multiple = arguments.tokens_per_rank, 64 if arguments.small else 2048
+    while n <= arguments.most_tokens_per_rank:
+        yield n
+        n = max(n + multiple, n * arguments.growth_percent // 100 // multiple * multiple)
+
+
+def write_timeline(folder: Path, name: str, timeline: Timeline) -> None:
+    """Add the last rank's timeline of one call to its file."""
+    path = timeline_path(folder)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(["call", "kind", "start_ms", "end_ms"])
+        for kind in KINDS:
+            writer.writerows([name, kind, f"{a:.4f}", f"{b:.4f}"] for a, b in getattr(timeline, kind))
+
+
+def stage_rows(launch: Launch, arguments, path: Path) -> Iterator[dict]:
+    for stage in ("attention", "step"):
+        for preset in arguments.presets if stage in arguments.stages else ():
+            yield from scaling_rows(launch, stage, preset, arguments, path)
+    for preset in arguments.presets if "longest" in arguments.stages else ():
+        yield from longest_rows(launch, preset, arguments)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["attention", "step"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["check", "attention", "step"])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1b")
     parser.add_argument("--tokens-per-rank", type=int, default=2**17)
     parser.add_argument(
+        "--lengths", type=int, nargs="+", help="of the slices in the stage longest, instead of a search"
+    )
+    parser.add_argument(
         "--most-tokens-per-rank", type=int, default=2**24, help="where the search for the longest ends"
     )
     parser.add_argument("--growth-percent", type=int, default=150, help="of one length to the next in that search")
+    parser.add_argument("--warm-up-tokens", type=int, default=2**15, help="per rank, before the longest")
     parser.add_argument("--longest-segment", type=int, default=2**20, help="branches double up to here")
     parser.add_argument("--offloaded-layers", type=int, default=0, help="whose checkpoints wait in host memory")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of the operator")
+    parser.add_argument("--step-repeats", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a rank waits for another")
+    parser.add_argument("--limit", type=float, default=540.0, help="seconds for the whole launch")
     parser.add_argument("--small", action="store_true", help="tiny shapes on CPUs: tests the path on any machine")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--plot", type=Path, help="only draw the plot of this CSV")
     arguments = parser.parse_args()
-    if arguments.plot:
-        return plot(arguments.plot)
     if arguments.small:
-        arguments.shape, arguments.repeats = "small", 2
+        arguments.shape, arguments.repeats, arguments.step_repeats = "small", 2, 1
         arguments.tokens_per_rank = min(arguments.tokens_per_rank, 512)
         arguments.most_tokens_per_rank = min(arguments.most_tokens_per_rank, 2 * arguments.tokens_per_rank)
-    launch = Launch(arguments.small)
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    faulthandler.dump_traceback_later(arguments.limit, exit=True)
+    launch = Launch(arguments.small, arguments.timeout)
     torch.backends.cuda.matmul.allow_tf32 = False
-    check(launch, (1200 if arguments.small else 2**14) // launch.world_size * launch.world_size)
+    now = launch.largest(time.time(), launch.everyone)  # the first collective; one name for the files of all ranks
+    launch.say(f"{launch.world_size} ranks, {dist.get_backend()}")
+    if "check" in arguments.stages:
+        length = (1200 if arguments.small else 2**14) // launch.world_size * launch.world_size
+        for preset in arguments.presets:
+            check(launch, length, preset)
+            forget(launch)
 
     card = torch.cuda.get_device_name().replace(" ", "-") if launch.device.type == "cuda" else "CPU"
-    stamp = datetime.now(UTC).strftime("%Y-%m-%d_%H%M")
+    stamp = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d_%H%M%S")
     path = arguments.output / f"sequence_parallel_{launch.world_size}x{card}_{stamp}.csv"
+    arguments.output.mkdir(parents=True, exist_ok=True)
     file = writer = None
     if launch.rank == 0:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         file = path.open("w", newline="")
+        checked = "" if "check" in arguments.stages else ", not checked in this launch"
         file.write(f"# {launch.world_size} x {card}, torch {torch.__version__}, transformers "
-                   f"{transformers.__version__}, {dist.get_backend()}, medians of the slowest rank\n")  # fmt: skip
+                   f"{transformers.__version__}, {dist.get_backend()}, medians of the slowest rank{checked}\n")  # fmt: skip
         file.write(f"# torchrun --nproc-per-node {launch.world_size} {' '.join(sys.argv)}\n")
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-    for row in stage_rows(launch, arguments):
+        file.flush()
+    for row in stage_rows(launch, arguments, path):
         row |= {
             "tokens_per_rank": row["tokens"] // row["ranks"], "tokens_per_s": 1e3 * row["tokens"] / row["ms"],
         }  # fmt: skip
@@ -415,42 +515,9 @@ def main() -> None:
     dist.barrier()
     if file is not None:
         file.close()
-        print(f"wrote {path}")
+        launch.say(f"wrote {path}")
         plot(path)
     dist.destroy_process_group()
-
-
-def plot(path: Path) -> None:
-    """Draw efficiency over ranks, one panel for the operator and one for the step."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"matplotlib is not installed; draw later with --plot {path}")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with path.open() as file:
-        title = next(file).removeprefix("# ").strip()
-        next(file)
-        rows = [row for row in csv.DictReader(file) if row["efficiency"]]
-    stages = sorted({row["stage"] for row in rows})
-    if not stages:
-        return
-    figure, panels = pyplot.subplots(1, len(stages), figsize=(6 * len(stages), 4.5), squeeze=False)
-    for panel, stage in zip(panels[0], stages):
-        for preset, scaling in dict.fromkeys((row["attention"], row["scaling"]) for row in rows):
-            line = [r for r in rows if (r["stage"], r["attention"], r["scaling"]) == (stage, preset, scaling)]
-            sizes, efficiency = [int(r["ranks"]) for r in line], [100 * float(r["efficiency"]) for r in line]
-            panel.plot(sizes, efficiency, marker="o" if scaling == "weak" else "s", label=f"{preset}, {scaling}")
-        panel.set(title=f"{stage}, forward + backward", xlabel="ranks", ylabel="efficiency, %", ylim=(0, 110))
-        panel.set_xscale("log", base=2)
-        panel.grid(True, alpha=0.3)
-        panel.legend()
-    figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    print(f"wrote {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def talk(group: dist.ProcessGroup, what: str, exchange: Callable[[], Result]) ->
     """
     try:
         return exchange()
+    except torch.OutOfMemoryError:  # a RuntimeError too, but this rank's own
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"sequence parallelism broke down on rank {group.rank()} of {group.size()} during {what}: another rank has "

@@ -29,7 +29,7 @@ from modeling_longnet import (
     shard_sequence,
 )
 from modeling_longnet.sequence_exchange import plan_exchange
-from modeling_longnet.sequence_group import current_group
+from modeling_longnet.sequence_group import current_group, talk
 from modeling_longnet.sequence_parallel import sequence_parallel_attention
 from modeling_longnet.sequence_shares import whole_rows
 from modeling_longnet.token_layout import locate_tokens, pack, unpack
@@ -383,6 +383,14 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_clear_error_in_time(fa
     assert time.monotonic() - start < 20
     ranks.close()
     assert "RuntimeError: sequence parallelism broke down on rank 0 of 2 during the exchange of gradients" in error
+
+
+def test_a_rank_that_runs_out_of_memory_says_so_itself():
+    def exchange():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        talk(None, "the exchange of keys and values", exchange)
     assert "another rank has died or has not come to the same point in time" in error
 
 
