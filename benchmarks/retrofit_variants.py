@@ -26,7 +26,7 @@ class Variant:
     """A name, the pattern for a first segment and a length, and what else differs.
 
     ``train_attention`` and ``eval_attention`` name attention functions; ``dense_every`` keeps one layer in so many
-    dense.
+    dense; ``times_tokens`` tunes for so many times as long.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Variant:
     train_attention: str = "sdpa"
     eval_attention: str = "sdpa"
     dense_every: int | None = None
+    times_tokens: int = 1
     note: str = field(default="", compare=False)
 
 
@@ -45,23 +46,38 @@ def _geometric(preset: str) -> Callable[[int, int], DilationPattern]:
     return lambda first_segment, length: DilationPattern.geometric(first_segment, length, preset=preset)
 
 
+def _wide(first_segment: int, length: int) -> DilationPattern:
+    return DilationPattern.geometric(2 * first_segment, max(2 * first_segment, length), preset="retrofit")
+
+
 def _window(first_segment: int, length: int) -> DilationPattern:
     return DilationPattern.preset("retrofit", (first_segment,), (1,))
 
 
+# In the order of what they tell, should the time be up before the last.
 VARIANTS = {
     v.name: v
     for v in (
         Variant("dense", _dense, note="RoPE scaled, ordinary attention: the upper bound"),
         Variant("retrofit", _geometric("retrofit")),
-        Variant("paper", _geometric("paper")),
         Variant("window", _window, note="the first segment alone, sliding"),
-        Variant("s2", _dense, train_attention="quality_s2", note="LongLoRA: shifted segments to train, dense to read"),
+        Variant("paper", _geometric("paper")),
         Variant("retrofit_dense8", _geometric("retrofit"), dense_every=8),
+        Variant("s2", _dense, train_attention="quality_s2", note="LongLoRA: shifted segments to train, dense to read"),
         Variant("retrofit_sinks", _geometric("retrofit"), "quality_sinks", "quality_sinks"),
         Variant("retrofit_staggered", _geometric("retrofit"), "quality_staggered", "quality_staggered"),
+        Variant("retrofit_long", _geometric("retrofit"), times_tokens=4, note="four times the tokens to tune on"),
+        Variant("dense_long", _dense, times_tokens=4, note="four times the tokens to tune on"),
+        Variant("retrofit_wide", _wide, note="a first segment of twice the trained context"),
     )
 }
+CORE = ("dense", "retrofit")  # what the rest is compared with
+
+
+def is_distinct(variant: Variant, config, first_segment: int, length: int) -> bool:
+    """Say whether a variant differs from its plain form: staggering needs rates that the KV heads do not cover."""
+    rates = variant.pattern(first_segment, length).dilation_rates
+    return variant.train_attention != "quality_staggered" or any(config.num_key_value_heads % r for r in rates)
 
 
 def apply(model: PreTrainedModel, variant: Variant, first_segment: int, length: int, training: bool) -> None:
@@ -169,17 +185,19 @@ def with_offset_shift(
     extra feature of queries and keys keeps these tokens from being seen.
     """
     pad = -shift % max(pattern.dilation_rates)
-    if pad == 0:
+    if all(shift % r == 0 for r in pattern.dilation_rates):
         return dilated_attention(query, key, value, pattern, scale=scale)
-    features = 8  # one counts; kernels like a multiple
+    length, head_dim = query.shape[2:]
+    # One feature counts. Kernels like whole rounds of every rate, and heads of 64 or 128.
+    after, features = -(pad + length) % max(pattern.dilation_rates), 64 - head_dim % 64
     far = (800 / scale) ** 0.5  # a score of -800
-    query, key, value = (F.pad(x, (0, features, pad, 0)) for x in (query, key, value))
+    query, key, value = (F.pad(x, (0, features, pad, after)) for x in (query, key, value))
     marks = torch.zeros(features, device=query.device, dtype=query.dtype)
     marks[0] = far
-    query = query + F.pad(marks, (query.shape[-1] - features, 0))
+    query = query + F.pad(marks, (head_dim, 0))
     hidden = (torch.arange(key.shape[2], device=key.device) < pad)[:, None].to(key.dtype)
-    key = key - hidden * F.pad(marks, (key.shape[-1] - features, 0))
-    return dilated_attention(query, key, value, pattern, scale=scale)[:, :, pad:, :-features]
+    key = key - hidden * F.pad(marks, (head_dim, 0))
+    return dilated_attention(query, key, value, pattern, scale=scale)[:, :, pad : pad + length, :head_dim]
 
 
 def _register(name: str, attend: Callable[..., Tensor]) -> None:

@@ -8,7 +8,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 
 # Tables rather than prose of programmers, or not in every Python.
@@ -32,6 +32,33 @@ def installed_packages() -> Path:
     return Path(sysconfig.get_path("purelib"))
 
 
+class Package(NamedTuple):
+    """An installed package or module: its name, the folder it lies in, and its files in order."""
+
+    name: str
+    root: Path
+    files: list[Path]
+
+    def text(self, path: Path) -> str:
+        """Read a file, headed by its path, which imports elsewhere in the package speak of; "" for an empty one."""
+        text = path.read_text(encoding="utf-8", errors="ignore").strip()
+        return f"# {path.relative_to(self.root).as_posix()}\n{text}\n" if text else ""
+
+
+def find_packages(roots: Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8) -> Iterator[Package]:
+    """Yield packages, unread, in an order that is the same in every run; arguments as of ``python_packages``."""
+    for root in map(Path, roots or [standard_library()]):
+        for entry in sorted(root.iterdir()):
+            if entry.name in SKIPPED_FOLDERS or entry.name.endswith(("-packages", ".dist-info", ".egg-info")):
+                continue
+            name = entry.stem
+            if (zlib.crc32(name.encode()) % held_out_in == 0) != held_out:
+                continue
+            files = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py")) if entry.is_dir() else []
+            if files := [path for path in files if SKIPPED_FOLDERS.isdisjoint(path.parts)]:
+                yield Package(name, root, files)
+
+
 def python_packages(
     roots: Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8
 ) -> Iterator[Document]:
@@ -43,20 +70,6 @@ def python_packages(
         held_out: yield those kept for evaluation instead of those to train on. The two share no package.
         held_out_in: one package in so many is held out, chosen by its name alone.
     """
-    for root in map(Path, roots or [standard_library()]):
-        for entry in sorted(root.iterdir()):
-            if entry.name in SKIPPED_FOLDERS or entry.name.endswith(("-packages", ".dist-info", ".egg-info")):
-                continue
-            name = entry.stem
-            if (zlib.crc32(name.encode()) % held_out_in == 0) != held_out:
-                continue
-            files = [entry] if entry.suffix == ".py" else sorted(entry.rglob("*.py")) if entry.is_dir() else []
-            texts = [_text(path, root) for path in files if SKIPPED_FOLDERS.isdisjoint(path.parts)]
-            if texts := [text for text in texts if text]:
-                yield {"name": name, "text": "\n".join(texts)}
-
-
-def _text(path: Path, root: Path) -> str:
-    """Read a file, headed by its path, which imports elsewhere in the package speak of; "" for an empty one."""
-    text = path.read_text(encoding="utf-8", errors="ignore").strip()
-    return f"# {path.relative_to(root).as_posix()}\n{text}\n" if text else ""
+    for package in find_packages(roots, held_out, held_out_in):
+        if texts := [text for text in map(package.text, package.files) if text]:
+            yield {"name": package.name, "text": "\n".join(texts)}
