@@ -69,8 +69,8 @@ from training.checkpoint_offload import BLOCK_BYTES
 STAGES = ("check", "attention", "step", "longest")
 PRESETS = ("retrofit", "paper")
 COLUMNS = (
-    "stage", "scaling", "attention", "shape", "ranks", "tokens", "tokens_per_rank", "ms", "tokens_per_s",
-    "tflops_per_rank", "efficiency", "balance", "received_bytes", "bound_bytes", "exchange_ms", "overlapped", "halo_ms",
+    "stage", "scaling", "attention", "longest_segment", "shape", "ranks", "tokens", "tokens_per_rank", "ms",
+    "tokens_per_s", "tflops_per_rank", "efficiency", "balance", "received_bytes", "bound_bytes", "exchange_ms", "overlapped", "halo_ms",
     "offloaded_layers", "peak_gib", "loss",
 )  # fmt: skip
 
@@ -370,7 +370,9 @@ def scaling_rows(launch: Launch, stage: str, preset: str, arguments, folder: Pat
     for scaling in ("weak", "strong"):
         for size in launch.groups:
             tokens = n * size if scaling == "weak" else n - n % size
-            row = {"stage": stage, "attention": preset, "ranks": size}
+            row = {
+                "stage": stage, "attention": preset, "longest_segment": pattern.segment_lengths[-1], "ranks": size
+            }  # fmt: skip
             if launch.rank >= size:
                 pass
             elif size == 1 and single is not None:  # weak and strong scaling begin alike
@@ -413,7 +415,10 @@ def longest_rows(launch: Launch, preset: str, arguments) -> Iterator[dict]:
         except torch.OutOfMemoryError:
             print(f"rank {launch.rank}: {n} tokens per rank do not fit", flush=True)
             os._exit(3)  # the others wait in an exchange; the launcher ends them
-        yield row | {"stage": "longest", "attention": preset, "ranks": size, "shape": arguments.shape}
+        yield row | {
+            "stage": "longest", "attention": preset, "longest_segment": pattern.segment_lengths[-1],
+            "shape": arguments.shape, "ranks": size,
+        }  # fmt: skip
 
 
 def growing(arguments) -> Iterator[int]:

@@ -87,3 +87,53 @@ def test_a_launch_that_outlasts_its_limit_says_where_it_stood(tmp_path):
     finished = benchmark(tmp_path, "--limit", "0.05", ranks=1)
     assert finished.returncode != 0
     assert "Timeout (0:00:00.050000)!" in finished.stderr and "benchmark_sequence_parallel.py" in finished.stderr
+
+
+def plan(folder: Path, *options: str) -> tuple[str, list[dict[str, str]]]:
+    script = str(ROOT / "benchmarks" / "plan_sequence_parallel.py")
+    finished = run(folder, script, "--output", "plan.csv", *options)
+    assert finished.returncode == 0, finished.stderr
+    lines = (folder / "plan.csv").read_text().splitlines()
+    return finished.stdout, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def test_a_plan_goes_on_from_two_gpus(tmp_path):
+    columns = "stage,attention,longest_segment,shape,ranks,tokens,tokens_per_rank,ms,peak_gib,offloaded_layers"
+    measured = [
+        "step,retrofit,1048576,1b,2,262144,131072,5000,20,0",
+        "longest,retrofit,4194304,1b,2,2097152,1048576,40000,100,2",
+        "step,retrofit,1048576,1b,1,4194304,4194304,1,1,0",
+        "longest,paper,1048576,1b,2,4194304,2097152,1,1,0",
+    ]
+    (tmp_path / "two.csv").write_text("\n".join(["# 2 x card", "# command", columns, *measured]))
+    printed, rows = plan(tmp_path, "--scaling", "two.csv", "--attention", "retrofit", "--gpus", "2", "8")
+    assert "measured: 1048576 tokens per GPU on 2 in 40 s, peak 100 GiB" in printed and "assumed: " in printed
+    two, eight = rows
+    assert (float(two["step_s"]), float(two["gpu_gib"]), float(two["host_gib"])) == (40, 100, 8)
+    assert int(eight["tokens"]) == 8 * 2**20 and eight["fits"] == "yes"
+    weights = 16 * (2048 * 64 * 80 + 3 * 2048 * 8192) + 128256 * 2048
+    one_branch = 4 * 8 * 2048 * 2 * 64 * 2  # the one whose window two million tokens do not fill
+    shrinks = 6 * weights * (1 / 2 - 1 / 8) - one_branch
+    assert float(eight["gpu_gib"]) == pytest.approx(100 - shrinks / 2**30, abs=1e-9)
+    pattern = DilationPattern.geometric(2048, 2**22, preset="retrofit")
+    counts = [pattern.attention_flops(n * 2**20, 32, 64, num_kv_heads=8) for n in (1, 2, 7, 8)]
+    work = [6 * 2**20 * weights + 48 * (b - a) for a, b in (counts[:2], counts[2:])]
+    assert float(eight["step_s"]) == pytest.approx(40 * work[1] / work[0])
+    assert work[1] > 1.01 * work[0]
+    _, (cramped,) = plan(tmp_path, "--scaling", "two.csv", "--attention", "retrofit", "--gpus", "4", "--gpu-gib", "78")
+    assert cramped["fits"] == "no"
+
+
+def test_a_plan_without_measured_steps_counts_the_last_rank(tmp_path):
+    columns = "attention,pass,layout,length,head_dim,tflops"
+    rates = ["retrofit,forward+backward,plain,4096,64,200", "retrofit,forward+backward,plain,8192,128,400"]
+    (tmp_path / "attention.csv").write_text("\n".join(["# card", columns, *rates]))
+    options = ["--csv", "attention.csv", "--attention", "retrofit", "--tokens", str(2**20), "--gpus", "4"]
+    for shape, heads, head_dim, layers, rate in (("1b", 32, 64, 16, 200e12), ("8b", 32, 128, 32, 400e12)):
+        printed, (row,) = plan(tmp_path, *options, "--shape", shape)
+        assert f"at {rate / 1e12:.0f} TFLOP/s" in printed
+        pattern = DilationPattern.geometric(2048, 2**20, preset="retrofit")
+        lengths = (2**20, 2**20 - 2**18)
+        whole, before = (pattern.attention_flops(n, heads, head_dim, num_kv_heads=8) for n in lengths)
+        assert float(row["attention_s"]) == pytest.approx(4.5 * layers * (whole - before) / rate)
+        assert float(row["received_mib_per_layer"]) == 8 * 10 * 2048 * 2 * head_dim * 2 / 2**20
