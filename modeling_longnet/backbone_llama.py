@@ -26,7 +26,7 @@ class LongNetDecoderLayer(LlamaDecoderLayer):
         hidden_states = hidden_states + attended
         # Norm and MLP as one, and last: a checkpoint's recomputation then stops before them.
         modules = [self.post_attention_layernorm, self.mlp]
-        return hidden_states + in_tiles(self._feed_forward, hidden_states, modules, recompute)
+        return hidden_states + in_tiles(self._feed_forward, hidden_states, modules, recompute, self.mlp.down_proj)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(hidden_states))

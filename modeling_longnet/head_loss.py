@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .cross_entropy_triton import fused_losses, is_fused
 from .sequence_tiles import GradientSum, are_fsdp_units, are_partitioned, trainable
 
 
 # Logits of one chunk: 1 GiB of them in float32, 2048 tokens of a vocabulary of 131,072.
 CHUNK_LOGITS = 2**28
+# The fused kernel works in place, so a chunk may be larger: each adds a gradient of the size of the head to a sum.
+FUSED_CHUNK_BYTES = 2**31
 
 IGNORED = -100  # the label of a token that is not predicted, as everywhere in PyTorch
 
@@ -47,7 +50,8 @@ def head_loss(
 ) -> Tensor:
     """Compute the cross-entropy of ``head(hidden)`` against ``targets``, holding the logits of one chunk at a time.
 
-    Equals ``logits_loss(head(hidden), targets)`` with its gradients. Tokens without a target cost nothing.
+    Equals ``logits_loss(head(hidden), targets)`` with its gradients. Tokens without a target cost nothing. On CUDA with
+    Triton, one kernel turns a chunk's logits into losses and gradient, in place.
 
     Args:
         hidden: ``[B, L, hidden]``, any floating dtype.
@@ -63,7 +67,7 @@ def head_loss(
         The loss, a scalar in float32 (float64 for float64 inputs). NaN without any target, as in PyTorch.
 
     Raises:
-        ValueError: if the implementation does not exist, or cannot run this call.
+        ValueError: if the implementation does not exist or cannot run this call, or if a target is no token.
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
@@ -80,7 +84,7 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     flat = targets.flatten().to(hidden.device)
     found = None
     for chunk, states in _chunks(hidden.flatten(0, -2), head, flat):
-        losses, _ = _losses_and_gradient(head(states), flat[chunk], 0.0, want_gradient=False)
+        losses, _ = _losses_and_gradient(head(states), flat[chunk], 0.0)
         if found is None:
             found = losses.new_zeros(len(flat))
         found[chunk] = losses
@@ -95,8 +99,16 @@ def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
 
 def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
     """Yield the indices of the tokens that have a target, a chunk at a time, and their rows of ``hidden``."""
-    size = _chunk_tokens(head)
-    counts = [int(n) for n in torch.stack([(part != IGNORED).sum() for part in targets.split(size)]).tolist()]
+    fused = is_fused(hidden.device, hidden.dtype)
+    size = _chunk_tokens(head, FUSED_CHUNK_BYTES // hidden.itemsize if fused else CHUNK_LOGITS)
+    found = targets != IGNORED
+    extremes = targets.where(found, 0).aminmax()
+    *counts, least, most = torch.stack([*(part.sum() for part in found.split(size)), *extremes]).tolist()
+    if least < 0 or most >= head.out_features:
+        raise ValueError(
+            f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {head.out_features - 1}; they reach from {least} "
+            f"to {most}"
+        )
     for i, count in enumerate(counts):
         chunk = slice(i * size, min((i + 1) * size, len(targets)))
         if 0 < count < chunk.stop - chunk.start:
@@ -105,18 +117,23 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
             yield chunk, hidden[chunk]
 
 
-def _chunk_tokens(head: nn.Module) -> int:
-    return max(1, CHUNK_LOGITS // head.out_features)  # PEFT's wrappers of a linear layer pass the attribute through
+def _chunk_tokens(head: nn.Module, logits: int) -> int:
+    tokens = logits // head.out_features  # PEFT's wrappers of a linear layer pass the attribute through
+    return tokens - tokens % 256 if tokens > 256 else max(1, tokens)  # what matrix units multiply at a time
 
 
 def _losses_and_gradient(
-    logits: Tensor, targets: Tensor, label_smoothing: float, want_gradient: bool
+    logits: Tensor, targets: Tensor, label_smoothing: float, want_gradient: bool = False, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the losses ``[n]`` of logits ``[n, V]``, in at least float32, and the gradient of their sum.
 
     The gradient is rounded to the logits' dtype, but at the target, where it is the difference of two numbers that are
-    often close, only after the subtraction.
+    often close, only after the subtraction. ``in_place``: it may take the place of the logits.
     """
+    if is_fused(logits.device, logits.dtype):
+        logits = logits.detach().contiguous()
+        gradient = None if not want_gradient else logits if in_place else torch.empty_like(logits)
+        return fused_losses(logits, targets, label_smoothing, gradient), gradient
     targets = targets[:, None]
     log_p = logits.detach().log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     at_target = log_p.gather(1, targets)
@@ -142,11 +159,12 @@ class _Chunked(torch.autograd.Function):
         sums = GradientSum(parameters, want_parameters)
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        in_place = type(head) is nn.Linear and not head._forward_hooks  # nobody reads its output again
         for chunk, states in _chunks(hidden, head, targets):
             states = states.detach().requires_grad_(want_hidden)
             with torch.set_grad_enabled(want):
                 logits = head(states)
-            losses, grad_logits = _losses_and_gradient(logits, targets[chunk], label_smoothing, want)
+            losses, grad_logits = _losses_and_gradient(logits, targets[chunk], label_smoothing, want, in_place)
             total += losses.sum()
             if want:
                 inputs = [*([states] if want_hidden else []), *sums.tensors]
@@ -182,7 +200,7 @@ def _chunked(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: 
         return loss(hidden, targets)
     if not torch.compiler.is_compiling() and not are_partitioned([head]):
         return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))
-    size = _chunk_tokens(head)  # with logits once more in the backward pass
+    size = _chunk_tokens(head, CHUNK_LOGITS)  # with logits once more in the backward pass
     chunks = zip(hidden.split(size), targets.split(size))
     return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 

@@ -53,6 +53,7 @@ def apply_liger_kernel_to_longnet(
         module.rotate_heads = rotate
     for module in norms if rms_norm else ():
         module.forward = MethodType(norm_forward, module)
+        module.keeps_only_input = True  # for in_tiles
     for module in model.modules() if swiglu else ():
         if isinstance(module, LlamaMLP) and module.config.hidden_act in ("silu", "swish"):
             module.forward = MethodType(mlp_forward, module)

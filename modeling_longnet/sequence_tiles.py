@@ -4,8 +4,8 @@ A norm or an MLP computes every token alone, so it can run on one stretch of tok
 kept for the backward pass, which computes each tile once more, with gradients, right where it needs it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,18 @@ from torch.utils.checkpoint import checkpoint
 
 # Enough tokens to fill the matrix units of a GPU, few enough that an MLP of width 14336 needs about one GiB for them.
 TILE_TOKENS = 8192
+# With gradients no more tiles than this: each adds those of all weights to their sums. Long sequences have longer tiles.
+MAX_TILES = 8
 
 
 def in_tiles(
-    function: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module], recompute: bool = True
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    modules: Sequence[nn.Module],
+    recompute: bool = True,
+    last: nn.Module | None = None,
 ) -> Tensor:
-    """Compute ``function(x)`` on tiles of ``TILE_TOKENS`` tokens, keeping none of its intermediates.
+    """Compute ``function(x)`` on tiles of the sequence, keeping none of its intermediates.
 
     Output and gradients are those of ``function(x)`` (weights' gradients summed over tiles in at least float32).
     Inside an activation checkpoint the recomputation stops where this call begins, if the call is the last thing that
@@ -30,9 +36,12 @@ def in_tiles(
         function: maps ``[B, n, hidden]`` to the same number of tokens, each by itself; random numbers that it draws
             (dropout) are drawn again alike in the backward pass.
         x: ``[B, L, hidden]``.
-        modules: those whose parameters the function uses.
+        modules: those whose parameters the function uses. If all of them have the attribute ``keeps_only_input``, as
+            fused norms do, there is nothing that a second forward pass could save.
         recompute: whether saving memory is worth a second forward pass of the function; if not, tiles are for calls
             without gradients only.
+        last: the layer whose result the function returns. Where it is linear, the second forward pass leaves its
+            product out, which no gradient depends on.
 
     Returns:
         ``[B, L, ...]``, what the function gives.
@@ -40,14 +49,21 @@ def in_tiles(
     if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling() or are_fsdp_units(modules):
         return function(x)
     parameters = trainable(modules)
+    recompute = recompute and not all(getattr(module, "keeps_only_input", False) for module in modules)
     if torch.is_grad_enabled() and not recompute:
         return function(x)
     if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
         return join(function, x.split(TILE_TOKENS, dim=1), x.shape[1])
+    size = tile_tokens(x.shape[1])
     if are_partitioned(modules):
-        tiles = [checkpoint(function, tile, use_reentrant=False) for tile in x.split(TILE_TOKENS, dim=1)]
+        tiles = [checkpoint(function, tile, use_reentrant=False) for tile in x.split(size, dim=1)]
         return torch.cat(tiles, dim=1)
-    return _InTiles.apply(function, TILE_TOKENS, _Kept.apply(x), *parameters)
+    return _InTiles.apply(function, size, last, _Kept.apply(x), *parameters)
+
+
+def tile_tokens(length: int) -> int:
+    """Return how many tokens of a sequence one tile has where gradients are wanted; else ``TILE_TOKENS``."""
+    return max(TILE_TOKENS, -(-length // MAX_TILES))
 
 
 def join(function: Callable[[Tensor], Tensor], tiles: Sequence[Tensor], length: int) -> Tensor:
@@ -128,33 +144,79 @@ class _Kept(torch.autograd.Function):
 
 class _InTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, tile_tokens, x, *parameters):
-        ctx.function, ctx.tile_tokens = function, tile_tokens
+    def forward(ctx, function, size, last, x, *parameters):
+        ctx.function, ctx.size, ctx.last = function, size, last
         ctx.keeper = x.grad_fn  # None where x wants no gradient: there is nothing before it that keeps it
         ctx.save_for_backward(*([] if ctx.keeper is not None else [x]))
         ctx.parameters = parameters
         ctx.surroundings = Surroundings(x.device)
-        return join(function, x.split(tile_tokens, dim=1), x.shape[1])
+        return join(function, x.split(size, dim=1), x.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors if ctx.keeper is None else ctx.keeper.saved_tensors
-        want_x, *want_parameters = ctx.needs_input_grad[2:]
+        want_x, *want_parameters = ctx.needs_input_grad[3:]
         parameters = GradientSum(ctx.parameters, want_parameters)
         grad_x = torch.empty_like(x) if want_x else None
         with ctx.surroundings.restored():
-            for start in range(0, x.shape[1], ctx.tile_tokens):
-                tile = slice(start, start + ctx.tile_tokens)
+            for start in range(0, x.shape[1], ctx.size):
+                tile = slice(start, start + ctx.size)
                 leaf = x[:, tile].detach().requires_grad_(want_x)
                 with torch.enable_grad():
-                    output = ctx.function(leaf)
+                    output = _for_gradients(ctx.function, leaf, ctx.last)
                 inputs = [*([leaf] if want_x else []), *parameters.tensors]
                 gradients = torch.autograd.grad(output, inputs, grad_output[:, tile], allow_unused=True)
                 if want_x:
                     grad_x[:, tile] = gradients[0]
                 parameters.add(gradients[want_x:])
-        return None, None, grad_x, *parameters.results()
+        return None, None, None, grad_x, *parameters.results()
+
+
+def _for_gradients(function: Callable[[Tensor], Tensor], x: Tensor, last: nn.Module | None) -> Tensor:
+    """Compute ``function(x)``, but not the values of a linear product that is all of the result."""
+    # Not where somebody would see them: in a hook, or in a forward that is no longer the layer's own.
+    if type(last) is nn.Linear and "forward" not in vars(last) and not last._forward_hooks:
+        with _left_out(last) as products:
+            output = function(x)
+        if any(output is product for product in products):
+            return output
+    return function(x)
+
+
+@contextmanager
+def _left_out(linear: nn.Linear) -> Iterator[list[Tensor]]:
+    """Let a layer give zeros that have the gradients of its product, and list what it gave."""
+    products = []
+
+    def forward(x: Tensor) -> Tensor:
+        bias = [] if linear.bias is None else [linear.bias]
+        products.append(_LeftOut.apply(x, linear.weight, *bias))
+        return products[-1]
+
+    linear.forward = forward
+    try:
+        yield products
+    finally:
+        del linear.forward
+
+
+class _LeftOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])  # takes no memory
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        want_x, want_weight, *want_bias = ctx.needs_input_grad
+        grad = grad.flatten(0, -2)
+        grad_x = (grad @ weight).view(x.shape) if want_x else None
+        grad_weight = grad.t() @ x.flatten(0, -2) if want_weight else None
+        grad_bias = grad.sum(0) if want_bias and want_bias[0] else None
+        return grad_x, grad_weight, *([grad_bias] if want_bias else [])
 
 
 class Surroundings:

@@ -241,3 +241,13 @@ def test_on_a_gpu_every_implementation_that_is_there_is_right(implementation):
     exact = with_gradients(plain(exact_hidden, exact_head, targets), exact_hidden, exact_head.weight)
     for name, x, truth in zip(("loss", "hidden", "weight"), found, exact):
         assert (x - truth).norm() / truth.norm() < 1e-2, name
+
+
+@pytest.mark.parametrize(("wrong", "reach"), [(VOCABULARY, "0 to 37"), (-1, "-1 to 36")])
+def test_labels_that_are_no_tokens_are_named(wrong, reach):
+    hidden, head, targets = problem()
+    targets[0, :-1], targets[1, 0], targets[1, 3] = 0, 36, wrong
+    with pytest.raises(ValueError, match=f"labels must be -100 or .* 0 to 36; they reach from {reach}"):
+        head_loss(hidden, head, targets)
+    with pytest.raises(ValueError, match="labels must be"):
+        token_losses(hidden, head, targets)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from matmul_flops import MatmulFlops
 from peak_bytes import TensorWatch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, left_padding, random_tokens, tiny_config, tiny_model
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_longnet import LongNetForCausalLM, LongNetTrainer, head_loss, sequence_tiles
 from modeling_longnet.configuration_longnet import LOSS_IMPLEMENTATIONS
@@ -170,6 +171,40 @@ def test_label_smoothing_is_the_same_in_both_trainers(trainer_class, tmp_path, s
     torch.testing.assert_close(loss, F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.1))
     # The stock Trainer smooths from all logits; ours leaves it to the chunked loss.
     assert (watch.largest >= 2 * 40 * VOCABULARY) == (trainer_class is Trainer)
+
+
+def products_of_a_step(model, tokens: torch.Tensor) -> int:
+    """Count the operations of a training step's matrix products, the attention's own apart."""
+    with MatmulFlops() as flops:
+        if isinstance(model, LongNetForCausalLM):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        else:
+            hidden = model.model(tokens, use_cache=False).last_hidden_state
+            loss = head_loss.head_loss(hidden, model.lm_head, head_loss.next_tokens(tokens))
+        loss.backward()
+    return flops.count
+
+
+@pytest.mark.parametrize("backbone", ["llama", "magneto"])
+def test_a_step_with_checkpoints_multiplies_each_weight_four_times_and_none_a_fifth(backbone, small_stretches):
+    """Forward, recomputation and two gradients; but the last product of a layer and the head are not recomputed."""
+    model, tokens = tiny_model("retrofit", backbone=backbone), random_tokens(2, 70)
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    last = sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
+    head = 3 * model.lm_head.weight.numel() * 2 * 69  # the last token of a row predicts nothing
+    expected = 2 * ((4 * layers - last) * tokens.numel() + head)
+    assert products_of_a_step(checkpointed(model), tokens) == expected
+    assert products_of_a_step(tiny_model("retrofit", backbone=backbone).train(), tokens) == 2 * (
+        3 * layers * tokens.numel() + head
+    )
+
+
+def test_a_step_multiplies_no_more_than_llamas(small_stretches):
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 70)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    fields = {name: getattr(model.config, name) for name in (*names, "num_key_value_heads")}
+    llama = LlamaForCausalLM(LlamaConfig(**fields)).double()
+    assert products_of_a_step(checkpointed(model), tokens) == products_of_a_step(checkpointed(llama), tokens)
 
 
 def step_peak(length: int, layers: int = 2, **fields) -> tuple[int, int]:

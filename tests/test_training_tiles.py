@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from matmul_flops import MatmulFlops
 from peak_bytes import TensorWatch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling_longnet import sequence_tiles
-from modeling_longnet.sequence_tiles import in_tiles
+from modeling_longnet.sequence_tiles import in_tiles, tile_tokens
 
 
 TILE, HIDDEN = 5, 8
@@ -21,9 +22,9 @@ def small_tiles(monkeypatch):
 class Mlp(nn.Module):
     """A position-wise module that counts the tokens it computes."""
 
-    def __init__(self, width=16, dropout=0.0):
+    def __init__(self, width=16, dropout=0.0, bias=True):
         super().__init__()
-        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN)
+        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN, bias=bias)
         self.dropout, self.computed = nn.Dropout(dropout), 0
 
     def forward(self, x):
@@ -128,7 +129,8 @@ def test_the_width_inside_costs_memory_for_one_tile_only():
             function(leaf).sum().backward()
         peaks[name] = watch.peak_bytes
     # Output, its gradient and the input's; two sets of weight gradients while one is added; some intermediates of a tile.
-    assert peaks["tiles"] < 3 * own + 3 * parameters + 5 * TILE * width * 8
+    assert tile_tokens(length) == length / 8
+    assert peaks["tiles"] < 3 * own + 3 * parameters + 5 * length / 8 * width * 8
     assert peaks["whole"] > 2 * length * width * 8 > 2 * peaks["tiles"]
 
 
@@ -153,9 +155,78 @@ def test_partitioned_parameters_are_left_to_torchs_own_checkpoint(monkeypatch):
     assert sequence_tiles.are_partitioned([module])
 
 
-def test_gradients_of_short_floats_are_summed_in_float32():
+def test_gradients_of_short_floats_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(sequence_tiles, "MAX_TILES", 1000)
     # 300 tiles that each add 1/256 to a sum near 1: bfloat16 alone would stay at 1.
     weight = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     x = torch.full((1, 300 * TILE, 1), 1 / 256 / TILE, dtype=torch.bfloat16)
     in_tiles(weight, x, [weight]).sum().backward()
     assert weight.weight.grad.item() == pytest.approx(300 / 256, rel=5e-3)
+
+
+@pytest.mark.parametrize(("length", "tiles"), [(1, 1), (TILE, 1), (TILE + 1, 2), (8 * TILE, 8), (100 * TILE, 8)])
+def test_tiles_are_no_more_than_eight_where_gradients_are_summed(length, tiles):
+    module, x = Mlp().double(), inputs(length)
+    calls = []
+    module.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[1]))
+    in_tiles(module, x, [module])
+    assert len(calls) == tiles and sum(calls) == length
+
+
+def test_what_keeps_only_its_input_is_not_computed_again():
+    module, x = Mlp().double(), inputs()
+    module.keeps_only_input = True
+    expected = results(module, x, module)
+    module.computed = 0
+    torch.testing.assert_close(results(lambda x: in_tiles(module, x, [module]), x, module), expected)
+    assert module.computed == 23
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [None, "input", "all before", "last"])
+def test_the_product_of_the_last_layer_is_computed_once_and_its_gradients_are_whole(bias, frozen):
+    module, x = Mlp(bias=bias).double(), inputs(batch=1)
+    x.requires_grad_(frozen not in ("input", "all before"))
+    module.up.requires_grad_(frozen != "all before")
+    module.down.requires_grad_(frozen != "last")
+    expected = results(module, x, module)
+    with MatmulFlops() as plain:
+        results(module, x, module)
+    with MatmulFlops() as tiled:
+        found = results(lambda x: in_tiles(module, x, [module], last=module.down), x, module)
+    torch.testing.assert_close(found, expected)
+    assert tiled.count - plain.count == 2 * x.shape[:2].numel() * module.up.weight.numel()
+    assert "forward" not in vars(module.down)
+
+
+def test_a_last_layer_under_autocast_has_its_gradients():
+    torch.manual_seed(0)
+    module, x = Mlp(), inputs().detach().float().requires_grad_()
+    found = []
+    for last in (None, module.down):
+
+        def autocast(x, last=last):
+            with torch.autocast("cpu", torch.bfloat16):
+                return in_tiles(module, x, [module], last=last)
+
+        found.append(results(autocast, x, module))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+    assert {gradient.dtype for gradient in found[1][1:]} == {torch.float32}
+
+
+def test_whoever_looks_at_the_last_layers_product_sees_it():
+    module, x = Mlp().double(), inputs()
+    expected = results(module, x, module)
+    seen = []
+    handle = module.down.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    torch.testing.assert_close(results(lambda x: in_tiles(module, x, [module], last=module.down), x, module), expected)
+    assert len(seen) == 2 * 5
+    torch.testing.assert_close(torch.cat(seen[5:], dim=1), expected[0])
+    handle.remove()
+
+    def not_the_last(x):
+        return module(x).tanh()
+
+    expected = results(not_the_last, x, module)
+    found = results(lambda x: in_tiles(not_the_last, x, [module], last=module.down), x, module)
+    torch.testing.assert_close(found, expected)
