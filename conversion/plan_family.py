@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import find_family, local_layers, sliding_window
+from .families import FAMILIES, find_family, local_layers, sliding_window
 from .hub import find_folder
 from .plan import LongNetPlan, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
@@ -131,6 +131,28 @@ def plan_conversion(
             _notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters, dtype)
         ),
     )
+
+
+def default_config(fields: dict) -> tuple[LongNetConfig, str]:
+    """Return what a dense model's config.json becomes with all options left out, and its architecture.
+
+    Raises:
+        ValueError: if it is quantized, of a family that is not supported, or malformed.
+    """
+    if not fields.get("architectures"):  # a configuration that was saved without a model
+        named = [x.architecture for x in FAMILIES if x.config_class.model_type == fields.get("model_type")]
+        fields = {**fields, "architectures": named}
+    family = find_family(fields)
+    source_config = family.read_config(fields)
+    trained, window = _trained_context(source_config), sliding_window(source_config)
+    pattern, context = _choose_pattern(source_config, trained, window, "retrofit", None, None, None, None)
+    longnet_fields = family.longnet_fields(source_config) | {
+        "rope_parameters": frozen_rope(source_config),
+        "max_position_embeddings": context,
+        "local_layers": local_layers(source_config),
+        **pattern_fields(pattern),
+    }
+    return LongNetConfig(**longnet_fields), family.architecture
 
 
 def _in_words(config: PreTrainedConfig, trained: int, window: int | None) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from modeling_longnet import DilationPattern, LongNetConfig
 
 from .costs import Costs, ModelShape, measure_costs
 from .coverage import Coverage, measure_coverage
 from .plots import plot
+from .source import read_config
 from .suggestion import suggest_pattern
 
 
@@ -24,37 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for line in run(options):
             print(line)
-    except (ValueError, OSError) as error:
-        print(f"longnet-inspect: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"longnet-inspect: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 def run(options: argparse.Namespace) -> list[str]:
     """Compute and format everything that the options ask for."""
-    config = _config(options)
+    _check(options)
+    config, lines = _config(options)
     shape = ModelShape.of(config)
-    if options.suggest is not None or options.kv_bytes is not None:
-        per_entry = shape.bytes_per_entry * len(shape.layers)
-        pattern, share = suggest_pattern(
-            options.context or max(config.segment_lengths),
-            1.0 if options.suggest is None else options.suggest,
-            cache_budget=None if options.kv_bytes is None else options.kv_bytes // per_entry,
-            preset=options.preset or "retrofit",
-            num_kv_heads=shape.num_kv_heads,
-        )
+    if _suggests(options):
+        pattern, described = _suggestion(options, config, shape)
         found = {"suggested": pattern}
-        lines = [
-            f"segment_lengths {','.join(map(str, pattern.segment_lengths))}",
-            f"dilation_rates  {','.join(map(str, pattern.dilation_rates))}",
-            f"attention costs {share:.2%} of dense at {options.context or max(config.segment_lengths)} tokens",
-            "",
-        ]
+        lines += described
     elif options.compare:
         found = {name: DilationPattern.preset(name, config.segment_lengths, config.dilation_rates) for name in PRESETS}
-        lines = []
     else:
-        found, lines = {"pattern": config.pattern}, []
+        found = {"pattern": config.pattern}
     coverages = {name: measure_coverage(pattern, shape.num_kv_heads) for name, pattern in found.items()}
     lengths = options.lengths or _lengths(max(max(p.segment_lengths) for p in found.values()), options.context)
     costs = {
@@ -76,7 +67,11 @@ def run(options: argparse.Namespace) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longnet-inspect", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", nargs="?", help="configuration, checkpoint folder or model id; a Llama's too")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="config.json, checkpoint folder or model id; one that longnet-convert takes is shown as it would become",
+    )
     parser.add_argument("--segment-lengths", type=_numbers, help="other branches than the source's, as 2048,4096")
     parser.add_argument("--dilation-rates", type=_numbers, help="their dilation rates, as 1,2")
     parser.add_argument("--preset", choices=PRESETS, help="rules of these branches, or of the suggested ones")
@@ -96,34 +91,87 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.replace("_", "").split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 2048,4096,8192") from None
 
 
 def _byte_count(text: str) -> int:
-    match = re.fullmatch(r"([0-9.]+) ?([KMGT]i?)?B?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write 536870912, 512MiB or 0.5GiB")
     unit = match[2] or ""
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
 
 
-def _config(options: argparse.Namespace) -> LongNetConfig:
-    if options.source is None:
-        if options.segment_lengths is None and options.suggest is None and options.kv_bytes is None:
-            raise ValueError("name a checkpoint, or give --segment-lengths and --dilation-rates")
-        config = LongNetConfig()
-    else:
-        config = LongNetConfig.from_pretrained(options.source)
+def _suggests(options: argparse.Namespace) -> bool:
+    return options.suggest is not None or options.kv_bytes is not None
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that say nothing together, and numbers that are no counts of tokens."""
     if (options.segment_lengths is None) != (options.dilation_rates is None):
         raise ValueError("--segment-lengths and --dilation-rates go together")
+    if _suggests(options) and options.segment_lengths is not None:
+        raise ValueError("--suggest and --kv-bytes find the branches; leave --segment-lengths out")
+    if options.compare and (options.preset or _suggests(options)):
+        raise ValueError(
+            "--compare shows all presets of the given branches; leave --preset, --suggest, --kv-bytes out"
+        )
+    for length in (*(options.lengths or ()), *(() if options.context is None else (options.context,))):
+        if length < 1:
+            raise ValueError(f"--lengths and --context are numbers of tokens, at least 1, got {length}")
+
+
+def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
+    """Return the configuration to inspect, and what there is to say about where it comes from."""
+    lines = []
+    if options.source is None:
+        if options.segment_lengths is None and not _suggests(options):
+            raise ValueError("name a checkpoint, or give --segment-lengths and --dilation-rates")
+        config = LongNetConfig()
+        lines = [
+            f"no checkpoint named: {config.num_hidden_layers} layers, {config.num_attention_heads} query and "
+            f"{config.num_key_value_heads} KV heads of {config.head_dim}, as LongNetConfig() has them",
+            "",
+        ]
+    else:
+        config, architecture = read_config(options.source)
+        if architecture is not None and not _suggests(options):
+            branches = "by default" if options.segment_lengths is None else "with these branches"
+            lines = [f"{options.source} is a {architecture}; shown is what longnet-convert makes of it {branches}", ""]
     if options.segment_lengths is not None:
         config.segment_lengths, config.dilation_rates = options.segment_lengths, options.dilation_rates
-    if options.preset and options.suggest is None and options.kv_bytes is None:
+    if options.preset and not _suggests(options):
         preset = DilationPattern.preset(options.preset, config.segment_lengths, config.dilation_rates)
         for field in ("head_offsets", "count_overlaps", "dilate_queries", "window"):
             setattr(config, field, getattr(preset, field))
     _ = config.pattern  # raises if the fields make none
-    return config
+    return config, lines
+
+
+def _suggestion(
+    options: argparse.Namespace, config: LongNetConfig, shape: ModelShape
+) -> tuple[DilationPattern, list[str]]:
+    """Find the branches that the budgets allow, and say how to ask for them and what they take."""
+    context = options.context or max(config.segment_lengths)
+    per_entry = shape.bytes_per_entry * len(shape.layers)
+    pattern, share = suggest_pattern(
+        context,
+        1.0 if options.suggest is None else options.suggest,
+        cache_budget=None if options.kv_bytes is None else options.kv_bytes // per_entry,
+        preset=options.preset or "retrofit",
+        num_kv_heads=shape.num_kv_heads,
+    )
+    cache, clearing = (n * per_entry for n in (pattern.cache_entries(context), pattern.segment_lengths[0]))
+    return pattern, [
+        f"segment_lengths {','.join(map(str, pattern.segment_lengths))}",
+        f"dilation_rates  {','.join(map(str, pattern.dilation_rates))}",
+        f"attention costs {share:.2%} of dense at {context} tokens",
+        f"KV cache of {_bytes(cache)} at {context} tokens, up to {_bytes(clearing)} more between two clearings",
+        "",
+    ]
 
 
 def _all_layers(shape: ModelShape, pattern: DilationPattern) -> ModelShape:

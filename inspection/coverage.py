@@ -1,6 +1,7 @@
 """What the heads of one layer see of the past: by distance, and at the edges of segments."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,13 +62,28 @@ def reaches(pattern: DilationPattern, query: int, key: int, kv_head: int, num_kv
     return any(True for _ in reaching_branches(pattern, query, key, kv_head, num_kv_heads))
 
 
+def count_reached(pattern: DilationPattern, query: int, kv_head: int, num_kv_heads: int) -> int:
+    """Count the keys that a causal query reaches, ``len(pattern.reach(...))``, in the time of a few divisions."""
+    reached, nearer = 0, query + 1
+    for i, branch in enumerate(pattern.branches):
+        w, r = branch
+        offset = pattern.offset(i, kv_head, num_kv_heads)
+        if pattern.dilate_queries and (query % w) % r != offset:
+            continue
+        first = query - query % w if pattern.window == "segment" else max(0, query - w + 1)
+        reached += branch.kept_before(nearer, offset) - branch.kept_before(first, offset)
+        if not pattern.count_overlaps:  # a nested pattern: what the branch before reaches is counted
+            nearer = first
+    return reached
+
+
 def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: list[int] | None = None) -> Coverage:
     """Average over queries, at given distances or at 0, 1, 2, 3, 4, 6, 8, 12, ... up to the longest segment.
 
     Raises:
         ValueError: if ``num_kv_heads`` is not positive or a distance is negative.
     """
-    pattern.offsets(num_kv_heads)  # raises if there are no heads
+    columns = list(zip(*pattern.offsets(num_kv_heads)))
     longest = max(pattern.segment_lengths)
     if distances is None:
         distances = default_distances(longest)
@@ -79,25 +95,26 @@ def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: lis
     # Far enough from the start for every distance; a sample must not fall in step with the powers of two.
     start = period * -(-max([longest, *distances]) // period)
     places = range(steps) if exact else [int(k * GOLDEN_RATIO % 1 * period) for k in range(steps)]
-    heads = range(num_kv_heads)
-    counts = [[0] * len(distances) for _ in heads]
+    alike = Counter(columns)  # heads with the same offsets reach the same
+    heads = {columns.index(offsets): number for offsets, number in alike.items()}
+    counts = {g: [0] * len(distances) for g in heads}
     branch_counts = [[0] * len(distances) for _ in pattern.branches]
     any_counts = [0] * len(distances)
     blind = missed = 0
     for place in places:
         query = start + place
         for column, distance in enumerate(distances):
-            seen = [list(reaching_branches(pattern, query, query - distance, g, num_kv_heads)) for g in heads]
-            any_counts[column] += any(seen)
-            for g in heads:
+            seen = {g: list(reaching_branches(pattern, query, query - distance, g, num_kv_heads)) for g in heads}
+            any_counts[column] += any(seen.values())
+            for g, number in heads.items():
                 counts[g][column] += bool(seen[g])
                 for i in seen[g]:
-                    branch_counts[i][column] += 1
-        blind += sum(not _active(pattern, query, g, num_kv_heads) for g in heads)
+                    branch_counts[i][column] += number
+        blind += sum(number * (not count_reached(pattern, query, g, num_kv_heads)) for g, number in heads.items())
         missed += not any(reaches(pattern, query, query - 1, g, num_kv_heads) for g in heads)
     return Coverage(
         distances=tuple(distances),
-        per_head=tuple(tuple(count / steps for count in row) for row in counts),
+        per_head=tuple(tuple(count / steps for count in counts[columns.index(offsets)]) for offsets in columns),
         per_branch=tuple(tuple(count / steps / num_kv_heads for count in row) for row in branch_counts),
         any_head=tuple(count / steps for count in any_counts),
         blind=blind / steps / num_kv_heads,
@@ -113,10 +130,3 @@ def default_distances(longest: int) -> list[int]:
         found |= {step, step * 3 // 2}
         step *= 2
     return sorted(d for d in found | {longest - 1} if 0 <= d < longest)
-
-
-def _active(pattern: DilationPattern, query: int, kv_head: int, num_kv_heads: int) -> bool:
-    """Whether a query takes part in any branch; it then reaches at least itself or an earlier kept key."""
-    return not pattern.dilate_queries or any(
-        (query % w) % r == pattern.offset(i, kv_head, num_kv_heads) for i, (w, r) in enumerate(pattern.branches)
-    )

@@ -9,9 +9,13 @@ from dataclasses import replace
 import pytest
 from checkpoints import make_checkpoint
 from tiny_models import tiny_config
+from transformers import Qwen3Config
 
+from conversion.plan_family import default_config, plan_conversion
 from inspection import ModelShape, measure_costs, measure_coverage, suggest_pattern
 from inspection.cli import main
+from inspection.coverage import count_reached, reaching_branches
+from inspection.plots import drawn_distances
 from modeling_longnet import DilationPattern
 from modeling_longnet.dilation_pattern import PRESETS
 
@@ -20,6 +24,8 @@ PATTERNS = {
     **{preset: DilationPattern.preset(preset, (8, 16, 32), (1, 2, 4)) for preset in PRESETS},
     "rates that divide nothing": DilationPattern((6, 20), (2, 3)),
     "no undilated branch": DilationPattern((16,), (4,)),
+    "blind at edges": DilationPattern((12,), (5,), dilate_queries=False),
+    "a head that keeps nothing": DilationPattern((3, 6), (3, 7), dilate_queries=False, window="sliding"),
 }
 
 
@@ -36,14 +42,48 @@ def test_coverage_counts_what_reach_lists(pattern):
             assert coverage.per_head[g][column] == count / period
         count = sum(any(q - distance in keys for keys in seen) for q, seen in zip(queries, reached))
         assert coverage.any_head[column] == count / period
-    assert coverage.blind == sum(not keys for seen in reached for keys in seen) / period / heads
+    assert coverage.blind == pytest.approx(sum(not keys for seen in reached for keys in seen) / period / heads)
     missed = sum(not any(q - 1 in keys for keys in seen) for q, seen in zip(queries, reached))
     assert coverage.nearest_missed == missed / period
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_counting_without_listing_gives_the_length_of_the_list(pattern):
+    for query in range(100):
+        for g in range(5):
+            assert count_reached(pattern, query, g, 5) == len(pattern.reach(query, g, num_kv_heads=5)), (query, g)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_what_is_drawn_holds_every_near_key_and_some_of_each_branch(pattern):
+    longest = max(pattern.segment_lengths)
+    for factor in (1, 50):
+        larger = replace(pattern, segment_lengths=tuple(factor * w for w in pattern.segment_lengths))
+        query = 2 * factor * longest - 1
+        for g in range(4):
+            drawn = drawn_distances(larger, query, g, 4)
+            assert set(range(min(64, factor * longest))) <= set(drawn) and drawn[-1] < factor * longest
+            for key in (query - d for d in drawn if 64 <= d < factor * longest - 1):
+                kept = [(key % w) % r == larger.offset(i, g, 4) for i, (w, r) in enumerate(larger.branches)]
+                assert any(kept), key
+            listed = larger.reach(query, g, num_kv_heads=4)
+            found = [i for d in drawn for i in reaching_branches(larger, query, query - d, g, 4)]
+            if factor == 1:
+                assert len(found) == len(listed)
+            for i in range(len(larger.branches)):
+                single = set(listed) - set(replace(larger, **shorter(larger, i)).reach(query, g, num_kv_heads=4))
+                assert not single or i in found
+
+
+def shorter(pattern: DilationPattern, i: int) -> dict[str, tuple[int, ...]]:
+    """Fields of a pattern without branch ``i`` (one that reaches its own token is left where there is no other)."""
+    without = [branch for k, branch in enumerate(pattern.branches) if k != i] or [(1, 1)]
+    return {"segment_lengths": tuple(w for w, _ in without), "dilation_rates": tuple(r for _, r in without)}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_what_is_reached_through_a_branch_is_what_a_pattern_without_it_lacks(pattern):
-    heads, period = 3, math.lcm(*pattern.segment_lengths)
+    heads, period = 6, math.lcm(*pattern.segment_lengths)  # more than there are offsets: some heads are alike
     coverage = measure_coverage(pattern, heads)
     up_to = [
         replace(pattern, segment_lengths=pattern.segment_lengths[:i], dilation_rates=pattern.dilation_rates[:i])
@@ -117,7 +157,10 @@ def test_a_budget_in_bytes_counts_all_layers_and_kv_heads(text, entries, tmp_pat
     config.save_pretrained(tmp_path)  # 4 layers * 2 tensors * 2 heads * 16 * 2 bytes = 512 bytes an entry
     assert main([str(tmp_path), "--kv-bytes", text, "--context", "4000"]) == 0
     pattern, _ = suggest_pattern(4000, cache_budget=entries, num_kv_heads=2)
-    assert capsys.readouterr().out.startswith(f"segment_lengths {','.join(map(str, pattern.segment_lengths))}\n")
+    text = capsys.readouterr().out
+    assert text.startswith(f"segment_lengths {','.join(map(str, pattern.segment_lengths))}\n")
+    held, budget = pattern.cache_entries(4000) * 512, float(text.partition("KV cache of ")[2].split()[0])
+    assert budget == pytest.approx(held / 1024, rel=1e-3) and held <= entries * 512
 
 
 @pytest.mark.parametrize(
@@ -152,6 +195,38 @@ def test_the_command_describes_a_checkpoint_and_a_llama_that_is_to_become_one(tm
     assert f"attention costs {share:.2%} of dense at 2000 tokens" in text
 
 
+@pytest.mark.parametrize("file", ["", "config.json"])
+def test_a_llama_is_shown_as_the_converter_would_make_it(file, tmp_path, capsys):
+    make_checkpoint(tmp_path / "llama", max_position_embeddings=64)
+    source = tmp_path / "llama" / file
+    assert main([str(source)]) == 0
+    text = capsys.readouterr().out
+    config = plan_conversion(tmp_path / "llama").config
+    assert text.startswith(f"{source} is a LlamaForCausalLM; shown is what longnet-convert makes of it by default\n")
+    assert "all queries, sliding windows, overlaps counted once" in text
+    for w, r in config.pattern.branches:
+        assert f"\n{w:>9} {r:>6} " in text
+    fields, architecture = default_config(json.loads((tmp_path / "llama" / "config.json").read_text()))
+    assert architecture == "LlamaForCausalLM"
+    for (
+        name,
+        value,
+    ) in fields.to_dict().items():  # what only a conversion knows: its source, and what weights there are
+        if name not in ("source_config", "trained_context", "dtype", "architectures"):
+            assert value == config.to_dict()[name], name
+    assert main([str(source), "--segment-lengths", "16,48", "--dilation-rates", "1,3"]) == 0
+    assert "longnet-convert makes of it with these branches\n" in capsys.readouterr().out
+
+
+def test_a_configuration_saved_without_a_model_is_read_too(tmp_path, capsys):
+    window = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    Qwen3Config(num_hidden_layers=2, max_position_embeddings=256, **window).save_pretrained(tmp_path)
+    config, _ = default_config(json.loads((tmp_path / "config.json").read_text()))
+    assert config.segment_lengths[0] == 128 and config.local_layers == (1,)
+    assert main([str(tmp_path)]) == 0
+    assert "is a Qwen3ForCausalLM" in capsys.readouterr().out
+
+
 def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
     picture = tmp_path / "presets.png"
     arguments = ["--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4", "--compare", "--plot", str(picture)]
@@ -171,14 +246,56 @@ def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
         (["--segment-lengths", "8,16"], "--segment-lengths and --dilation-rates go together"),
         (["--segment-lengths", "8,16", "--dilation-rates", "1"], "segment_lengths has 2 entries"),
         (["--segment-lengths", "8", "--dilation-rates", "1", "--plot", "x.pdf"], "the plot is a PNG"),
+        (["empty"], "empty/config.json is missing"),
+        (["./nowhere"], "./nowhere is not a folder"),
+        (["nowhere"], "nowhere is neither a folder nor a model that the Hub hands out"),
+        (["bert.json"], "(model_type 'bert'), which is not supported; supported: LlamaForCausalLM"),
+        (["broken.json"], "broken.json is not valid JSON"),
+        (["misspelt.json"], "no field 'segment_lenghts'; did you mean 'segment_lengths'?"),
+        (["text.json"], "text.json holds no valid configuration: Validation error for field 'hidden_size'"),
+        (["good.json", "--lengths", "0"], "at least 1, got 0"),
+        (["good.json", "--context", "0"], "at least 1, got 0"),
+        (["good.json", "--compare", "--suggest", "0.5"], "--compare shows all presets of the given branches"),
+        (["good.json", "--compare", "--preset", "paper"], "--compare shows all presets of the given branches"),
+        (
+            ["good.json", "--suggest", "1", "--segment-lengths", "8", "--dilation-rates", "1"],
+            "find the branches; leave",
+        ),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text("{nope")
+    for name, fields in (
+        ("good", {}),
+        ("bert", {"model_type": "bert"}),
+        ("misspelt", {"segment_lenghts": [3]}),
+        ("text", {"hidden_size": "wide"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tiny_config().to_dict() | fields))
+    before = sorted(tmp_path.iterdir())
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1
-    assert captured.out == "" and list(tmp_path.iterdir()) == []
+    assert message in captured.err and captured.err.count("\n") == 1, captured.err
+    assert captured.out == "" and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sugest", "0.1"], "unrecognized arguments: --sugest"),
+        (["--kv-bytes", ".."], "'..' is no number of bytes; write 536870912, 512MiB or 0.5GiB"),
+        (["--kv-bytes", "1XB"], "'1XB' is no number of bytes"),
+        (["--segment-lengths", "2048,"], "'2048,' is not a list of integers such as 2048,4096,8192"),
+        (["--suggest", "much"], "invalid float value: 'much'"),
+    ],
+)
+def test_misspelt_options_and_values_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module_and_needs_no_matplotlib_for_tables(tmp_path):
