@@ -3,13 +3,17 @@
 A step is forward, backward and optimizer on one sequence of random tokens in bfloat16. The peer is transformers' Llama
 of the same shape with SDPA (its own choice of kernel, and cuDNN's by name; the faster one counts), with the same tricks
 where they apply: activation checkpointing per layer, this package's loss without logits and, with ``--liger``, Liger's
-kernels in the layers. Checks first that the tricks change no gradient on this device. Every configuration has a time
-box; one that runs out of memory says so.
+kernels in the layers. Checks first that the tricks change no gradient on this device. Checkpoints stay on the device
+as far as they fit; those of the first layers wait in pinned host memory, which is taken before the clock starts. Every
+configuration has a time box and is left out, with a note, where it would pass ``--limit`` or the host's memory; one
+that runs out of the device's says so and is tried once more with all checkpoints on the host.
 
 Model FLOPs count 6 per weight of a matrix and token (4 where the weight is frozen), and three times the forward pass of
-the attention with its useful pairs alone; recomputation does not count. MFU is against ``--peak-tflops``.
+the attention with its useful pairs alone; recomputation does not count. MFU is against ``--peak-tflops``. The column
+``states`` is the peak beyond weights, gradients and AdamW's states, in hidden states of the whole sequence
+(``length * hidden_size`` numbers): one per layer whose checkpoint is on the device, and what the layer at work takes.
 
-    PYTHONPATH=. python benchmarks/benchmark_training.py                    all stages, under five minutes on an H200
+    PYTHONPATH=. python benchmarks/benchmark_training.py --liger            all stages, under five minutes on an H200
     PYTHONPATH=. python benchmarks/benchmark_training.py --stages check loss 32k
     PYTHONPATH=. python benchmarks/benchmark_training.py --small            the path, on a CPU
     PYTHONPATH=. python benchmarks/benchmark_training.py --plot benchmarks/results/training_<...>.csv
@@ -37,6 +41,7 @@ from transformers.models.llama import modeling_llama
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, apply_liger_kernel_to_longnet
 from modeling_longnet.head_loss import head_loss, next_tokens
 from training import offload_checkpoints
+from training.checkpoint_offload import BLOCK_BYTES
 
 
 SHAPES = {
@@ -53,9 +58,10 @@ SHAPES = {
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+LAYER_AT_WORK = 10  # hidden states of the whole sequence, beside the checkpoints
 COLUMNS = (
     "stage", "shape", "attention", "length", "trained", "offloaded_layers", "kernels", "step_s", "steps", "tokens_per_s",
-    "model_tflops", "mfu", "peak_gib", "weights_gib", "loss", "note",
+    "model_tflops", "mfu", "peak_gib", "weights_gib", "states", "loss", "note",
 )  # fmt: skip
 
 
@@ -68,10 +74,11 @@ class Run:
     attention: str
     length: int
     lora: bool = False
-    offloaded_layers: int = 0
+    offloaded_layers: int | None = 0  # None: as few as the device's memory asks for
     liger: bool = False
     max_steps: int = 5
     warm_up_length: int | None = None  # None: the length itself
+    seconds: float = 0.0  # all of it, roughly, on an H200
 
 
 def all_runs(small: bool) -> list[Run]:
@@ -81,12 +88,12 @@ def all_runs(small: bool) -> list[Run]:
             Run("lora", "small", "retrofit", 2048, lora=True, max_steps=1, offloaded_layers=1, warm_up_length=512),
         ]
     return [
-        *(Run("32k", "1b", attention, 2**15) for attention in ("llama", "llama cudnn", "retrofit", "paper")),
-        *(Run("131k", "1b", attention, 2**17, max_steps=2) for attention in ("retrofit", "paper")),
-        Run("131k", "1b", "llama", 2**17, max_steps=1, warm_up_length=2**13),
-        Run("1m", "1b", "paper", 2**20, max_steps=1, warm_up_length=2**15, offloaded_layers=12),
-        Run("1m-retrofit", "1b", "retrofit", 2**20, max_steps=1, warm_up_length=2**15, offloaded_layers=12),
-        Run("8b", "8b", "retrofit", 400_000, lora=True, max_steps=1, warm_up_length=2**14, offloaded_layers=26),
+        *(Run("32k", "1b", attention, 2**15, seconds=10) for attention in ("llama", "llama cudnn", "retrofit", "paper")),
+        *(Run("131k", "1b", attention, 2**17, max_steps=2, seconds=15) for attention in ("retrofit", "paper")),
+        Run("131k", "1b", "llama", 2**17, max_steps=1, warm_up_length=2**13, seconds=20),
+        Run("1m", "1b", "paper", 2**20, max_steps=1, warm_up_length=2**15, offloaded_layers=None, seconds=30),
+        Run("8b", "8b", "retrofit", 400_000, True, None, max_steps=1, warm_up_length=2**14, seconds=75),
+        Run("1m-retrofit", "1b", "retrofit", 2**20, max_steps=1, warm_up_length=2**15, offloaded_layers=None, seconds=40),
     ]  # fmt: skip
 
 
@@ -119,8 +126,6 @@ def build(run: Run, device: torch.device, first_segment: int) -> nn.Module:
     if run.lora:
         config = LoraConfig(task_type="CAUSAL_LM", r=16)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)  # bfloat16, as all the rest
-    if run.offloaded_layers:
-        offload_checkpoints(model, run.offloaded_layers)
     return model.train()
 
 
@@ -174,22 +179,58 @@ def model_flops(run: Run, model: nn.Module, first_segment: int) -> float:
     return run.length * (6 * weights["trained"] + 4 * weights["frozen"]) + 3 * attention
 
 
+def layers_to_offload(run: Run, device: torch.device, weights: int) -> int:
+    """Return how many layers' checkpoints do not fit on the device, with a tenth of it to spare."""
+    if device.type != "cuda":
+        return 0
+    layers = SHAPES[run.shape]["num_hidden_layers"]
+    fixed = weights * (1 if run.lora else 4)  # gradients and AdamW's two states are as large as the weights
+    room = 0.9 * torch.cuda.get_device_properties(device).total_memory - fixed - LAYER_AT_WORK * state_bytes(run)
+    return min(layers, max(0, layers - int(room / state_bytes(run))))
+
+
+def state_bytes(run: Run) -> int:
+    """Return the size of a hidden state of the whole sequence, in bfloat16."""
+    return run.length * SHAPES[run.shape]["hidden_size"] * 2
+
+
+def pin_host_memory(run: Run) -> None:
+    """Take the host memory that the checkpoints need, and let PyTorch keep it for them: pinning is slow."""
+    blocks = run.offloaded_layers * -(-state_bytes(run) // BLOCK_BYTES)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if blocks * BLOCK_BYTES > 0.8 * available:
+        raise LeftOut(f"checkpoints need {blocks * BLOCK_BYTES / 2**30:.0f} GiB of the host's {available / 2**30:.0f}")
+    held = [torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(blocks)]
+    del held  # to PyTorch's cache
+
+
+class LeftOut(Exception):
+    """Why a configuration is not run."""
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def measure(run: Run, device: torch.device, box_s: float, first_segment: int, peak_tflops: float) -> dict:
-    """Run warm-up and timed steps of one configuration; return its row."""
+def measure(
+    run: Run, device: torch.device, box_s: float, first_segment: int, peak_tflops: float, left_s: float
+) -> dict:
+    """Run warm-up and timed steps of one configuration, if it ends in the seconds left; return its row."""
     row = {
         "stage": run.stage, "shape": run.shape, "attention": run.attention, "length": run.length,
         "trained": "lora" if run.lora else "all", "offloaded_layers": run.offloaded_layers,
         "kernels": "liger" if run.liger else "torch",
     }  # fmt: skip
     try:
+        if run.seconds > left_s:
+            raise LeftOut(f"takes some {run.seconds:.0f} s, and {left_s:.0f} are left of --limit")
         row |= timed_steps(run, device, box_s, first_segment, peak_tflops)
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"
+    except LeftOut as reason:
+        row["note"] = f"left out: {reason}"
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -199,11 +240,16 @@ def measure(run: Run, device: torch.device, box_s: float, first_segment: int, pe
 def timed_steps(run: Run, device: torch.device, box_s: float, first_segment: int, peak_tflops: float) -> dict:
     model = build(run, device, first_segment)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if run.offloaded_layers is None:
+        run = replace(run, offloaded_layers=layers_to_offload(run, device, weights))
+    if run.offloaded_layers:
+        offload_checkpoints(model, run.offloaded_layers)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
     time_step(run, model, optimizer, run.warm_up_length or run.length, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        pin_host_memory(run)
         torch.cuda.reset_peak_memory_stats()
     deadline, times = time.perf_counter() + box_s, []
     while len(times) < run.max_steps and (not times or time.perf_counter() + times[-1] < deadline):
@@ -212,10 +258,13 @@ def timed_steps(run: Run, device: torch.device, box_s: float, first_segment: int
     seconds = statistics.median(times)
     tflops = model_flops(run, model, first_segment) / seconds / 1e12
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    fixed = weights + 3 * sum(p.numel() * p.element_size() for p in trained)
+    states = (peak * 2**30 - fixed) / state_bytes(run)
     return {
+        "offloaded_layers": run.offloaded_layers,
         "step_s": f"{seconds:.4g}", "steps": len(times), "tokens_per_s": f"{run.length / seconds:.5g}",
         "model_tflops": f"{tflops:.4g}", "mfu": f"{tflops / peak_tflops:.4f}", "peak_gib": f"{peak:.4g}",
-        "weights_gib": f"{weights / 2**30:.4g}", "loss": f"{loss:.4f}", "note": "",
+        "weights_gib": f"{weights / 2**30:.4g}", "states": f"{states:.1f}", "loss": f"{loss:.4f}", "note": "",
     }  # fmt: skip
 
 
@@ -242,8 +291,10 @@ def check(device: torch.device, first_segment: int, length: int) -> None:
     for attention in ("retrofit", "paper"):
         found = {}
         for name, offloaded in (("plain", 0), ("tricks", 2)):
-            model = build(Run("", "small", attention, length, offloaded_layers=offloaded), device, first_segment)
-            if name == "plain":
+            model = build(Run("", "small", attention, length), device, first_segment)
+            if offloaded:
+                offload_checkpoints(model, offloaded)
+            else:
                 model.config.loss_implementation = "logits"
                 for module in model.modules():
                     if hasattr(module, "gradient_checkpointing"):
@@ -303,11 +354,14 @@ def main() -> None:
         "--box", type=float, default=12.0, help="seconds of timed steps per configuration: %(default)s"
     )
     parser.add_argument(
+        "--limit", type=float, default=290.0, help="start nothing that would end later, in seconds: %(default)s"
+    )
+    parser.add_argument(
         "--peak-tflops", type=float, default=989.0, help="of the device, dense bf16: %(default)s (H100)"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--plot", type=Path, help="only draw the plot of this CSV")
-    arguments = parser.parse_args()
+    arguments, started = parser.parse_args(), time.perf_counter()
     if arguments.plot:
         return plot(arguments.plot)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.small else "cpu")
@@ -339,12 +393,15 @@ def main() -> None:
                 continue
             all_layers = SHAPES[run.shape]["num_hidden_layers"]
             for attempt in (run, replace(run, offloaded_layers=all_layers)):
-                row = measure(attempt, device, arguments.box, first_segment, arguments.peak_tflops)
+                left = arguments.limit - (time.perf_counter() - started)
+                row = measure(attempt, device, arguments.box, first_segment, arguments.peak_tflops, left)
                 rows.append(row)
                 writer.writerow(row)
                 file.flush()
                 print(*(f"{name}={row[name]}" for name in COLUMNS if row.get(name) not in (None, "")), flush=True)
-                if not row["note"] or attempt.offloaded_layers == all_layers or run.attention.startswith("llama"):
+                if row["note"] != "out of memory" or row["offloaded_layers"] == all_layers:
+                    break
+                if run.attention.startswith("llama"):
                     break
     report(rows)
     print(f"wrote {path}")
@@ -384,7 +441,8 @@ def plot(path: Path) -> None:
     for axes, name in ((speed, "tokens per second"), (memory, "peak memory, GiB")):
         axes.set(xscale="log", xlabel="tokens in the sequence", ylabel=name)
         axes.grid(True, which="both", alpha=0.3)
-    speed.legend()
+    if rows:
+        speed.legend()
     figure.suptitle(title, fontsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     print(f"wrote {path.with_suffix('.png')}")
