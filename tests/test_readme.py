@@ -5,19 +5,31 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from checkpoints import make_checkpoint
+from PIL import Image, ImageChops, ImageStat
 from torchscale_decoder import random_weights
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+# Every block of code is of one of these kinds: its language, how it begins, the test that runs it.
+KINDS = {
+    ("python", ""): "test_readme.py::test_the_code_blocks_run_and_print_what_their_comments_say",
+    ("bash", "longnet-"): "test_readme.py::test_the_code_blocks_run_and_print_what_their_comments_say",
+    ("bash", "pip install "): "test_packaging.py::test_the_readmes_command_installs_from_a_clone",
+    ("text", "paper: "): "test_readme.py::test_the_picture_is_what_the_patterns_reach",
+    ("text", "accelerate launch "): "test_readme.py::test_the_launch_on_many_gpus_runs_on_one_process",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +54,37 @@ def run(command: list[str], folder: Path) -> str:
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
     }
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    process = subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
 
 
+def blocks(language: str, beginning: str) -> list[str]:
+    return [code for name, code in BLOCKS if name == language and code.startswith(beginning)]
+
+
+def test_every_block_is_of_a_kind_that_a_test_runs():
+    assert README.count("```") == 2 * len(BLOCKS)  # no block is hidden by its indentation or a missing language
+    assert sum(len(blocks(*kind)) for kind in KINDS) == len(BLOCKS), [block for block in BLOCKS if kinds(*block) != 1]
+    for kind, place in KINDS.items():
+        file, name = place.split("::")
+        assert blocks(*kind), kind
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), place
+    assert [code.count("\n") for code in blocks("bash", "pip install ")] == [1]  # what the test of the package takes
+    for code in blocks("bash", "longnet-"):
+        assert all(line.startswith("longnet-") for line in code.splitlines()), code
+
+
+def kinds(language: str, code: str) -> int:
+    return sum(language == name and code.startswith(beginning) for name, beginning in KINDS)
+
+
 def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
-    for language, code in BLOCKS:
-        if language == "bash" and code.startswith("longnet-"):
-            run(["sh", "-ec", code], workshop)
-    script = "\n".join(code for language, code in BLOCKS if language == "python")
+    for code in blocks("bash", "longnet-"):
+        run(["sh", "-ec", code], workshop)
+    script = "\n".join(blocks("python", ""))
     collect = "import json, sys\nprinted = []\nprint = lambda x: printed.append(str(x))\n"
     output = run([sys.executable, "-c", f"{collect}{script}\nsys.stdout.write(json.dumps(printed))"], workshop)
     shape, reach, text, savings, entries, cache_shape, nats = json.loads(output)
@@ -63,6 +96,57 @@ def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
     entries_held = int(re.fullmatch(r"torch.Size\(\[1, 2, (\d+), 8\]\)", cache_shape)[1])
     assert entries_held <= 128 + 256 // 4 + 128
     assert 4 < float(re.search(r"[\d.]+", nats)[0]) / 3999 < 10  # random tokens, of a hundred, random weights
+
+
+def test_the_launch_on_many_gpus_runs_on_one_process(tmp_path):
+    (command,) = blocks("text", "accelerate launch ")
+    _, _, *words = shlex.split(command.replace("\\\n", " "))
+    options = launch_command_parser().parse_args(words)  # Accelerate knows every option of the launch
+    assert options.use_fsdp and options.num_processes > 1
+    assert options.training_script_args == ["--length", str(2**20)]
+    script = [str(ROOT / options.training_script), "--length", "512", "--steps", "20"]
+    launch = [
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    printed = run([sys.executable, "-m", "accelerate.commands.launch", *launch, *script], tmp_path)
+    assert "checked: in 20 steps the loss falls" in printed and "on sequences of 512 bytes over 1 rank" in printed
+
+
+def test_the_code_in_model_cards_runs(workshop):
+    convert = [sys.executable, "-m", "conversion"]
+    run([*convert, "llama", "with-card", "--segment-lengths", "16,32", "--dilation-rates", "1,2"], workshop)
+    run([*convert, "checkpoint_best.pt", "official-with-card", "--from", "torchscale"], workshop)
+    for folder, card in (
+        ("with-card", workshop / "with-card" / "README.md"),
+        ("official-with-card", workshop / "official-with-card" / "README.md"),
+        ("with-card", ROOT / "model_card.md"),
+    ):
+        text = card.read_text()
+        (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+        assert text.count("```") == 2 + 2 * text.count("```bibtex"), card
+        script = f"path = {folder!r}\n{code.replace('path/to/this/checkpoint', folder)}\nprint(type(model).__name__)"
+        printed = run([sys.executable, "-c", script], workshop)
+        assert printed.endswith("LongNetForCausalLM\n")
+        assert card.name != "README.md" or "Do you wish to run the custom code?" not in printed
+        assert "Call me Ishmael." not in code or "Call me Ishmael." in printed
+
+
+def test_the_figure_of_the_presets_comes_from_the_command_below_it(workshop):
+    (command,) = re.findall(r"`(longnet-inspect [^`]*--plot docs/presets.png)`", README)
+    (workshop / "docs").mkdir()
+    run(["sh", "-ec", command], workshop)
+    with Image.open(ROOT / "docs" / "presets.png") as kept, Image.open(workshop / "docs" / "presets.png") as drawn:
+        assert kept.size == drawn.size
+        difference = ImageChops.difference(kept.convert("L"), drawn.convert("L"))
+    assert ImageStat.Stat(difference).mean[0] < 2  # of 255: matplotlib's versions set text a little differently
 
 
 def test_the_make_targets_that_it_names_exist():
@@ -83,7 +167,7 @@ def test_the_files_that_it_names_exist():
 def test_the_picture_is_what_the_patterns_reach():
     from modeling_longnet import DilationPattern
 
-    _, picture = BLOCKS[0]
+    (picture,) = blocks("text", "paper: ")
     rows = picture.splitlines()[2:]
     for preset, columns in (("paper", slice(0, 44)), ("retrofit", slice(44, None))):
         pattern = DilationPattern.preset(preset, (8, 32), (1, 4))
