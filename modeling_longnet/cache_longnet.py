@@ -30,15 +30,23 @@ class LongNetCacheLayer(CacheLayerMixin):
         max_length: the most tokens that will come, or None if nobody knows. Patterns whose longest window it covers go
             on beyond it.
         once: shared by the layers of a model.
+        enlarges: move to larger slots where more than ``max_length`` tokens come, instead of refusing them.
     """
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, pattern: DilationPattern, max_length: int | None = None, once: OncePerPass | None = None):
+    def __init__(
+        self,
+        pattern: DilationPattern,
+        max_length: int | None = None,
+        once: OncePerPass | None = None,
+        enlarges: bool = False,
+    ):
         super().__init__()
         self.pattern = pattern
         self.max_length = max_length
+        self.enlarges = enlarges
         self.record_past = False
         self.once = OncePerPass() if once is None else once
         self._forget()
@@ -102,7 +110,11 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[2]
-        self._make_room(num_tokens, key_states, value_states)
+        if self.is_compileable:  # what tokens there are so far is known without waiting, or read once for all layers
+            if not self.slots.is_endless and not torch.compiler.is_compiling():
+                self.reserve(num_tokens, self.once(positions, "columns", lambda: int(self.columns)))
+        else:
+            self._make_room(num_tokens, key_states, value_states)
         key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         num_kv_heads = key_states.shape[1]
         places = self.once(
@@ -151,7 +163,10 @@ class LongNetCacheLayer(CacheLayerMixin):
             raise ValueError(f"only an empty cache can adopt entries, this one holds {self.get_seq_length()} tokens")
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._make_room(columns, keys, values)
+        if self.is_compileable:
+            self.reserve(columns, 0)
+        else:
+            self._make_room(columns, keys, values)
         self.seen = self._add(self.seen, seen.to(self.seen.device))
         self.columns += columns
         self.history = None
@@ -192,18 +207,29 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _make_room(self, num_tokens: int, key_states: Tensor, value_states: Tensor) -> None:
         """Grow the slots where the sequence outgrows them, and put what they held into the new ones."""
-        if self.is_compileable:
-            if not self.slots.is_endless and not torch.compiler.is_compiling():
-                columns = int(self.columns) + num_tokens
-                if columns > self.max_length:
-                    raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {columns}")
-            return
         columns = self.columns + num_tokens
         if self.slots is not None and (self.slots.is_endless or columns <= self.slots.length):
             return
         old = None if self.slots is None else (self.keys, self.values, self.key_positions)
         self._allocate(self._grown(columns), key_states if old is None else old[0], value_states)
         if old is not None:
+            self._relocate(*old)
+
+    def reserve(self, num_tokens: int, columns: int) -> None:
+        """Make sure that so many more tokens fit into slots of fixed size, after ``columns`` that came.
+
+        Raises:
+            ValueError: if they do not, and the slots do not enlarge.
+        """
+        needed = columns + num_tokens
+        if needed <= self.max_length or self.max_length >= max(self.pattern.segment_lengths):
+            return
+        if not self.enlarges:
+            raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {needed}")
+        self.max_length = max(needed, min(2 * self.max_length, max(self.pattern.segment_lengths)))
+        if self.is_initialized:
+            old = (self.keys, self.values, self.key_positions)
+            self._allocate(plan_slots(self.pattern, self.max_length), *old[:2])
             self._relocate(*old)
 
     def _grown(self, columns: int) -> CacheSlots:
@@ -373,7 +399,12 @@ class LongNetCacheLayer(CacheLayerMixin):
             ValueError: if the state is one of other slots than ``max_length`` gives.
         """
         if state and self.is_compileable and int(state["slots"]) != self.max_length:
-            raise ValueError(f"the state has slots for {int(state['slots'])} tokens, max_length is {self.max_length}")
+            if not self.enlarges:
+                raise ValueError(
+                    f"the state has slots for {int(state['slots'])} tokens, max_length is {self.max_length}"
+                )
+            self.max_length = int(state["slots"])
+            self._forget()
         self.reset()
         if not state:
             return
@@ -442,20 +473,24 @@ class LongNetCache(Cache):
         config: a ``LongNetConfig``; the patterns of its layers count.
         offloading: keep the layers in CPU memory and fetch them one ahead (CUDA only).
         max_length: allocate once for sequences of up to so many tokens, at fixed addresses: decoding a token is then
-            one graph at every length, and on CUDA ``generate`` compiles it. None: grow as tokens come.
+            one graph at every length, which ``generate`` captures on CUDA. None: grow as tokens come.
+        enlarges: allocate anew where more than ``max_length`` tokens come, instead of refusing them.
 
     Raises:
         ValueError: if ``max_length`` is not positive, or fixed addresses meet offloading.
     """
 
-    def __init__(self, config, offloading: bool = False, max_length: int | None = None):
+    def __init__(
+        self, config, offloading: bool = False, max_length: int | None = None, enlarges: bool = False
+    ):
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if max_length is not None and offloading:
             raise ValueError("offloading moves the cache, which max_length keeps in place; leave one of them out")
         once = OncePerPass()
         layers = [
-            LongNetCacheLayer(config.layer_pattern(i), max_length, once) for i in range(config.num_hidden_layers)
+            LongNetCacheLayer(config.layer_pattern(i), max_length, once, enlarges)
+            for i in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers, offloading=offloading)
 
@@ -463,6 +498,18 @@ class LongNetCache(Cache):
     def is_empty(self) -> bool:
         """Whether no token has come yet; known without waiting for the device."""
         return self.layers[0].is_empty
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make sure that so many more tokens fit; waits for the device unless any number does.
+
+        Raises:
+            ValueError: if they do not, and the cache does not enlarge.
+        """
+        bounded = [layer for layer in self.layers if layer.is_compileable and layer.get_max_length() > 0]
+        if bounded and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            columns = int(self.layers[0].columns)
+            for layer in bounded:
+                layer.reserve(num_tokens, columns)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""

@@ -3,8 +3,10 @@
 With the backbone of Llama parameter names equal Llama's, so a Llama checkpoint loads as it is.
 """
 
+import logging
 from typing import Unpack
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import (
@@ -22,12 +24,15 @@ from .backbone_llama import LongNetDecoderLayer
 from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .decoding_token import decode_token, decoding_refusal
 from .head_loss import head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
 from .sequence_tiles import in_tiles
 from .token_layout import locate_tokens
 
+
+logger = logging.getLogger(__name__)
 
 DECODER_LAYERS = {"llama": LongNetDecoderLayer, "magneto": MagnetoDecoderLayer}
 
@@ -134,6 +139,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given_embeds = inputs_embeds
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if past_key_values is not None and not hasattr(past_key_values, "next_positions"):
@@ -141,6 +147,15 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
                 f"LongNet needs a LongNetCache, got {type(past_key_values).__name__}: other caches do not know which "
                 "keys the pattern reaches; leave past_key_values out to get the right one"
             )
+        if cu_seq_lens_q is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
+            refusal = decoding_refusal(self, past_key_values, inputs_embeds.shape[1], kwargs)
+            if refusal is None:
+                hidden_states = inputs_embeds.clone() if given_embeds is not None else inputs_embeds
+                real = None if attention_mask is None else attention_mask[:, -1:]
+                hidden_states = decode_token(self, hidden_states, past_key_values, real, position_ids)
+                return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+            if not torch.compiler.is_compiling():
+                logger.debug("the fused decoding step does not serve: %s", refusal)
         layout = locate_tokens(
             inputs_embeds.shape[:2],
             inputs_embeds.device,
