@@ -5,12 +5,14 @@ import inspect
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 from transformers.utils import logging
 
 from .adapters import convert_adapter
 from .convert import convert_checkpoint
+from .plan import Plan
 from .plan_family import plan_conversion
 from .to_dense import convert_to_dense, plan_to_dense
 from .torchscale import convert_torchscale, plan_torchscale
@@ -173,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     dry_run, quiet, debug = (options.pop(name) for name in ("dry_run", "quiet", "debug"))
     to_dense, from_torchscale = options.pop("to_dense"), options.pop("from") == "torchscale"
-    convert, plan = convert_checkpoint, plan_conversion
+    convert: Callable[..., dict] = convert_checkpoint
+    plan: Callable[..., Plan] | None = plan_conversion
     if from_torchscale:
         if to_dense:
             return _fail("--to-dense does not go with this kind of conversion", debug=False)

@@ -31,7 +31,7 @@ _NOT_CARRIED = {
 }  # fmt: skip
 
 # A Llama's own; other families say what differs.
-_LLAMA = {"attention_output_bias": None, "qk_norm": False, "layers_without_rope": []}
+_LLAMA: dict[str, object] = {"attention_output_bias": None, "qk_norm": False, "layers_without_rope": []}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -120,7 +121,7 @@ def _card_data(path: Path) -> dict:
         return {}
 
 
-def _layers_sentence(layers: tuple[int, ...], what: str) -> str:
+def _layers_sentence(layers: Sequence[int], what: str) -> str:
     if not layers:
         return ""
     listed = ", ".join(map(str, layers))

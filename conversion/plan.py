@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -250,7 +251,7 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name) if isinstance(name, str) else name
 
 
-def _layers(kind: str, layers: tuple[int, ...]) -> list[str]:
+def _layers(kind: str, layers: Sequence[int]) -> list[str]:
     return [_wrapped(f"{kind}      layers {', '.join(map(str, layers))}")] if layers else []
 
 

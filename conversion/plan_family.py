@@ -88,7 +88,7 @@ def plan_conversion(
         if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
             raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
         reference_config.max_position_embeddings = position_embeddings
-    dtypes = Counter()
+    dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_bytes
     own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
@@ -198,7 +198,7 @@ def _choose_pattern(
     if local is not None:
         raise ValueError(f"local {local} and segment_lengths {list(segment_lengths)} both set the first; give one")
     if dilation_rates is None:
-        first = DilationPattern(segment_lengths, [1] * len(segment_lengths)).segment_lengths[0]
+        first = DilationPattern(tuple(segment_lengths), (1,) * len(segment_lengths)).segment_lengths[0]
         if any(w % first for w in segment_lengths):
             raise ValueError(
                 f"segment_lengths {list(segment_lengths)} are not multiples of the first, so there are no default "
@@ -268,7 +268,7 @@ def _notes(
     fields: dict,
     config: LongNetConfig,
     source_context: int,
-    dtypes: Counter,
+    dtypes: Counter[str],
     rope_parameters: dict | None,
     written: str | None,
 ) -> list[str]:

@@ -69,7 +69,7 @@ class Retrofit:
     def __enter__(self) -> PreTrainedModel:
         return self.model
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
 
@@ -101,7 +101,7 @@ def _retrofit_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_ids: Tensor | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Serve transformers' attention call: ``query [B, H, T, D]`` are the last T of the ``[B, G, past + T, D]`` keys."""
     batch, _, num_new, _ = query.shape
@@ -118,7 +118,7 @@ def _retrofit_attention(
         query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))  # [1, H, B * L, D]
     # The operator takes one query per key: queries for the past are made up, and their outputs dropped.
     query = F.pad(query, (0, 0, length - num_new, 0))  # [B, H, L, D]
-    out = dilated_attention(
+    out: Tensor = dilated_attention(
         query,
         key,
         value,
@@ -147,7 +147,12 @@ def _document_starts(position_ids: Tensor) -> Tensor | None:
 
 
 def _keep_padding_mask(
-    *args, q_length: int, kv_length: int, q_offset: int = 0, attention_mask: Tensor | None = None, **kwargs
+    *args: object,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: object,
 ) -> Tensor | None:
     """Pass the 2D padding mask through; transformers drops it where an attention has no mask function of its own."""
     if int(q_offset) + q_length != kv_length:

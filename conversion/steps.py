@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -96,6 +96,7 @@ def verify_logits(comparison: Comparison, progress: bool) -> Verification:
             "written"
         )
     own = verification.own_dtype
+    assert own is not None  # float32 agrees
     raise ValueError(
         f"in {own.dtype} the converted model's logits are {own.target_rounding:.3g} (root mean square) from those in "
         f"float32, the source's {own.source_rounding:.3g}; at most twice that is allowed; nothing was written"
@@ -182,7 +183,7 @@ def command_line(source: str | Path, target: str | Path, options: dict) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, num_bytes: int, progress: bool):
+def progress_bar(title: str, num_bytes: int, progress: bool) -> Iterator[tqdm]:
     """Show a bar with bytes and remaining time on stderr, where that is a terminal."""
     # disable=None hides the bar where stderr is not a terminal.
     with tqdm(

@@ -66,7 +66,7 @@ class StoredModel:
 
     @property
     def _dtype(self) -> torch.dtype | None:
-        return DTYPES.get(self.rounded_to)
+        return None if self.rounded_to is None else DTYPES[self.rounded_to]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Lender:
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
             lent += weight.numel()
 
-    def take_back(self, module: nn.Module, arguments: tuple, output) -> None:
+    def take_back(self, module: nn.Module, arguments: tuple, output: object) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         # glibc before 2.38 hardly reuses the aligned blocks that torch frees: without this, memory grows by the layer.

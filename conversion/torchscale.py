@@ -148,8 +148,8 @@ def plan_torchscale(
         reference=StoredModel(TorchscaleDecoder, decoder, stored, rounded_to),
         config=config,
         preset="torchscale",
-        trained=f"up to {config.trained_context:,} tokens",
-        compared_tokens=min(verify_tokens, config.trained_context, _comparable_tokens(decoder)),
+        trained=f"up to {config.max_position_embeddings:,} tokens",
+        compared_tokens=min(verify_tokens, config.max_position_embeddings, _comparable_tokens(decoder)),
         same_attention=True,
         generation_fields=config.to_dict(),
         template="torchscale_card_template.md",
@@ -242,7 +242,7 @@ def _without_scales(tensors: dict[str, StoredTensor], arguments: dict) -> dict[s
 def _decoder_arguments(arguments: dict, tensors: dict[str, StoredTensor]) -> DecoderArguments:
     embedding = tensors["embed_tokens.weight"]
     vocabulary = arguments["vocab_size"] if arguments["vocab_size"] > 0 else embedding.shape[0]
-    most = Counter()
+    most: Counter[str] = Counter()
     for tensor in tensors.values():
         most[tensor.dtype] += tensor.num_bytes
     stored_as = most.most_common(1)[0][0]

@@ -3,6 +3,7 @@
 import argparse
 import ast
 from pathlib import Path
+from typing import Any
 
 from .torchscale_decoder import ACTIVATIONS
 from .weights import read_json
@@ -117,12 +118,12 @@ def check_arguments(given: dict) -> dict:
     if chosen["activation_fn"] not in ACTIVATIONS:
         raise ValueError(f"activation_fn must be one of {', '.join(ACTIVATIONS)}, got {chosen['activation_fn']!r}")
     heads, width = chosen["decoder_attention_heads"], chosen["decoder_embed_dim"]
-    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or width % heads:
+    if type(heads) is not int or heads < 1 or type(width) is not int or width % heads:
         raise ValueError(f"decoder_embed_dim {width} is not a multiple of decoder_attention_heads {heads!r}")
     return chosen
 
 
-def _integers(name: str, value: object) -> list[int]:
+def _integers(name: str, value: Any) -> list[int]:
     """Read a list of integers, which the official code also takes as text."""
     try:
         value = ast.literal_eval(value) if isinstance(value, str) else value

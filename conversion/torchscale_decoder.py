@@ -5,6 +5,7 @@ that torchscale saves; only for reading a few hundred tokens.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from modeling_longnet import DilationPattern, dilated_attention
 
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TorchscaleDecoder(nn.Module):
         """Return the output head, as transformers' models do."""
         return self.output_projection
 
-    def get_decoder(self):
+    def get_decoder(self) -> Callable[..., SimpleNamespace]:
         """Return what computes the states that the head reads, as transformers' models do."""
         return self._decode
 
@@ -97,7 +98,8 @@ class _Attention(nn.Module):
         )  # [B, H, L, D]
         if self.config.xpos:
             query, key = _xpos(query, self.config.xpos_scale_base), _xpos(key, -self.config.xpos_scale_base)
-        heads = dilated_attention(query, key, value, self.config.pattern).transpose(1, 2).flatten(2)
+        heads: Tensor = dilated_attention(query, key, value, self.config.pattern)
+        heads = heads.transpose(1, 2).flatten(2)
         return self.out_proj(self.inner_attn_ln(heads) if self.config.sub_norm else heads)
 
 

@@ -245,7 +245,7 @@ class _Loss:
     normaliser: Tensor = field(init=False)  # [L - 1] log-sum-exp so far
     of_next: Tensor = field(init=False)  # [L - 1] logits of the tokens that do follow
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.normaliser = torch.full(self.next_ids.shape, -torch.inf)
         self.of_next = torch.zeros(self.next_ids.shape)
 

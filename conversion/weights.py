@@ -140,12 +140,13 @@ def match_weights(
     """
     parameters = model.state_dict()
     ties = {**model.all_tied_weights_keys, **{source: name for name, source in model.all_tied_weights_keys.items()}}
-    matched = {name: tensors.get(name) or tensors.get(ties.get(name)) for name in parameters}
+    stored = {name: name if name in tensors else ties.get(name, name) for name in parameters}
     architecture = type(model).__name__
-    if missing := [name for name, tensor in matched.items() if tensor is None]:
+    if missing := [name for name, source in stored.items() if source not in tensors]:
         raise ValueError(f"the weights lack {_first_of(missing)} that {architecture} needs with {described_by}")
     if unknown := [name for name in tensors if name not in parameters]:
         raise ValueError(f"the weights hold {_first_of(unknown)} that {architecture} lacks with {described_by}")
+    matched = {name: tensors[source] for name, source in stored.items()}
     for name, tensor in matched.items():
         if tensor.shape != tuple(parameters[name].shape):
             raise ValueError(
@@ -251,7 +252,7 @@ def files_are_kept(tensors: dict[str, StoredTensor], max_shard_size: int | str, 
     """Say whether ``copy_weights`` copies the files of these tensors as they are."""
     if any(dtype not in (None, tensor.dtype) for tensor in tensors.values()):
         return False
-    held = {}
+    held: dict[str, StoredTensor] = {}
     for file in files_of(tensors):
         if file.suffix != ".safetensors":
             return False
@@ -300,7 +301,8 @@ def write_file(
     """
     # Wide dtypes first, as safetensors does itself: every tensor then starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: -DTYPES[dtype or tensors[name].dtype].itemsize)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in names:
         start, end = end, end + total_bytes([tensors[name]], dtype)
         header[name] = {
@@ -387,7 +389,7 @@ def written_dtype(name: str | None) -> str | None:
     spelled = {dtype_name(dtype): spelling for spelling, dtype in DTYPES.items()}
     if name is not None and name not in spelled:
         raise ValueError(f"dtype must be one of {', '.join(spelled)}, got {name!r}")
-    return spelled.get(name)
+    return None if name is None else spelled[name]
 
 
 def dtype_name(dtype: torch.dtype | str) -> str:

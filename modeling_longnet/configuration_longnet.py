@@ -114,7 +114,7 @@ class LongNetConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # Read from another family's config.json, this is no configuration of that family any more.
         if kwargs.pop("model_type", self.model_type) != self.model_type:
-            self.architectures = None
+            self.architectures: list[str] | None = None
         for name in kwargs:
             own = (
                 *PATTERN_FIELDS,

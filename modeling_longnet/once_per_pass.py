@@ -1,7 +1,7 @@
 """What all layers of a model compute alike in one forward pass, computed once."""
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 class OncePerPass:
     """Remembers results for as long as the same tensor of positions comes: one forward pass."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._positions: Tensor | None = None
-        self._results: dict[Hashable, object] = {}
+        self._results: dict[Hashable, Any] = {}
 
     def __call__(self, positions: Tensor, key: Hashable, compute: Callable[[], Result]) -> Result:
         """Return ``compute()``, or what it returned for this tensor and key.
@@ -32,5 +32,5 @@ class OncePerPass:
             self._results[key] = compute()
         return self._results[key]
 
-    def __deepcopy__(self, memo) -> "OncePerPass":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OncePerPass":
         return memo.setdefault(id(self), OncePerPass())

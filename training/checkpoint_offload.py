@@ -7,6 +7,8 @@ and the last layers may keep theirs on the device, where they are needed first.
 """
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +44,11 @@ def offload_checkpoints(model: nn.Module, layers: int | None = None) -> None:
 class _Offloading:
     """A checkpointing function whose kept inputs go to the host."""
 
-    def __init__(self, checkpoint, host: "HostCheckpoints"):
+    def __init__(self, checkpoint: Callable[..., Any], host: "HostCheckpoints"):
         self.checkpoint = checkpoint
         self.host = host
 
-    def __call__(self, function, *args):
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         with saved_tensors_hooks(self.host.store, self.host.fetch):
             return self.checkpoint(function, *args)
 
@@ -54,11 +56,11 @@ class _Offloading:
 class _Stored:
     """One tensor on the host, or on its way."""
 
-    def __init__(self, tensor: Tensor, before: "weakref.ref[_Stored] | None"):
+    def __init__(self, tensor: Tensor, blocks: list[Tensor], before: "weakref.ref[_Stored] | None"):
         self.like = torch.empty_like(tensor, device="meta")
         self.device = tensor.device
         self.before = before  # stored before it, so needed after it
-        self.blocks: list[Tensor] | None = []
+        self.blocks: list[Tensor] | None = blocks
         self.back: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
 
@@ -66,7 +68,7 @@ class _Stored:
 class HostCheckpoints:
     """Tensors that leave the device in one order and come back in the reverse one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.last: weakref.ref[_Stored] | None = None  # the graph alone keeps what is stored
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -77,14 +79,15 @@ class HostCheckpoints:
         if tensor.device not in self.streams:
             self.streams[tensor.device] = torch.cuda.Stream(tensor.device)
         side = self.streams[tensor.device]
-        stored = _Stored(tensor, self.last)
+        blocks: list[Tensor] = []
+        stored = _Stored(tensor, blocks, self.last)
         flat = tensor.detach().view(-1).view(torch.uint8)
         side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
             for part in flat.split(BLOCK_BYTES):
                 block = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
                 block[: len(part)].copy_(part, non_blocking=True)
-                stored.blocks.append(block)
+                blocks.append(block)
         tensor.record_stream(side)  # its memory is free once it is copied
         self.last = weakref.ref(stored)
         return stored
@@ -100,8 +103,10 @@ class HostCheckpoints:
         self.last = stored.before
         stream = torch.cuda.current_stream(stored.device)
         stream.wait_event(stored.arrived)
-        stored.back.record_stream(stream)
-        return stored.back.view(stored.like.dtype).view(stored.like.shape)
+        back = stored.back
+        assert back is not None  # started above
+        back.record_stream(stream)
+        return back.view(stored.like.dtype).view(stored.like.shape)
 
     def _start(self, stored: _Stored) -> None:
         if stored.blocks is None:
