@@ -32,6 +32,9 @@ def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
         model: a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Phi-3 model of transformers, without sliding window.
         pattern: the branches and their rules.
 
+    Returns:
+        What takes the switch back, at the end of a ``with`` block or by ``undo()``.
+
     Raises:
         ValueError: if the model is of another family, or has a sliding window or softcapped logits.
     """

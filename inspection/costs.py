@@ -8,7 +8,14 @@ from modeling_longnet import DilationPattern, LongNetConfig
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What costs depend on beside the pattern."""
+    """What costs depend on beside the pattern.
+
+    Args:
+        num_heads, num_kv_heads: query and KV heads of a layer.
+        head_dim: width of a head.
+        bytes_per_value: of a cached number.
+        layers: the pattern of each layer.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -35,7 +42,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of all layers for one document of ``length`` tokens."""
+    """Costs of all layers for one document.
+
+    Args:
+        length: tokens.
+        flops, dense_flops: floating-point operations of the attention in one forward pass, two to a multiply-add.
+        kv_bytes, dense_kv_bytes: keys and values held after the last token.
+    """
 
     length: int
     flops: int
@@ -45,7 +58,18 @@ class Costs:
 
 
 def measure_costs(shape: ModelShape, lengths: Sequence[int]) -> list[Costs]:
-    """Count attention FLOPs and cache bytes exactly; one entry for each length."""
+    """Count attention FLOPs and cache bytes exactly, by the patterns' own formulas.
+
+    Args:
+        shape: of the model.
+        lengths: tokens of the document.
+
+    Returns:
+        One entry for each length.
+
+    Raises:
+        ValueError: if a length is negative, or the head counts do not fit.
+    """
     found = []
     for length in lengths:
         dense = DilationPattern((max(length, 1),), (1,))

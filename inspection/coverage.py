@@ -78,7 +78,15 @@ def count_reached(pattern: DilationPattern, query: int, kv_head: int, num_kv_hea
 
 
 def measure_coverage(pattern: DilationPattern, num_kv_heads: int, distances: list[int] | None = None) -> Coverage:
-    """Average over queries, at given distances or at 0, 1, 2, 3, 4, 6, 8, 12, ... up to the longest segment.
+    """Average over queries what a pattern lets them reach.
+
+    Args:
+        pattern: branches and rules.
+        num_kv_heads: KV heads of a layer; offsets depend on it.
+        distances: how many tokens back; None: 0, 1, 2, 3, 4, 6, 8, 12, ... up to the longest segment.
+
+    Returns:
+        The averages: over a whole period of the pattern where it is short, else over a sample of it.
 
     Raises:
         ValueError: if ``num_kv_heads`` is not positive or a distance is negative.

@@ -29,6 +29,9 @@ def prefill_sequence(model: nn.Module, batch: Mapping, group: dist.ProcessGroup 
         batch: the whole prompt, on every rank: ``input_ids [B, N]``, and ``attention_mask [B, N]`` if there is padding.
         group: the ranks that read it.
 
+    Returns:
+        The filled cache, the same on every rank.
+
     Raises:
         ValueError: if ``batch`` holds anything else, or the ranks have different prompts.
     """
