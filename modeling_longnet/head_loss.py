@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .cross_entropy_triton import fused_losses, is_fused
-from .sequence_tiles import GradientSum, are_fsdp_units, are_partitioned, trainable
+from .sequence_tiles import GradientSum, are_partitioned, run_once_per_pass, trainable
 
 
 # Logits of one chunk: 1 GiB of them in float32, 2048 tokens of a vocabulary of 131,072.
@@ -196,7 +196,7 @@ def _chunked(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: 
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
 
-    if are_fsdp_units([head]):
+    if run_once_per_pass([head]):
         return loss(hidden, targets)
     if not torch.compiler.is_compiling() and not are_partitioned([head]):
         return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))

@@ -46,7 +46,7 @@ def in_tiles(
     Returns:
         ``[B, L, ...]``, what the function gives.
     """
-    if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling() or are_fsdp_units(modules):
+    if x.shape[1] <= TILE_TOKENS or torch.compiler.is_compiling() or run_once_per_pass(modules):
         return function(x)
     parameters = trainable(modules)
     recompute = recompute and not all(getattr(module, "keeps_only_input", False) for module in modules)
@@ -85,21 +85,23 @@ def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def are_partitioned(modules: Iterable[nn.Module]) -> bool:
-    """Whether parameters are whole only inside their module's own call.
+    """Whether parameters are shards that are whole only inside their module's own call, as in tensor parallelism.
 
-    DeepSpeed's ZeRO-3 leaves them empty outside it, tensor parallelism keeps shards. They cannot be named as inputs of
-    a function then, and the graph has to be built inside the modules' calls.
+    They cannot be named as inputs of a function then, and the graph has to be built inside the modules' calls.
     """
-    parameters = [p for module in modules for p in module.parameters()]
-    return any(p.numel() == 0 or hasattr(p, "device_mesh") for p in parameters)
+    return any(hasattr(p, "device_mesh") for module in modules for p in module.parameters())
 
 
-def are_fsdp_units(modules: Iterable[nn.Module]) -> bool:
-    """Whether FSDP2 gathers parameters at the call of one of these modules itself: it must be called once per pass.
+def run_once_per_pass(modules: Iterable[nn.Module]) -> bool:
+    """Whether parameters are gathered at a module's call, and let go after it, once per pass: there can be no tiles.
 
-    By name: importing the class costs more than this file.
+    FSDP2 does so for its units, which are known by name: importing the class costs more than this file. DeepSpeed's
+    ZeRO-3 does it for every module; its parameters bear numbers.
     """
-    return any(base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__)
+    modules = list(modules)
+    return any(base.__name__ == "FSDPModule" for module in modules for base in type(module).__mro__) or any(
+        hasattr(p, "ds_id") for module in modules for p in module.parameters()
+    )
 
 
 class GradientSum:

@@ -15,7 +15,7 @@ EXPECTED_SKIPS = (
     # What is not installed with `.[test]`; other targets of the Makefile install it.
     r"triton is not installed",
     r"liger-kernel is not installed",
-    r"could not import '(bitsandbytes|trl)': .*",
+    r"could not import '(bitsandbytes|deepspeed|trl)': .*",
     r'loss_implementation="liger" (cannot import|runs on CUDA).*',
     # Versions.
     r'loss_implementation="torch" needs torch 2\.13 or newer, .*',

@@ -149,10 +149,19 @@ def test_partitioned_parameters_are_left_to_torchs_own_checkpoint(monkeypatch):
     module.computed = 0
     torch.testing.assert_close(results(lambda x: in_tiles(module, x, [module]), x, module), expected)
     assert module.computed == 2 * 23
-    monkeypatch.undo()
-    assert not sequence_tiles.are_partitioned([module])
+
+
+def test_what_zero_3_gathers_at_a_call_is_called_once():
+    module, x = Mlp().double(), inputs()
+    assert not sequence_tiles.run_once_per_pass([module])
+    weight, module.up.weight.ds_id = module.up.weight.data, 0
+    gather = module.up.register_forward_pre_hook(lambda up, inputs: setattr(up.weight, "data", weight))
     module.up.weight.data = torch.empty(0, dtype=torch.float64)  # as ZeRO-3 leaves it between calls
-    assert sequence_tiles.are_partitioned([module])
+    calls = []
+    module.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[1]))
+    in_tiles(module, x, [module]).sum().backward()
+    gather.remove()
+    assert calls == [23]
 
 
 def test_gradients_of_short_floats_are_summed_in_float32(monkeypatch):

@@ -1,0 +1,77 @@
+"""DeepSpeed's ZeRO on two processes (gloo): with all that saves memory, the losses of a plain step of the same engine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import VOCABULARY, random_tokens, tiny_model
+
+from modeling_longnet import head_loss, sequence_tiles
+
+
+TESTS = Path(__file__).parent
+
+
+def losses(stage: int, tied: bool, plain: bool) -> list[float]:
+    """Train for four steps; plain: all logits at once, nothing tiled, chunked or recomputed."""
+    import deepspeed
+
+    sequence_tiles.TILE_TOKENS, head_loss.CHUNK_LOGITS = 16, 16 * VOCABULARY
+    model = tiny_model("retrofit", tie_word_embeddings=tied).float().train()
+    if plain:
+        sequence_tiles.TILE_TOKENS = 10**9
+        model.config.loss_implementation = "logits"
+    else:
+        model.activation_checkpointing_enable()
+    options = {
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, config=options, optimizer=optimizer)
+    own = random_tokens(2, 70)[dist.get_rank() :][:1]
+    found = []
+    for _ in range(4):
+        loss = engine(input_ids=own, labels=own, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_losses_are_those_of_a_plain_step(stage, tied):
+    pytest.importorskip("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command = [sys.executable, *launch, __file__, str(stage), str(int(tied))]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == 2
+    for rank in printed:
+        assert rank["tricks"] == pytest.approx(rank["plain"], rel=1e-5)
+        assert rank["tricks"][-1] < 0.95 * rank["tricks"][0]
+
+
+if __name__ == "__main__":  # a rank of the test above
+    import deepspeed
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    stage, tied = int(sys.argv[1]), bool(int(sys.argv[2]))
+    result = {name: losses(stage, tied, name == "plain") for name in ("plain", "tricks")}
+    print(json.dumps(result) + "\n", end="", flush=True)
