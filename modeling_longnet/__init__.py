@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
+from .decoding_graph import DecodingGraph
 from .decoding_step import DecodingStep
 from .dilated_attention import dilated_attention
 from .dilation_pattern import DilationPattern
@@ -80,6 +81,7 @@ _register()
 _register_lora_targets()
 
 __all__ = [
+    "DecodingGraph",
     "DecodingStep",
     "DilationPattern",
     "LongNetCache",

@@ -480,9 +480,7 @@ class LongNetCache(Cache):
         ValueError: if ``max_length`` is not positive, or fixed addresses meet offloading.
     """
 
-    def __init__(
-        self, config, offloading: bool = False, max_length: int | None = None, enlarges: bool = False
-    ):
+    def __init__(self, config, offloading: bool = False, max_length: int | None = None, enlarges: bool = False):
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if max_length is not None and offloading:

@@ -109,24 +109,23 @@ def plan_kernel(
     tl.store(plan_ptr + 3 + NUM_RINGS + i, oldest, mask=is_branch)
     tl.store(arrivals_ptr + at_head, 0)
 
-    if ANGLES > 0:
-        if kv_head == 0:
-            if rope_ptr is not None:
-                position = tl.load(rope_ptr + row * stride_rope)
-            else:
-                position = p0
-            d = tl.arange(0, BLOCK_D)
-            turns = d < 2 * ANGLES
-            inv_freq = tl.load(inv_freq_ptr + d % ANGLES, mask=turns, other=0.0)
-            as_source = position.to(tl.float32) * inv_freq
-            angle = position.to(tl.float64) * inv_freq.to(tl.float64)
-            angle -= tl.floor(angle / TURN) * TURN
-            angle = tl.where(position < as_source_below, as_source, angle.to(tl.float32))
-            cos = tl.where(turns, tl.cos(angle) * attention_scaling, 1.0)
-            sin = tl.where(turns, tl.sin(angle) * attention_scaling, 0.0)
-            in_head = d < HEAD_DIM
-            tl.store(cos_ptr + row * HEAD_DIM + d, cos.to(cos_ptr.dtype.element_ty), mask=in_head)
-            tl.store(sin_ptr + row * HEAD_DIM + d, sin.to(sin_ptr.dtype.element_ty), mask=in_head)
+    if kv_head == 0:
+        if rope_ptr is not None:
+            position = tl.load(rope_ptr + row * stride_rope)
+        else:
+            position = p0
+        d = tl.arange(0, BLOCK_D)
+        turns = d < 2 * ANGLES
+        inv_freq = tl.load(inv_freq_ptr + d % ANGLES, mask=turns, other=0.0)
+        as_source = position.to(tl.float32) * inv_freq
+        angle = position.to(tl.float64) * inv_freq.to(tl.float64)
+        angle -= tl.floor(angle / TURN) * TURN
+        angle = tl.where(position < as_source_below, as_source, angle.to(tl.float32))
+        cos = tl.where(turns, tl.cos(angle) * attention_scaling, 1.0)
+        sin = tl.where(turns, tl.sin(angle) * attention_scaling, 0.0)
+        in_head = d < HEAD_DIM
+        tl.store(cos_ptr + row * HEAD_DIM + d, cos.to(cos_ptr.dtype.element_ty), mask=in_head)
+        tl.store(sin_ptr + row * HEAD_DIM + d, sin.to(sin_ptr.dtype.element_ty), mask=in_head)
 
 
 @triton.jit
@@ -147,7 +146,9 @@ def _load_rows(w_ptr, rows, num_rows, start, K: tl.constexpr, BLOCK_K: tl.conste
     ptrs = w_ptr + rows.to(tl.int64)[:, None] * K + column[None, :]
     if EVEN:
         return tl.load(ptrs, eviction_policy="evict_first")
-    return tl.load(ptrs, mask=(rows < num_rows)[:, None] & (column < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return tl.load(
+        ptrs, mask=(rows < num_rows)[:, None] & (column < K)[None, :], other=0.0, eviction_policy="evict_first"
+    )
 
 
 @triton.jit
@@ -202,7 +203,9 @@ def linear_kernel(
         total += tl.load(b_ptr + rows, mask=valid, other=0.0).to(tl.float32)
     result = total.to(out_ptr.dtype.element_ty)
     if RESIDUAL:
-        result = (tl.load(out_ptr + out_rows, mask=valid, other=0.0).to(tl.float32) + result.to(tl.float32)).to(result.dtype)
+        result = (tl.load(out_ptr + out_rows, mask=valid, other=0.0).to(tl.float32) + result.to(tl.float32)).to(
+            result.dtype
+        )
     tl.store(out_ptr + out_rows, result, mask=valid)
 
 
@@ -377,9 +380,7 @@ def attend_kernel(
     base = tl.load(rings_ptr + (kv_head * NUM_RINGS + ring) * 7, mask=is_ring, other=0).to(tl.int32)
     end = tl.load(plan_ptr + 3 + ring, mask=is_ring, other=0, cache_modifier=".cg").to(tl.int32)
     i = tl.arange(0, BLOCK_K)
-    oldest = tl.load(
-        plan_ptr + 3 + NUM_RINGS + i, mask=i < NUM_BRANCHES, other=NEVER, cache_modifier=".cg"
-    )
+    oldest = tl.load(plan_ptr + 3 + NUM_RINGS + i, mask=i < NUM_BRANCHES, other=NEVER, cache_modifier=".cg")
     # The slots of this stretch between its first and its last filled one.
     some = is_ring & (end > base) & (base < stop) & (end > start)
     low = tl.min(tl.where(some, tl.maximum(base, start), FAR), 0)
@@ -473,6 +474,4 @@ def attend_kernel(
         tl.debug_barrier()  # the parts of all threads are written before this program counts as arrived
         if tl.atomic_add(arrivals_ptr + at_head, 1, sem="acq_rel") == num_parts - 1:
             tl.store(arrivals_ptr + at_head, 0)  # for the next layer
-            _merge(
-                part_ptr, part_lse_ptr, out_ptr, num_parts, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_PARTS, BLOCK_P
-            )
+            _merge(part_ptr, part_lse_ptr, out_ptr, num_parts, GROUP, HEAD_DIM, BLOCK_D, BLOCK_G, MAX_PARTS, BLOCK_P)

@@ -82,7 +82,9 @@ def _module_refusal(module: nn.Module, dtype: torch.dtype, device: torch.device)
     """Say what about a module only its own forward can do, None if nothing."""
     name = type(module).__name__
     known = (LongNetDecoderLayer, LongNetAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, nn.SiLU)
-    if type(module) not in known and not (next(module.parameters(recurse=False), None) is None and name == "SiLUActivation"):
+    if type(module) not in known and not (
+        next(module.parameters(recurse=False), None) is None and name == "SiLUActivation"
+    ):
         return f"it knows no {name}"
     if "forward" in module.__dict__:
         return f"the forward of {name} was replaced"

@@ -59,14 +59,12 @@ class Rotary(NamedTuple):
     as_source_below: int
 
 
-def slots_refusal(
-    dtype: torch.dtype, device: torch.device, head_dim: int, pattern: DilationPattern
-) -> str | None:
+def slots_refusal(dtype: torch.dtype, device: torch.device, head_dim: int, pattern: DilationPattern) -> str | None:
     """Say why the kernels do not serve such tensors or such a pattern, None if they do."""
-    if triton is None:
-        return "triton is not installed"
     if device.type != "cuda":
         return f"it needs a CUDA device, the model is on {device}"
+    if triton is None:
+        return "triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
     if head_dim > MAX_HEAD_DIM:

@@ -9,6 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,7 +25,8 @@ from .backbone_llama import LongNetDecoderLayer
 from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
-from .decoding_token import decode_token, decoding_refusal
+from .decoding_graph import GraphedCall
+from .decoding_token import decode_token, decoding_refusal, model_refusal
 from .head_loss import head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
@@ -277,6 +279,29 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         """Keep the padding mask of the new tokens alone: what a compiled step takes then has one shape throughout."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
+    def _decodes_by_graph(self, generation_config, generation_mode) -> bool:
+        """Whether ``generate`` makes a cache of fixed size by itself: where its steps are a graph, and it is bounded."""
+        return (
+            generation_config.cache_implementation is None
+            and not generation_config.is_assistant
+            and not generation_config.disable_compile
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and not self.config.dense_layers
+            and self._fused_refusal() is None
+        )
+
+    def _fused_refusal(self) -> str | None:
+        with torch.no_grad():
+            return model_refusal(self.model, {})
+
+    def get_compiled_call(self, compile_config):
+        """Return the forward for decoding: replays of a CUDA graph, or what ``compile_config`` asks ``torch.compile`` for."""
+        if compile_config is None and (refusal := self._fused_refusal()) is None:
+            return GraphedCall(self, self.__call__)
+        if compile_config is None:
+            logger.debug("torch.compile, for the fused decoding step does not serve: %s", refusal)
+        return super().get_compiled_call(compile_config)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -287,7 +312,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
                     f"cache_implementation={implementation!r} holds other keys than dilated attention needs; leave it "
                     'out (a bounded LongNetCache) or use "offloaded"'
                 )
-            cache = LongNetCache(self.config, offloading=implementation == "offloaded")
+            if self._decodes_by_graph(generation_config, generation_mode):
+                longest = max(self.config.segment_lengths)
+                cache = LongNetCache(self.config, max_length=min(max_cache_length + 1, longest), enlarges=True)
+            else:
+                cache = LongNetCache(self.config, offloading=implementation == "offloaded")
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache

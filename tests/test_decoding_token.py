@@ -54,7 +54,9 @@ def check_steps(model, batch: int, length: int, prompt: int, tolerance: float) -
         ours = decoded(model, tokens, mask, prompt, True)
         theirs = decoded(model, tokens, mask, prompt, False)
     real = mask.bool()
-    torch.testing.assert_close(ours[real], theirs[real], rtol=tolerance, atol=tolerance * theirs[real].abs().max().item())
+    torch.testing.assert_close(
+        ours[real], theirs[real], rtol=tolerance, atol=tolerance * theirs[real].abs().max().item()
+    )
 
 
 def check_plan(pattern: DilationPattern, length: int, start: int, device: str, num_kv_heads: int) -> None:
