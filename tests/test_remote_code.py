@@ -25,17 +25,26 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NotInstalled())
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 source, again = sys.argv[1:]
 tokens = torch.tensor(json.loads(sys.stdin.read()))
+# The heads first: once AutoModel has loaded a checkpoint it knows the class, and hides a head that asks AutoModel for it.
+for auto, shape in (
+    (AutoModelForSequenceClassification, (1, 3)),
+    (AutoModelForTokenClassification, (1, tokens.shape[1], 3)),
+    (AutoModelForQuestionAnswering, (1, tokens.shape[1])),
+):
+    output = auto.from_pretrained(source, trust_remote_code=True, num_labels=3)(tokens)
+    assert (output.start_logits if auto is AutoModelForQuestionAnswering else output.logits).shape == shape
 model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
 assert "transformers_modules" in type(model).__module__, type(model)
 generated = model.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None)
 base = AutoModel.from_pretrained(source, trust_remote_code=True)
 assert type(base).__name__ == "LongNetModel"
-classifier = AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=True, num_labels=3)
-assert classifier(tokens).logits.shape == (1, 3)
 model.save_pretrained(again)
 reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
