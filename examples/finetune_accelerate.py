@@ -9,6 +9,7 @@ steps that it would have taken.
 """
 
 import argparse
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -37,8 +38,12 @@ parser.add_argument("--tune-embeddings", action="store_true", help="train embedd
 parser.add_argument("--checkpoints", type=Path, help="folder to save to, and to resume from")
 parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="follow the loss there")
 args = parser.parse_args()
+if args.qlora and not args.model:
+    parser.error("--qlora holds the weights of --model in 4 bits; give --model")
+if args.log_with and not find_spec(args.log_with):  # Accelerate would go on without a log
+    parser.error(f"--log-with {args.log_with} needs the package; pip install {args.log_with}")
 
-accelerator = Accelerator(log_with=args.log_with, project_dir=args.checkpoints)
+accelerator = Accelerator(log_with=args.log_with, project_dir=args.checkpoints or "logs")
 set_seed(0)
 if args.model is None:
     config = LongNetConfig(
@@ -101,16 +106,14 @@ optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad)
 model, optimizer = accelerator.prepare(model, optimizer)  # not the loader: it would read one batch ahead
 accelerator.register_for_checkpointing(rows, progress)
 before = perplexity_by_position()
-saved = sorted(args.checkpoints.glob("step_*[0-9]")) if args.checkpoints else []
-if saved:
+if saved := sorted(args.checkpoints.glob("step_*[0-9]")) if args.checkpoints else []:
     accelerator.load_state(saved[-1])
     accelerator.print(f"resumed at step {len(progress.losses)}")
 accelerator.init_trackers("finetune")
 
 batches = iter(())
 for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerator.is_main_process):
-    batch = next(batches, None)
-    if batch is None:  # the start, or the next epoch
+    if (batch := next(batches, None)) is None:  # the start, or the next epoch
         batches = iter(torch.utils.data.DataLoader(rows, batch_size=4))
         batch = next(batches)
     loss = model(**{name: x.to(accelerator.device) for name, x in batch.items()}, use_cache=False).loss
@@ -128,11 +131,9 @@ for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerato
 
 after = perplexity_by_position()
 accelerator.end_training()
+fall = f"from {before['perplexity']:.2f} to {after['perplexity']:.2f}"
 if not after["perplexity"] < before["perplexity"]:
-    raise SystemExit(f"perplexity did not fall: {before['perplexity']:.3f}, then {after['perplexity']:.3f}")
+    raise SystemExit(f"held-out perplexity did not fall: it went {fall}")
 accelerator.print("held-out perplexity by position:", {name: round(x, 2) for name, x in after.items()})
 accelerator.print("losses:", *(f"{loss:.6f}" for loss in progress.losses))
-accelerator.print(
-    f"checked: in {args.steps} steps of LoRA held-out perplexity falls from {before['perplexity']:.2f} to "
-    f"{after['perplexity']:.2f}"
-)
+accelerator.print(f"checked: in {args.steps} steps of LoRA held-out perplexity falls {fall}")

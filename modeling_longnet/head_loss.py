@@ -104,9 +104,10 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
     found = targets != IGNORED
     extremes = targets.where(found, 0).aminmax()
     *counts, least, most = torch.stack([*(part.sum() for part in found.split(size)), *extremes]).tolist()
-    if least < 0 or most >= head.out_features:
+    vocabulary = _vocabulary(head)
+    if least < 0 or most >= vocabulary:
         raise ValueError(
-            f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {head.out_features - 1}; they reach from {least} "
+            f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {vocabulary - 1}; they reach from {least} "
             f"to {most}"
         )
     for i, count in enumerate(counts):
@@ -118,8 +119,15 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
 
 
 def _chunk_tokens(head: nn.Module, logits: int) -> int:
-    tokens = logits // head.out_features  # PEFT's wrappers of a linear layer pass the attribute through
+    tokens = logits // _vocabulary(head)
     return tokens - tokens % 256 if tokens > 256 else max(1, tokens)  # what matrix units multiply at a time
+
+
+def _vocabulary(head: nn.Module) -> int:
+    """Return the number of a head's logits: PEFT's copy of a tied head has in_features and out_features exchanged."""
+    weight = getattr(head, "weight", None)
+    packed = weight is None or not weight.is_floating_point()  # as bitsandbytes does
+    return head.out_features if packed else weight.shape[0]
 
 
 def _losses_and_gradient(

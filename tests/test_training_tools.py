@@ -1,6 +1,10 @@
 """The tools around a model: TRL, LoRA with embeddings, and perplexity by position."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,16 @@ from modeling_longnet.head_loss import next_tokens, token_losses
 from training import offload_checkpoints
 from training.checkpoint_offload import HostCheckpoints
 from training.perplexity import PerplexityByPosition
+
+
+# Runs a script as if no tracker were installed, whatever is.
+WITHOUT_TRACKERS = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("tensorboard", "trackio") else find(name, *rest)
+sys.argv = {0!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def checkpointed(model):
@@ -56,7 +70,7 @@ def test_perplexity_of_a_model_is_that_of_its_logits():
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_and_norms_train_beside_lora(tied, tmp_path):
+def test_embeddings_and_norms_train_beside_lora(tied, tmp_path, monkeypatch):
     model = tiny_model("retrofit", tie_word_embeddings=tied).float()
     modules = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
     config = LoraConfig(task_type="CAUSAL_LM", modules_to_save=modules, ensure_weight_tying=tied)
@@ -66,9 +80,14 @@ def test_embeddings_and_norms_train_beside_lora(tied, tmp_path):
         assert any(part in name for name in trainable), part
     assert not any("mlp" in name or "q_proj.base_layer" in name for name in trainable)
     tokens = random_tokens(1, 40)
+    monkeypatch.setattr(head_loss, "CHUNK_LOGITS", 8 * VOCABULARY)
+    rows = []
+    handle = adapted.base_model.model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
     adapted(input_ids=tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None for name, p in adapted.named_parameters() if name in trainable)
+    handle.remove()
+    assert rows == [8, 8, 8, 8, 7], "logits of a chunk at a time"
     optimizer.step()
     adapted.eval()
     expected = adapted(input_ids=tokens).logits
@@ -89,7 +108,7 @@ def test_qlora_trains_through_tiles_and_chunks(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.bfloat16)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     adapted = get_peft_model(checkpointed(model), LoraConfig(task_type="CAUSAL_LM"))
-    tokens, losses = random_tokens(1, 70), []
+    tokens, losses = random_tokens(1, 70).to(model.device), []  # bitsandbytes puts the model where CUDA is
     optimizer = torch.optim.AdamW([p for p in adapted.train().parameters() if p.requires_grad], lr=1e-2)
     for _ in range(8):
         loss = adapted(input_ids=tokens, labels=tokens).loss
@@ -122,6 +141,24 @@ def test_trl_fine_tunes_with_packing(tmp_path):
     trainer.train()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--qlora"], "--qlora holds the weights of --model in 4 bits; give --model"),
+        (["--log-with", "tensorboard"], "needs the package; pip install tensorboard"),
+        (["--log-with", "trackio"], "needs the package; pip install trackio"),
+    ],
+    ids=str,
+)
+def test_the_accelerate_loop_does_not_ignore_what_it_cannot_do(options, message, tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "finetune_accelerate.py"
+    environment = {**os.environ, "PYTHONPATH": str(example.parents[1])}
+    command = [sys.executable, "-c", WITHOUT_TRACKERS.format([str(example), *options])]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 2
+    assert message in finished.stderr
 
 
 def test_offloading_needs_checkpoints():
