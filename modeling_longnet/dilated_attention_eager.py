@@ -38,7 +38,7 @@ def count_reaching_branches(
     u = key_positions[:, None] if key_positions.ndim == 2 else key_positions
     u = u[:, :, None, :]  # [B, 1 or G, 1, Lk]
 
-    count = 0
+    count = torch.zeros((), dtype=torch.long, device=u.device)
     for (w, r), offsets in zip(pattern.branches, pattern.offsets(num_kv_heads)):
         offset = torch.tensor(offsets, device=u.device)[:, None, None]  # [G, 1, 1]
         reached = (u % w) % r == offset
@@ -56,6 +56,7 @@ def count_reaching_branches(
     if is_causal:
         allowed = allowed & (u <= p)
     if query_documents is not None:
+        assert key_documents is not None
         allowed = allowed & (query_documents[:, None, :, None] == key_documents[:, None, None, :])
     return count * allowed
 

@@ -4,10 +4,13 @@ With the backbone of Llama parameter names equal Llama's, so a Llama checkpoint 
 """
 
 import logging
-from typing import Unpack
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import (
@@ -50,7 +53,7 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
     _supports_attention_backend = False
     _can_record_outputs = {"hidden_states": LongNetDecoderLayer, "attentions": LongNetAttention}
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: LongNetConfig, *args: Any, **kwargs: Any) -> None:
         config.validate()  # fields edited after construction are checked here
         # Not super(): the Llama class that comes next would build its own layers first.
         LlamaPreTrainedModel.__init__(self, config, *args, **kwargs)
@@ -62,12 +65,12 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         if (std := getattr(module, "initial_std", None)) is not None:  # a layer with a start of its own
             init.normal_(module.weight, std=std)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as ``transformers`` does; the checkpoint carries the code, and loads as any of the LongNet classes."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
+    def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
         name = super()._check_and_adjust_attn_implementation(*args, **kwargs)
         if name not in ATTENTION_NAMES:
             raise ValueError(
@@ -76,7 +79,7 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         return name
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh):
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh: Any) -> nn.Module:
         """Distribute as ``transformers`` does; with tensor parallelism each rank knows which KV heads are its own."""
         model = super().maybe_distribute_model(model, distributed_config, mesh)
         if distributed_config is not None and (ranks := distributed_config.tp_size or 1) > 1:
@@ -86,7 +89,7 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
             model.config.first_kv_head = model._device_mesh["tp"].get_local_rank() * (heads // ranks)
         return model
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
             "continuous batching (generate_batch, serve --continuous-batching) pages a full KV cache, which dilated "
             "attention does not have; use generate()"
@@ -120,7 +123,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
@@ -213,7 +216,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         *,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """Compute logits, and the loss if there are labels.
 
@@ -275,11 +278,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         )  # fmt: skip
 
     @staticmethod
-    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs):
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
         """Keep the padding mask of the new tokens alone: what a compiled step takes then has one shape throughout."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def _decodes_by_graph(self, generation_config, generation_mode) -> bool:
+    def _decodes_by_graph(self, generation_config: GenerationConfig, generation_mode: GenerationMode) -> bool:
         """Whether ``generate`` makes a cache of fixed size by itself: where its steps are a graph, and it is bounded."""
         return (
             generation_config.cache_implementation is None
@@ -294,7 +299,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         with torch.no_grad():
             return model_refusal(self.model, {})
 
-    def get_compiled_call(self, compile_config):
+    def get_compiled_call(self, compile_config: Any) -> Callable:
         """Return the forward for decoding: replays of a CUDA graph, or what ``compile_config`` asks ``torch.compile`` for."""
         if compile_config is None and (refusal := self._fused_refusal()) is None:
             return GraphedCall(self, self.__call__)
@@ -303,8 +308,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         return super().get_compiled_call(compile_config)
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             implementation = generation_config.cache_implementation
             if implementation not in (None, "dynamic", "offloaded"):
