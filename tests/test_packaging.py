@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,39 @@ def test_the_version_is_semantic_and_has_an_entry_in_the_changelog(distributions
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version)
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"-{version}-" in distributions[0].name
+
+
+def test_the_release_workflow_is_one_and_runs_what_exists():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    assert list(jobs) == ["check", "build", "publish"]
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("check", "build")  # nothing is published unchecked
+    for job in jobs.values():
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            assert re.fullmatch(r"[\w-]+/[\w-]+@[\w./]+", step.get("uses", "a/b@c"))
+    assert [step["run"] for step in jobs["build"]["steps"] if "run" in step] == ["make build"]
+    assert jobs["check"]["steps"][-1]["run"] == ".ci/run" and os.access(ROOT / ".ci/run", os.X_OK)
+    targets = re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"lint", "test", "test-oldest", "conformance"} <= set(targets)
+    for target in (*targets, "build"):
+        assert f"\n{target}:" in makefile, target
+
+
+@pytest.mark.parametrize(
+    ("tag", "heading", "released"),
+    [("v1.2.3", "## 1.2.3 (2026-12-01)", True), ("v1.2.4", "## 1.2.3 (2026-12-01)", False)]
+    + [("v1.2.3", "## 1.2.3 (unreleased)", False), ("v1.2.3", "## 1.2.30 (2026-12-01)", False)],
+)
+def test_a_release_is_the_version_that_its_tag_names_with_a_date_in_the_changelog(tag, heading, released, tmp_path):
+    steps = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]["check"]["steps"]
+    (script,) = [step["run"] for step in steps if step.get("name") == "The tag is the version"]
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{heading}\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    environment = {**os.environ, "GITHUB_REF_NAME": tag, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]  # as GitHub runs it
+    assert (subprocess.run(shell, cwd=tmp_path, env=environment).returncode == 0) == released
 
 
 def test_the_wheel_installs_quickly_without_a_download_and_runs_without_optional_packages(installation, tmp_path):
