@@ -251,11 +251,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         """
         taken, takers = takers >= 0, takers.clamp(min=0)
         rows = takers[..., None].expand(-1, -1, -1, keys.shape[-1])
-        self._hold("keys", torch.where(taken[..., None], keys.gather(2, rows), self.keys))
-        self._hold("values", torch.where(taken[..., None], values.gather(2, rows), self.values))
-        positions = positions.expand_as(places.slots).gather(2, takers)
-        self._hold("key_positions", torch.where(taken, positions, self.key_positions))
-        self._hold("key_branches", torch.where(taken, places.branches.gather(2, takers), self.key_branches))
+        self._hold("keys", taken[..., None], keys.gather(2, rows))
+        self._hold("values", taken[..., None], values.gather(2, rows))
+        self._hold("key_positions", taken, positions.expand_as(places.slots).gather(2, takers))
+        self._hold("key_branches", taken, places.branches.gather(2, takers))
 
     def _relocate(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Put any number of entries at ``positions [B, 1 or G, T]`` into their slots."""
@@ -302,13 +301,15 @@ class LongNetCacheLayer(CacheLayerMixin):
         device = self.keys.device
         return torch.arange(batch, device=device)[:, None], torch.arange(num_kv_heads, device=device)[None]
 
-    def _hold(self, name: str, new: Tensor) -> None:
-        """Replace what is held, in place where addresses are fixed."""
+    def _hold(self, name: str, taken: Tensor, new: Tensor) -> None:
+        """Replace what is held where it is taken, in place where addresses are fixed."""
         held = getattr(self, name)
-        if self.is_compileable and not self._is_differentiated(held, new):
-            held.copy_(new)
-        else:
-            setattr(self, name, new)
+        if not self.is_compileable or self._is_differentiated(held, new):
+            setattr(self, name, torch.where(taken, new, held))
+        elif torch.compiler.is_compiling():
+            held.copy_(torch.where(taken, new, held))
+        else:  # one pass over the slots, not two
+            torch.where(taken, new, held, out=held)
 
     @staticmethod
     def _is_differentiated(held: Tensor, new: Tensor) -> bool:

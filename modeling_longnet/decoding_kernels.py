@@ -273,7 +273,7 @@ def _head(
     x_ptr, norm_ptr, cos_ptr, sin_ptr, at, valid, eps, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
     BLOCK_D: tl.constexpr, QK_NORM: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
-    """Load heads ``x[at + d]``, ``at [M]``, normalise and rotate them, rounding as the modules do: ``[M, BLOCK_D]``."""
+    """Load heads ``x[at + d]``, normalise and rotate them, rounding as the modules do: ``[M, BLOCK_D]``."""
     d = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (d < HEAD_DIM)[None, :]
     x = tl.load(x_ptr + at[:, None] + d[None, :], mask=mask, other=0.0)
@@ -355,11 +355,12 @@ def attend_kernel(
     MAX_PARTS: tl.constexpr, BLOCK_P: tl.constexpr, QK_NORM: tl.constexpr, ROTATES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Take the new token into the cache and attend from it, for all query heads of a KV head, to a stretch of the slots.
+    """Take the new token into the cache; attend from it, for all query heads of a KV head, to a stretch of the slots.
 
     ``q [B, H * D]``, ``k`` and ``v [B, G * D]`` as projected, their rows ``stride`` apart. The program whose stretch
-    holds the token's slot adds the token's own key, and writes it. The last program of a KV head to arrive merges all
-    stretches' parts, in their order, into ``out [B, H * D]``. ``seen`` and ``columns`` go on by one token.
+    holds the token's slot adds the token's own key, and writes it; what stood there is out of reach. The last program
+    of a KV head to arrive merges all stretches' parts, in their order, into ``out [B, H * D]``. ``seen`` and
+    ``columns`` go on by one token.
     """
     stretch = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -422,7 +423,6 @@ def attend_kernel(
         u = tl.load(positions_ptr + index, mask=held, other=-1)
         bits = tl.load(branches_ptr + index, mask=held, other=0)
         times = _times(u, bits, p, oldest, BLOCK_K, COUNT_OVERLAPS)
-        times = tl.where(index == slot, 0, times)  # about to be the new token's
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         if COUNT_OVERLAPS:
             s += tl.log2(tl.maximum(times, 1).to(tl.float32))[None, :]

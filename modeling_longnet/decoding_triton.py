@@ -37,6 +37,7 @@ ATTENDING_PROGRAMS = 2  # per multiprocessor
 MAX_HEAD_DIM = 256
 MOST_PARTS = 64
 KEYS_PER_BLOCK = 64
+MERGED_AT_ONCE = 4096  # elements of parts that the last program holds
 
 
 class TokenPlan(NamedTuple):
@@ -237,7 +238,7 @@ def attend_token(
             NUM_BRANCHES=num_branches, NUM_RINGS=num_rings, BLOCK_K=triton.next_power_of_2(num_branches),
             BLOCK_R=triton.next_power_of_2(num_rings), COUNT_OVERLAPS=plan.slots.pattern.count_overlaps, GROUP=group,
             HEAD_DIM=head_dim, ANGLES=plan.angles, BLOCK_D=block_d, BLOCK_M=max(16, block_g), BLOCK_N=KEYS_PER_BLOCK,
-            BLOCK_G=block_g, MAX_PARTS=max_parts, BLOCK_P=max(1, min(max_parts, 4096 // (block_g * block_d))),
+            BLOCK_G=block_g, MAX_PARTS=max_parts, BLOCK_P=max(1, min(max_parts, MERGED_AT_ONCE // (block_g * block_d))),
             QK_NORM=norms is not None, ROTATES=rotates, PRECISION="ieee" if query.dtype == torch.float32 else None,
             num_warps=4, num_stages=3, **_overlap(query),
         )  # fmt: skip

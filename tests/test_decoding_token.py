@@ -24,7 +24,10 @@ SHAPES = [
     {"num_key_value_heads": 4, "qk_norm": True},
     {"attention_bias": True, "mlp_bias": True, "layers_without_rope": (1,)},
     {"attention_bias": True, "attention_output_bias": False, "dense_layers": (0,), "head_dim": 24},
-    {"local_layers": (1,), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    {
+        "local_layers": (1,),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
 ]  # fmt: skip
 
 
@@ -203,11 +206,12 @@ if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a 
     torch.set_num_threads(1)
     check_plans("cpu", int(sys.argv[1]) if len(sys.argv) > 1 else 6)
     decoding_token.slots_refusal = lambda *call: None  # the interpreter takes CPU tensors
-    decoding_triton.KEYS_PER_BLOCK, decoding_triton.ATTENDING_PROGRAMS = 8, 12  # several blocks, and parts to merge
+    # Several blocks, and parts to merge in several goes.
+    decoding_triton.KEYS_PER_BLOCK, decoding_triton.ATTENDING_PROGRAMS, decoding_triton.MERGED_AT_ONCE = 8, 12, 64
     for k, shape in enumerate(SHAPES):
         for preset in PRESETS if k == 0 else PRESETS[k % 3 :][:1]:
             model = tiny_model(preset, **shape).float()
-            check_steps(model, 1, 54, 49, 1e-5)
+            check_steps(model, 1, 54, 50, 1e-5)
             if k < 2:
-                check_steps(model, 2, 54, 50, 1e-5)
+                check_steps(model, 2, 54, 51, 1e-5)
     check_steps(tiny_model("retrofit", hidden_size=2048 + 32, num_hidden_layers=1).float(), 1, 20, 17, 1e-4)
