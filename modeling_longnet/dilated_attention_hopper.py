@@ -1,4 +1,4 @@
-"""The fused backend's own path on Hopper: launches the Gluon kernels for the calls that they serve.
+"""The fused backend's own path on Hopper: plans launches of the Gluon kernels for the calls that they serve.
 
 ``dilated_attention_triton`` asks ``hopper_refusal`` and takes its portable kernels where there is one; both compute the
 same. Everything the copy engine fetches must be describable: rows in whole rounds of every rate, 16-byte aligned.
@@ -10,12 +10,12 @@ from math import gcd
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .attention_operator import Call
-from .compiled_kernels import launch as launch_kernel
+from .compiled_kernels import Pointer, Rows
 from .dilated_attention_launches import ENDLESS, Launch, sides_met
 from .dilation_pattern import DilationPattern
+from .launch_plans import KernelLaunch, TensorLayout
 
 
 try:
@@ -36,7 +36,7 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 # Gluon is experimental: its interface may change with every release. These are the releases that the tests ran with.
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
-MIN_TILES_PER_PROCESSOR = 4  # below, starting and ending take longer than is saved
+MIN_TILES_PER_PROCESSOR = 2  # below, starting and ending take longer than is saved
 TILE = 128
 
 
@@ -67,24 +67,28 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
 
 
 def hopper_refusal(
-    tensors: Sequence[Tensor], pattern: DilationPattern, attention_mask: Tensor | None, is_causal: bool
+    tensors: Sequence[TensorLayout], pattern: DilationPattern, padded: bool, is_causal: bool
 ) -> str | None:
     """Say why the Hopper kernels do not serve a call, None if they do.
 
     Args:
         tensors: all that the copy engine would read, ``[B, heads, L, D]``; the first has the query heads.
-        pattern, attention_mask, is_causal: the call's.
+        pattern, is_causal: the call's. padded: whether it has a mask.
     """
     query = tensors[0]
     if triton is None:
         return "this triton has no Gluon for Hopper"
-    if not query.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(query.device) != (9, 0):
+    if (
+        query.device.type != "cuda"
+        or torch.version.hip is not None
+        or torch.cuda.get_device_capability(query.device) != (9, 0)
+    ):
         return "the device is no Hopper"
     if tuple(map(int, triton.__version__.split(".")[:2])) not in TESTED_RELEASES:
         return f"not tested with triton {triton.__version__}"
     if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] not in (64, 128):
         return f"not written for {query.dtype} with head_dim {query.shape[-1]}"
-    if attention_mask is not None:
+    if padded:
         return "padded rows are no arithmetic progressions"
     if not is_causal and not pattern.count_overlaps:
         return "bidirectional bands have two sides"
@@ -97,13 +101,9 @@ def hopper_refusal(
         return f"length {length} is not a multiple of every rate {pattern.dilation_rates}"
     if batch * num_heads * -(-length // TILE) < MIN_TILES_PER_PROCESSOR * _processors(query.device):
         return "too few tiles to keep the card busy"
-    if not all(_copyable(x) for x in tensors):
+    if not all(x.aligned and all(s > 0 and s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3]) for x in tensors):
         return "rows that are not aligned to 16 bytes"
     return None
-
-
-def _copyable(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
 
 
 @functools.cache
@@ -111,93 +111,78 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch_hopper_fwd(
-    launch: Launch, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor | None, call: Call,
-) -> None:  # fmt: skip
-    """Run one forward launch, which goes on from what (out, lse) hold unless it is the first."""
-    _launch(
-        "fwd", launch, (out, lse), (out,), (query, None if launch.first else out), (key, value),
-        query, key, cu_seqlens, call,
-    )  # fmt: skip
+def hopper_fwd_launch(
+    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call
+) -> KernelLaunch:
+    """Plan one forward launch, which goes on from what (out, lse) hold unless it is the first."""
+    own = ("query", None if launch.first else "out")
+    return _plan_launch("fwd", launch, ("out", "lse"), ("out",), own, ("key", "value"), layouts, num_documents, call)
 
 
-def launch_hopper_dq(
-    launch: Launch, query: Tensor, key: Tensor, value: Tensor, do: Tensor, stats: Tensor, dq: Tensor,
-    cu_seqlens: Tensor | None, call: Call,
-) -> None:  # fmt: skip
-    """Run one launch of the gradient of the queries; unless it is the first, it adds to dq."""
-    _launch("dq", launch, (dq, stats), (dq,), (query, do), (key, value), query, key, cu_seqlens, call)
+def hopper_dq_launch(launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call) -> KernelLaunch:
+    """Plan one launch of the gradient of the queries; unless it is the first, it adds to dq."""
+    own, met = ("query", "do"), ("key", "value")
+    return _plan_launch("dq", launch, ("dq", "stats"), ("dq",), own, met, layouts, num_documents, call)
 
 
-def launch_hopper_dkdv(
-    launch: Launch, query: Tensor, key: Tensor, value: Tensor, do: Tensor, stats: Tensor, dk: Tensor, dv: Tensor,
-    cu_seqlens: Tensor | None, call: Call,
-) -> None:  # fmt: skip
-    """Run one launch of the gradients of keys and values; unless it is the first, it adds to dk and dv."""
-    _launch("dkdv", launch, (dk, dv, stats), (dk, dv), (key, value), (query, do), query, key, cu_seqlens, call)
+def hopper_dkdv_launch(
+    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call
+) -> KernelLaunch:
+    """Plan one launch of the gradients of keys and values; unless it is the first, it adds to dk and dv."""
+    own, met = ("key", "value"), ("query", "do")
+    return _plan_launch("dkdv", launch, ("dk", "dv", "stats"), ("dk", "dv"), own, met, layouts, num_documents, call)
 
 
-def _launch(
-    kernel: str, launch: Launch, pointers: Sequence[Tensor], strided: Sequence[Tensor],
-    own: Sequence[Tensor | None], met: Sequence[Tensor], query: Tensor, key: Tensor, cu_seqlens: Tensor | None,
-    call: Call,
-) -> None:  # fmt: skip
-    """Launch a kernel over all tiles of a progression: one program per processor.
+def _plan_launch(
+    kernel: str, launch: Launch, pointers: Sequence[str], strided: Sequence[str], own: Sequence[str | None],
+    met: Sequence[str], layouts: dict[str, TensorLayout], num_documents: int, call: Call,
+) -> KernelLaunch:  # fmt: skip
+    """Plan a kernel's launch over all tiles of a progression: one program per processor.
 
     Args:
         pointers: the kernel's leading arguments.
         strided: the ``[B, heads, L, D]`` tensors whose strides it takes, in its order.
         own: tensors of which a tile owns rows.
         met: the pair of tensors whose rows it meets.
+        num_documents: that are packed; 0 if none are.
     """
     pattern = call.pattern
     from_key = kernel == "dkdv"
-    batch, num_heads, length, head_dim = query.shape
-    num_kv_heads = key.shape[1]
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    num_kv_heads = layouts["key"].shape[1]
     heads = num_kv_heads if from_key else num_heads
     tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
     tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tiles.block_m)
-    processors = _processors(query.device)
-    num_documents = 0
-    if cu_seqlens is None:
+    processors = _processors(layouts["query"].device)
+    if num_documents == 0:
         classes, periods = tiles_per_period, _cdiv(length, launch.period)
         # As many runs at a time as fill whole rounds of programs; where there is one period only, head after head.
         together = 1 if launch.period == ENDLESS else processors // gcd(processors, classes)
     else:
-        num_documents = len(cu_seqlens) - 1
         whole, rest = divmod(length, launch.period)
         classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
         periods = together = 1
     runs = periods * heads * batch
-    variant = _variant(
-        kernel,
-        launch,
-        pattern,
-        call.is_causal,
-        cu_seqlens is not None,
-        num_heads // num_kv_heads,
-        num_kv_heads,
-        head_dim,
-    )
+    group = num_heads // num_kv_heads
+    variant = _variant(kernel, launch, pattern, call.is_causal, num_documents > 0, group, num_kv_heads, head_dim)
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
+    own_rows = [None if name is None else _rows(name, layouts[name], launch.rate, 64) for name in own]
+    met_rows = [
+        x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
+    ]
     arguments = (
-        *pointers, *(x if x is None else _descriptor(x, launch.rate, 64) for x in own),
-        *(x for tensor in met for x in [*(_descriptor(tensor, rate, tiles.block_n) for rate in rates), *padding]),
-        cu_seqlens, *(stride for x in strided for stride in x.stride()[:3]), call.scale, length, num_documents,
+        *map(Pointer, pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
+        *(stride for name in strided for stride in layouts[name].strides[:3]), call.scale, length, num_documents,
         num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
         launch.rates, heads, classes, periods, runs, together, runs * classes,
     )  # fmt: skip
     kernels = {"fwd": hopper_fwd_kernel, "dq": hopper_bwd_dq_kernel, "dkdv": hopper_bwd_dkdv_kernel}
     grid = (min(processors, runs * classes), 1, 1)
-    launch_kernel(kernels[kernel], grid, arguments, {"V": variant}, query.device, num_warps=4)
+    return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4)
 
 
-# Both below are cached because making them anew would take longer than launching the kernel.
-
-
-@functools.cache
+@functools.cache  # a kernel is compiled for a variant, and tells them apart by identity
 def _variant(
     kernel: str, launch: Launch, pattern: DilationPattern, is_causal: bool, packed: bool, group: int, num_kv_heads: int,
     head_dim: int,
@@ -221,19 +206,19 @@ def _variant(
     )
 
 
-@functools.cache
 def _layout(rows: int, head_dim: int, dtype: torch.dtype):
     element = bfloat16 if dtype == torch.bfloat16 else float16
     return NVMMASharedLayout.get_default_for([1, 1, 1, rows, head_dim], element)
 
 
-def _descriptor(x: Tensor, rate: int, block: int):
+def _rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:
     """Describe ``[B, heads, L, D]`` as ``[B, heads, residue, term, D]``, where row = rate * term + residue."""
     batch, heads, length, head_dim = x.shape
-    stride_b, stride_h, stride_l, _ = x.stride()
-    return TensorDescriptor(
-        x, [batch, heads, rate, length // rate, head_dim], [stride_b, stride_h, stride_l, rate * stride_l, 1],
-        [1, 1, 1, block, head_dim], _layout(block, head_dim, x.dtype),
+    stride_b, stride_h, stride_l, _ = x.strides
+    return Rows(
+        name, TensorDescriptor, (batch, heads, rate, length // rate, head_dim),
+        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, head_dim),
+        (_layout(block, head_dim, x.dtype),),
     )  # fmt: skip
 
 

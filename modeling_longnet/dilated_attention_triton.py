@@ -5,8 +5,11 @@ the results only lse, one word per query for the backward and, for padded rows, 
 Dense queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
 lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order: two
 runs give the same bits.
+
+What does not depend on where the tensors lie is planned once per kind of call, see ``launch_plans``.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .attention_operator import Call, attention_operator
-from .compiled_kernels import launch as launch_kernel
-from .dilated_attention_hopper import hopper_refusal, launch_hopper_dkdv, launch_hopper_dq, launch_hopper_fwd
+from .compiled_kernels import Pointer, Rows
+from .dilated_attention_hopper import hopper_dkdv_launch, hopper_dq_launch, hopper_fwd_launch, hopper_refusal
 from .dilated_attention_launches import Launch, key_launches, query_launches, sides_met
 from .dilation_pattern import DilationPattern
+from .launch_plans import KernelLaunch, Plan, TensorLayout, layout_of
 
 
 try:
@@ -31,6 +35,7 @@ except ImportError:  # triton_refusal says so before anything here is needed
 
 MAX_HEAD_DIM = 256
 MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
+MAX_PLANS = 1024  # that are kept, of each direction: as many kinds of calls as lengths, batches and layers differ in
 
 
 class Tiles(NamedTuple):
@@ -53,6 +58,24 @@ class Documents(NamedTuple):
     rows: Tensor | None
     counts: Tensor | None
 
+    @property
+    def packing(self) -> TensorLayout | None:
+        """What plans may know of packed documents; None if they are not packed."""
+        return None if self.cu_seqlens is None else layout_of(self.cu_seqlens)
+
+
+class Kind(NamedTuple):
+    """All of a call that its plans depend on, beside the tensors. ``packing``: the layout of cu_seqlens, or None."""
+
+    packing: TensorLayout | None
+    padded: bool
+    call: Call
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents are packed; 0 if none are."""
+        return 0 if self.packing is None else self.packing.shape[0] - 1
+
 
 def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern, dropout: float) -> str | None:
     """Say why the fused kernels do not support a call, None if they do. Never waits for the device."""
@@ -70,7 +93,7 @@ def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationP
         return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
     if pattern.held_heads is not None:
         return "the fused kernels number KV heads from 0, and a rank of tensor parallelism holds other heads"
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.hip is None and _capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None
 
@@ -113,12 +136,17 @@ def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, 
     return Documents(None, None, None)
 
 
-def _tiles(kernel: str, query: Tensor, pattern: DilationPattern) -> Tiles:
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _tiles(kernel: str, query: TensorLayout, pattern: DilationPattern) -> Tiles:
     """Choose how to cut a kernel; tuned on an H200, the rest fits the shared memory of Ampere and Ada."""
     head_dim, dense = query.shape[-1], not pattern.dilate_queries
     if query.dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 4, 1)
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0):
+    if query.device.type != "cuda" or _capability(query.device) < (9, 0):
         if head_dim > 128:
             return {"fwd": Tiles(64, 32, 4, 1), "dq": Tiles(32, 32, 4, 1), "dkdv": Tiles(32, 32, 4, 1)}[kernel]
         if head_dim > 64:
@@ -137,64 +165,65 @@ def _tiles(kernel: str, query: Tensor, pattern: DilationPattern) -> Tiles:
     return {"fwd": fwd, "dq": Tiles(64, 64, 4, 3), "dkdv": dkdv}[kernel]
 
 
-def _descriptor(x: Tensor, rate: int, block: int):
+def _rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:
     """Describe ``[B, heads, L, D]`` as ``[B, heads, residue, term, D]``, where row = rate * term + residue."""
     batch, heads, length, head_dim = x.shape
-    stride_b, stride_h, stride_l, _ = x.stride()
-    return TensorDescriptor(
-        x, [batch, heads, rate, length // rate, head_dim], [stride_b, stride_h, stride_l, rate * stride_l, 1],
-        [1, 1, 1, block, _block_d(head_dim)],
+    stride_b, stride_h, stride_l, _ = x.strides
+    return Rows(
+        name, TensorDescriptor, (batch, heads, rate, length // rate, head_dim),
+        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, _block_d(head_dim)),
     )  # fmt: skip
 
 
-def _describable(looped: Sequence[Tensor], rate: int) -> bool:
+def _describable(looped: Sequence[TensorLayout], rate: int) -> bool:
     """Say whether descriptors fit: rows in whole rounds of ``rate``, everything aligned to 16 bytes."""
     return rate > 0 and all(
-        x.shape[2] % rate == 0
-        and x.data_ptr() % 16 == 0
-        and all(s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+        x.shape[2] % rate == 0 and x.aligned and all(s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3])
         for x in looped
     )
 
 
-def _launch(
-    kernel, tiles: Tiles, tile: int, launch: Launch, heads: int, tensors: Sequence[Tensor], strided: Sequence[Tensor],
-    looped: Sequence[Tensor], documents: Documents, key: Tensor, group: int, pattern: DilationPattern,
-    sides: tuple[int, int], scale: float,
-    **constants,
-) -> None:  # fmt: skip
-    """Launch a kernel over the tiles of its progression, the heads and the batch.
+def _plan_launch(
+    kernel, tiles: Tiles, tile: int, launch: Launch, heads: int, pointers: Sequence[str], strided: Sequence[str],
+    looped: Sequence[str], layouts: dict[str, TensorLayout], kind: Kind, **constants,
+) -> KernelLaunch:  # fmt: skip
+    """Plan a kernel's launch over the tiles of its progression, the heads and the batch.
 
     Args:
         tile: rows of one tile.
         heads: query heads or KV heads, whichever own the tiles.
-        tensors: the kernel's leading pointers.
+        pointers: the kernel's leading arguments.
         strided: the ``[B, heads, L, D]`` tensors whose strides it takes, in its order.
         looped: those of them that its loops walk through.
         constants: compile-time arguments that only this kernel has.
     """
-    batch, num_kv_heads, length, head_dim = key.shape
+    pattern, is_causal, scale = kind.call[:3]
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    num_kv_heads = layouts["key"].shape[1]
+    sides = sides_met(pattern, is_causal, from_key=kernel is bwd_dkdv_kernel)
     tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tile)
     periods, rest = divmod(length, launch.period)
-    num_documents = 0
-    if documents.cu_seqlens is None:
-        slots = periods * tiles_per_period + _cdiv(_cdiv(rest, launch.rate), tile)
+    packed = kind.packing is not None
+    if packed:
+        slots = periods * tiles_per_period + rest // (tile * launch.rate) + 2 * kind.num_documents
     else:
-        num_documents = len(documents.cu_seqlens) - 1
-        slots = periods * tiles_per_period + rest // (tile * launch.rate) + 2 * num_documents
+        slots = periods * tiles_per_period + _cdiv(_cdiv(rest, launch.rate), tile)
     # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
-    strides = [stride for x in strided for stride in (x.stride(0) if batch > 1 else 0, x.stride(1), x.stride(2))]
-    widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(x.stride(2) for x in strided)
-    tma = tiles.tma and documents.rows is None and _describable(looped, launch.loop_rate)
+    strides = [
+        s for name in strided for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
+    ]
+    widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(layouts[name].strides[2] for name in strided)
+    tma = tiles.tma and not kind.padded and _describable([layouts[name] for name in looped], launch.loop_rate)
     block = tiles.block_m + tiles.block_n - tile
-    descriptors = [_descriptor(x, launch.loop_rate, block) if tma else None for x in looped]
     arguments = (
-        *tensors, *descriptors, *documents, *strides, scale, length, num_documents, num_documents.bit_length(),
+        *map(Pointer, pointers), *(_rows(name, layouts[name], launch.loop_rate, block) if tma else None for name in looped),
+        Pointer("cu_seqlens") if packed else None, *([Pointer("rows"), Pointer("counts")] if kind.padded else [None, None]),
+        *strides, scale, length, kind.num_documents, kind.num_documents.bit_length(),
         launch.period, tiles_per_period, launch.windows, launch.previous_windows, launch.rates,
     )  # fmt: skip
     constants |= {
         "FIRST": launch.first,
-        "GROUP": group,
+        "GROUP": num_heads // num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "BLOCKED": pattern.head_offsets == "blocked",
         "DISJOINT": not pattern.count_overlaps,
@@ -203,18 +232,29 @@ def _launch(
         "SEGMENTED": launch.segmented,
         "SIDE": sides[0],
         "LAST_SIDE": sides[1],
-        "PACKED": documents.cu_seqlens is not None,
-        "INDEXED": documents.rows is not None,
+        "PACKED": packed,
+        "INDEXED": kind.padded,
         "WIDE": widest >= 2**31,
         "TMA": tma,
         "HEAD_DIM": head_dim,
         "BLOCK_D": _block_d(head_dim),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "PRECISION": "ieee" if key.dtype == torch.float32 else None,
+        "PRECISION": "ieee" if layouts["query"].dtype == torch.float32 else None,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    launch_kernel(kernel, (slots, heads, batch), arguments, constants, key.device, **options)
+    return KernelLaunch(kernel, (slots, heads, batch), arguments, constants, **options)
+
+
+def _plan_stats(layouts: dict[str, TensorLayout], has_dlse: bool) -> KernelLaunch:
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    block = 64
+    arguments = (
+        Pointer("out"), Pointer("do"), Pointer("lse"), Pointer("dlse") if has_dlse else None, Pointer("stats"),
+        *layouts["out"].strides[:3], *layouts["do"].strides[:3], length,
+    )  # fmt: skip
+    constants = {"HAS_DLSE": has_dlse, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "BLOCK_M": block}
+    return KernelLaunch(stats_kernel, (_cdiv(length, block), num_heads, batch), arguments, constants, num_warps=4)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -226,98 +266,126 @@ def _block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def _strides_like(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a tensor without gaps: heads inside tokens if they are so in the given, else outside."""
+    _, heads, length, head_dim = shape
+    if strides[1] < strides[2]:
+        return heads * length * head_dim, head_dim, heads * head_dim, 1
+    return heads * length * head_dim, length * head_dim, head_dim, 1
+
+
 def _empty_like(x: Tensor) -> Tensor:
-    """Allocate a tensor of this shape, heads inside tokens if they are so in ``x``, else tokens inside heads."""
-    batch, heads, length, head_dim = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    return x.new_empty(batch, heads, length, head_dim)
+    return x.new_empty_strided(x.shape, _strides_like(x.shape, x.stride()))
+
+
+def _like(x: TensorLayout) -> TensorLayout:
+    """Describe what ``_empty_like`` allocates; allocators align to 16 bytes and more."""
+    return x._replace(strides=_strides_like(x.shape, x.strides), aligned=True)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+@functools.lru_cache(maxsize=MAX_PLANS)
+def _forward_plan(query: TensorLayout, key: TensorLayout, value: TensorLayout, kind: Kind) -> Plan:
+    pattern = kind.call.pattern
+    layouts = {"query": query, "key": key, "value": value, "out": _like(query)}
+    launches = query_launches(pattern)
+    if hopper_refusal(list(layouts.values()), pattern, kind.padded, kind.call.is_causal) is None:
+        return Plan(
+            query.device,
+            tuple(hopper_fwd_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches),
+        )
+    tiles = _tiles("fwd", query, pattern)
+    return Plan(
+        query.device,
+        tuple(
+            _plan_launch(
+                fwd_kernel, tiles, tiles.block_m, launch, query.shape[1], ("query", "key", "value", "out", "lse"),
+                ("query", "key", "value", "out"), ("key", "value"), layouts, kind, NUM_BRANCHES=len(launch.rates),
+            )
+            for launch in launches
+        ),
+    )  # fmt: skip
+
+
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
-    pattern = call.pattern
     query, key, value = map(_rows_contiguous, (query, key, value))
-    batch, num_heads, length, head_dim = query.shape
     out = _empty_like(query)
-    lse = query.new_empty(batch, num_heads, length, dtype=torch.float32)
-    launches = query_launches(pattern)
-    if attention_mask is not None or not launches[0].first:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if attention_mask is not None or not query_launches(call.pattern)[0].first:
         out.zero_()
         lse.fill_(-torch.inf)
     if out.numel() == 0:
         return out, lse
-
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
-    if hopper_refusal((query, key, value, out), pattern, attention_mask, call.is_causal) is None:
-        for launch in launches:
-            launch_hopper_fwd(launch, query, key, value, out, lse, documents.cu_seqlens, call)
-        return out, lse
-    tiles = _tiles("fwd", query, pattern)
-    for launch in launches:
-        _launch(
-            fwd_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, out, lse),
-            (query, key, value, out), (key, value), documents, key, num_heads // key.shape[1], pattern,
-            sides_met(pattern, call.is_causal, from_key=False), call.scale,
-            NUM_BRANCHES=len(launch.rates),
-        )  # fmt: skip
+    kind = Kind(documents.packing, attention_mask is not None, call)
+    plan = _forward_plan(layout_of(query), layout_of(key), layout_of(value), kind)
+    plan.run(query=query, key=key, value=value, out=out, lse=lse, **documents._asdict())
     return out, lse
+
+
+@functools.lru_cache(maxsize=MAX_PLANS)
+def _backward_plan(
+    do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, has_dlse: bool,
+    kind: Kind,
+) -> Plan:  # fmt: skip
+    pattern = kind.call.pattern
+    layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
+    layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
+    stats = _plan_stats(layouts, has_dlse)
+    if hopper_refusal([query, key, value, do], pattern, kind.padded, kind.call.is_causal) is None:
+        rest = (layouts, kind.num_documents, kind.call)
+        for_queries = [hopper_dq_launch(launch, *rest) for launch in query_launches(pattern)]
+        for_keys = [hopper_dkdv_launch(launch, *rest) for launch in key_launches(pattern)]
+        return Plan(query.device, (stats, *for_queries, *for_keys))
+    tiles = _tiles("dq", query, pattern)
+    for_queries = [
+        _plan_launch(
+            bwd_dq_kernel, tiles, tiles.block_m, launch, query.shape[1],
+            ("query", "key", "value", "do", "stats", "dq"), ("query", "key", "value", "do", "dq"), ("key", "value"),
+            layouts, kind, NUM_BRANCHES=len(launch.rates),
+        )
+        for launch in query_launches(pattern)
+    ]  # fmt: skip
+    tiles = _tiles("dkdv", query, pattern)
+    for_keys = [
+        _plan_launch(
+            bwd_dkdv_kernel, tiles, tiles.block_n, launch, key.shape[1],
+            ("query", "key", "value", "do", "stats", "dk", "dv"), ("query", "key", "value", "do", "dk", "dv"),
+            ("query", "do"), layouts, kind,
+        )
+        for launch in key_launches(pattern)
+    ]  # fmt: skip
+    return Plan(query.device, (stats, *for_queries, *for_keys))
 
 
 def _backward(
     do: Tensor, dlse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    pattern = call.pattern
     do, query, key, value, out = map(_rows_contiguous, (do, query, key, value, out))
-    batch, num_heads, length, head_dim = query.shape
-    num_kv_heads = key.shape[1]
-    group = num_heads // num_kv_heads
     dq, dk, dv = _empty_like(query), _empty_like(key), _empty_like(value)
-    for_queries, for_keys = query_launches(pattern), key_launches(pattern)
-    if attention_mask is not None or not for_queries[0].first:
+    if attention_mask is not None or not query_launches(call.pattern)[0].first:
         dq.zero_()
-    if attention_mask is not None or not for_keys[0].first:
+    if attention_mask is not None or not key_launches(call.pattern)[0].first:
         dk.zero_()
         dv.zero_()
     if query.numel() == 0:
         return dq, dk, dv
-
-    stats = torch.empty_like(lse, dtype=torch.int64)
-    block = 64
-    with torch.cuda.device_of(query):
-        stats_kernel[(_cdiv(length, block), num_heads, batch)](
-            out, do, lse, None if dlse is None else dlse.contiguous(), stats,
-            *out.stride()[:3], *do.stride()[:3], length,
-            HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=_block_d(head_dim),
-            BLOCK_M=block,
-        )  # fmt: skip
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
-    if hopper_refusal((query, key, value, do), pattern, attention_mask, call.is_causal) is None:
-        for launch in for_queries:
-            launch_hopper_dq(launch, query, key, value, do, stats, dq, documents.cu_seqlens, call)
-        for launch in for_keys:
-            launch_hopper_dkdv(launch, query, key, value, do, stats, dk, dv, documents.cu_seqlens, call)
-        return dq, dk, dv
-    tiles = _tiles("dq", query, pattern)
-    for launch in for_queries:
-        _launch(
-            bwd_dq_kernel, tiles, tiles.block_m, launch, num_heads, (query, key, value, do, stats, dq),
-            (query, key, value, do, dq), (key, value), documents, key, group, pattern,
-            sides_met(pattern, call.is_causal, from_key=False), call.scale, NUM_BRANCHES=len(launch.rates),
-        )  # fmt: skip
-    tiles = _tiles("dkdv", query, pattern)
-    for launch in for_keys:
-        _launch(
-            bwd_dkdv_kernel, tiles, tiles.block_n, launch, num_kv_heads, (query, key, value, do, stats, dk, dv),
-            (query, key, value, do, dk, dv), (query, do), documents, key, group, pattern,
-            sides_met(pattern, call.is_causal, from_key=True), call.scale,
-        )  # fmt: skip
+    kind = Kind(documents.packing, attention_mask is not None, call)
+    plan = _backward_plan(
+        layout_of(do), layout_of(query), layout_of(key), layout_of(value), layout_of(out), dlse is not None, kind
+    )
+    plan.run(
+        query=query, key=key, value=value, do=do, out=out, lse=lse.contiguous(),
+        dlse=None if dlse is None else dlse.contiguous(), stats=torch.empty_like(lse, dtype=torch.int64),
+        dq=dq, dk=dk, dv=dv, **documents._asdict(),
+    )  # fmt: skip
     return dq, dk, dv
 
 

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 from itertools import combinations, product
 from math import inf, lcm
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -13,12 +14,19 @@ from strategies import Call
 from torch.nn.functional import scaled_dot_product_attention
 from triton_interpreter import interpret, needs_interpreter
 
-from modeling_longnet import DilationPattern, attention_operator, dilated_attention, dilated_attention_hopper
+from modeling_longnet import (
+    DilationPattern,
+    attention_operator,
+    compiled_kernels,
+    dilated_attention,
+    dilated_attention_hopper,
+)
 from modeling_longnet import dilated_attention_triton as fused_backend
-from modeling_longnet.compiled_kernels import specialization
+from modeling_longnet.compiled_kernels import DirectLaunch, Pointer, Rows, specialization
 from modeling_longnet.dilated_attention_hopper import hopper_refusal
 from modeling_longnet.dilated_attention_launches import key_launches, query_launches
 from modeling_longnet.dilated_attention_triton import triton_attention, triton_refusal
+from modeling_longnet.launch_plans import layout_of
 
 
 PRESETS = ("paper", "torchscale", "retrofit")
@@ -177,22 +185,40 @@ HOPPER_CALLS = [
 ]
 
 
+def forget_plans():
+    """Let the next call be planned anew, with the constants that hold then."""
+    fused_backend._forward_plan.cache_clear()
+    fused_backend._backward_plan.cache_clear()
+
+
+@pytest.fixture
+def any_number_of_tiles(monkeypatch):
+    """Hopper kernels for calls that are as small as tests need."""
+    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", 0)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+def hopper_refuses(tensors, call: Call) -> str | None:
+    return hopper_refusal([layout_of(x) for x in tensors], call.pattern, False, call.is_causal)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("call", HOPPER_CALLS, ids=range(len(HOPPER_CALLS)))
-def test_hopper_kernels_err_no_more_than_twice_as_much_as_eager(call, dtype, monkeypatch):
-    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", 0)
-    tensors = call.tensors(DTYPES[dtype], "cuda")
-    if refusal := hopper_refusal(tensors, call.pattern, None, call.is_causal):
+def test_hopper_kernels_err_no_more_than_twice_as_much_as_eager(call, dtype, any_number_of_tiles):
+    if refusal := hopper_refuses(call.tensors(DTYPES[dtype], "cuda"), call):
         pytest.skip(f"the portable kernels take this: {refusal}")
     check_against_oracle(call, DTYPES[dtype], "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])
-def test_hopper_kernels_read_heads_inside_tokens(preset, monkeypatch):
+def test_hopper_kernels_read_heads_inside_tokens(preset, any_number_of_tiles, monkeypatch):
     """In a model's own layout, with gradients that arrive in another, the portable kernels agree."""
     pattern = DilationPattern.geometric(256, 1024, preset=preset)
+    call = Call(pattern, 2, 8, 2, 1024, 128)
     query, key, value, do = (
         torch.randn(2, 1024, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2, 8)
     )
@@ -205,18 +231,19 @@ def test_hopper_kernels_read_heads_inside_tokens(preset, monkeypatch):
         )
         return [out, lse, *torch.autograd.grad(out, leaves, do)]
 
-    portable = run()
-    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", 0)
-    if refusal := hopper_refusal((query, key, value, do), pattern, None, True):
+    if refusal := hopper_refuses((query, key, value, do), call):
         pytest.skip(f"the portable kernels take this: {refusal}")
-    for ours, theirs in zip(run(), portable):
+    hopper = run()
+    monkeypatch.setattr(dilated_attention_hopper, "MIN_TILES_PER_PROCESSOR", inf)
+    forget_plans()
+    for ours, theirs in zip(hopper, run()):
         assert ours.stride() == theirs.stride()
         torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
 
 
 def test_hopper_kernels_leave_the_cpu_alone():
-    tensors = Call(DilationPattern((64,), (1,)), 1, 2, 2, 128, 64).tensors(torch.bfloat16)
-    assert hopper_refusal(tensors, DilationPattern((64,), (1,)), None, True) in (
+    call = Call(DilationPattern((64,), (1,)), 1, 2, 2, 128, 64)
+    assert hopper_refuses(call.tensors(torch.bfloat16), call) in (
         "the device is no Hopper", "this triton has no Gluon for Hopper"
     )  # fmt: skip
 
@@ -276,6 +303,133 @@ def test_launches_are_told_apart_wherever_triton_compiles_them_differently():
             compiled = [native_specialize_impl(CUDABackend, x, False, specialize, specialize) for x in (a, b)]
             if compiled[0] != compiled[1]:
                 assert specialization(a) != specialization(b), (a, b, compiled)
+
+
+class RecordedRelease:
+    """A compiled kernel whose generated function writes down what it is given, and an encoder that does so too."""
+
+    def __init__(self, monkeypatch, descriptors: bool, scratch: int = 0):
+        triton = pytest.importorskip("triton", reason="triton is not installed")
+        if not triton.__version__.startswith(compiled_kernels.READ_RELEASES):
+            pytest.skip(f"triton {triton.__version__} is no release whose launcher was read")
+        from triton.backends.nvidia import driver as nvidia
+
+        def encode(*arguments):
+            return ("encoded", *(tuple(x) if isinstance(x, list) else x for x in arguments))
+
+        active = SimpleNamespace(
+            utils=SimpleNamespace(fill_tma_descriptor=encode), get_current_device=lambda: 0,
+            get_current_stream=lambda device: 7,
+        )  # fmt: skip
+        monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+        monkeypatch.setattr(triton.compiler.compiler, "driver", SimpleNamespace(active=active))
+        monkeypatch.setattr(compiled_kernels, "driver", SimpleNamespace(active=active))
+        compiled_kernels._encoded.cache_clear()
+        self.given: list[tuple] = []
+        meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 16, 32], "fp4_padded": False}
+        signature = {"a": "*bf16", "n": "i32", "rates": ("i32",), "D": "constexpr", "missing": "constexpr"}
+        if descriptors:
+            signature = {"x": "tensordesc<bf16[1, 16, 32]>", **signature, "y": "tensordesc<bf16[1, 16, 32]>"}
+        launcher = object.__new__(nvidia.CudaLauncher)
+        metadata = [meta, meta | {"swizzle": 2}] if descriptors else []
+        launcher.launch = nvidia.wrap_handle_tensordesc(self.record, signature, metadata)
+        launcher.num_ctas, launcher.launch_cooperative_grid, launcher.launch_pdl = 1, False, False
+        launcher.global_scratch_size, launcher.profile_scratch_size = scratch, 0
+        launcher.global_scratch_align = launcher.profile_scratch_align = 1
+        self.compiled = object.__new__(triton.compiler.CompiledKernel)
+        self.compiled.module, self.compiled.function, self.compiled.packed_metadata = "module", 99, (4, 1, 1024)
+        self.compiled._run = launcher
+        self.compiled.name = "kernel"
+        self.compiled.metadata = SimpleNamespace(tensordesc_meta=metadata)
+        self.compiled.src = SimpleNamespace(signature=signature)
+
+    def record(self, *arguments):
+        hooks = slice(10, 13)  # what Triton hands to hooks, and the hooks
+        head = [x for i, x in enumerate(arguments) if not hooks.start <= i < hooks.stop]
+        self.given.append(tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in head))
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_a_direct_launch_hands_over_what_triton_does(descriptors, monkeypatch):
+    release = RecordedRelease(monkeypatch, descriptors)
+    assert DirectLaunch.serves(release.compiled)
+    if descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    shape, strides, block = (2, 64, 32), (2048, 32, 1), (1, 16, 32)
+    arguments = (Pointer("a"), 5, (3,), None)
+    if descriptors:
+        x, y = (Rows(name, TensorDescriptor, shape, strides, block) for name in "xy")
+        arguments = (x, *arguments, None, y)
+    direct = DirectLaunch(release.compiled, (8, 2, 1), arguments, 0 if descriptors else 1)
+    for _ in range(2):  # other tensors, other addresses
+        tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in "axy"}
+        filled = [x.filled(tensors) if isinstance(x, (Pointer, Rows)) else x for x in arguments]
+        release.compiled[(8, 2, 1)](*filled, *([] if descriptors else [None]))
+        direct({name: x.data_ptr() for name, x in tensors.items()}, 7)
+        of_triton, ours = release.given[-2:]
+        assert ours == of_triton
+    assert len(release.given) == 4 and release.given[0] != release.given[2]
+
+
+def test_only_launches_without_scratch_memory_or_observers_are_direct(monkeypatch):
+    assert not DirectLaunch.serves(None)  # the interpreter's
+    assert not DirectLaunch.serves(RecordedRelease(monkeypatch, True, scratch=64).compiled)
+    release = RecordedRelease(monkeypatch, True)
+    assert DirectLaunch.serves(release.compiled) and not DirectLaunch.is_watched()
+    from triton import knobs
+
+    hook = print
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert DirectLaunch.is_watched()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    monkeypatch.setattr(compiled_kernels, "READ_RELEASES", ("0.0.",))
+    assert not DirectLaunch.serves(release.compiled)
+
+
+def test_plans_know_all_of_a_tensor_that_kernels_depend_on():
+    x = torch.zeros(2, 3, 40, 16, dtype=torch.bfloat16)
+    layout = layout_of(x)
+    assert layout == layout_of(torch.zeros_like(x)) and hash(layout) == hash(layout_of(torch.zeros_like(x)))
+    others = (
+        x[:1], x.half(), x.transpose(1, 2).contiguous().transpose(1, 2), torch.zeros(2, 3, 40, 17, dtype=x.dtype)[..., 1:],
+        x.to("meta"),
+    )  # fmt: skip
+    assert len({layout, *map(layout_of, others)}) == 1 + len(others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_repeated_calls_are_launched_directly_and_observers_see_them(preset):
+    from triton import knobs
+
+    call = Call(DilationPattern.geometric(256, 512, preset=preset), 1, 4, 2, 512, 64)
+    forget_plans()
+    results(fused(call, "cuda"), call, torch.bfloat16, "cuda")
+    plans = [fused_backend._forward_plan.cache_info(), fused_backend._backward_plan.cache_info()]
+    assert [plan.currsize for plan in plans] == [1, 1]
+    seen = []
+    knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
+    try:
+        watched = results(fused(call, "cuda"), call, torch.bfloat16, "cuda")
+    finally:
+        knobs.runtime.launch_enter_hook.calls.clear()
+    assert {"fwd_kernel", "stats_kernel", "bwd_dq_kernel", "bwd_dkdv_kernel"} <= {
+        x.removeprefix("hopper_") for x in seen
+    }
+    launched = []
+    plain_call = DirectLaunch.__call__
+
+    def counted(self, addresses, stream):
+        launched.append(self)
+        plain_call(self, addresses, stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DirectLaunch, "__call__", counted)
+        direct = results(fused(call, "cuda"), call, torch.bfloat16, "cuda")
+    assert len(launched) == len(seen)
+    assert all(torch.equal(direct[name], watched[name]) for name in direct)
 
 
 @pytest.mark.gpu
