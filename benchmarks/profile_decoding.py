@@ -1,8 +1,8 @@
 """Where does the time of one decoded token go, kernel by kernel, and what do the launch choices cost?
 
-The shape of ``benchmark_generation.py`` with random weights, a cache filled to ``--context``, one captured step. Prints
-milliseconds per step and, as a share of what the weights alone take at ``--bandwidth``, for each way of launching; then
-the kernels of one step by a profiler.
+The shape of ``benchmark_generation.py`` with random weights, a cache filled to ``--context``, one captured step.
+Prints milliseconds per step and, as a multiple of what the weights alone take at ``--bandwidth``, for each way of
+launching; then the kernels of one step by a profiler.
 
     PYTHONPATH=. python benchmarks/profile_decoding.py
 """

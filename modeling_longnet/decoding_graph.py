@@ -13,8 +13,8 @@ from .decoding_token import cache_refusal, model_refusal
 class DecodingGraph:
     """Decode one token after the other, each by replaying one CUDA graph.
 
-    Called with tokens ``[B, 1]`` it returns the logits ``[B, 1, vocab_size]`` of the next ones. The first call launches
-    the kernels one by one, and so compiles them; the second captures them. Whatever else reads, resets, crops or
+    Called with tokens ``[B, 1]`` it returns the logits ``[B, 1, vocab_size]`` of the next ones. The first call
+    launches the kernels one by one, and so compiles them; the second captures them. Whatever else reads, resets, crops or
     reorders the cache in between is seen: the graph is captured again where the cache has moved.
 
         cache = LongNetCache(model.config, max_length=...)

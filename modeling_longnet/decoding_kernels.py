@@ -1,8 +1,8 @@
 """A decoding step, fused: the Triton kernels of one new token per row, and nothing but kernels.
 
 A step is bound by reading the weights and the cache once. ``plan_kernel`` runs once per pattern; then each layer is
-``linear_kernel`` (norm and query, key, value), ``attend_kernel`` (rotary embedding, the token's slot, attention and the
-merge of its stretches), ``linear_kernel`` (output and residual), ``gated_kernel`` and ``linear_kernel`` again. Results
+``linear_kernel`` (norm and query, key, value), ``attend_kernel`` (rotary embedding, the token's slot, attention and
+the merge of its stretches), ``linear_kernel`` (output and residual), ``gated_kernel`` and ``linear_kernel`` again. Results
 are rounded where the modules round theirs.
 
 With PDL (programmatic dependent launch) a kernel starts while the one before it still runs, asks for its own weights,
