@@ -2,8 +2,8 @@
 
 A step is bound by reading the weights and the cache once. ``plan_kernel`` runs once per pattern; then each layer is
 ``linear_kernel`` (norm and query, key, value), ``attend_kernel`` (rotary embedding, the token's slot, attention and
-the merge of its stretches), ``linear_kernel`` (output and residual), ``gated_kernel`` and ``linear_kernel`` again. Results
-are rounded where the modules round theirs.
+the merge of its stretches), ``linear_kernel`` (output and residual), ``gated_kernel`` and ``linear_kernel`` again.
+Results are rounded where the modules round theirs.
 
 With PDL (programmatic dependent launch) a kernel starts while the one before it still runs, asks for its own weights,
 which nobody changes, and only then waits. It lets the next one start when it has waited itself: so whatever was
