@@ -24,6 +24,8 @@ test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python tests/test_cached_attention_triton.py
 	.venv/bin/python tests/test_halo_attention_triton.py
 	.venv/bin/python tests/test_liger_layers.py
+	.venv/bin/python tests/test_cross_entropy_triton.py
+	.venv/bin/python tests/test_decoding_token.py
 
 # Everything again, on the oldest transformers that pyproject.toml allows.
 test-oldest: .venv/.test .venv/.oldest
@@ -33,7 +35,7 @@ test-oldest: .venv/.test .venv/.oldest
 conformance: .venv/.conformance
 	.venv/bin/python tests/transformers_suite/run.py -n auto
 	PYTHONPATH=.:tests .venv/bin/python -m pytest -c tests/conformance/pytest.ini tests/conformance/tools.py \
-	  tests/test_training_tools.py::test_qlora_trains_through_tiles_and_chunks
+	  tests/test_training_tools.py::test_qlora_trains_through_tiles_and_chunks tests/test_training_deepspeed.py
 
 conformance-skips: .venv/.conformance
 	.venv/bin/python tests/transformers_suite/run.py -n auto --write-skips
