@@ -4,7 +4,12 @@ Checks every timed pattern against the eager backend in float64 first and stops 
 and forward + backward, beside cuDNN's and FlashAttention's dense causal attention on the same tensors, and writes a
 dated CSV and a crossover plot, losses included. Milliseconds are medians over device events. Useful FLOPs are those
 of ``DilationPattern.attention_flops`` (dense: half the square). Dense rows beyond ``--dense-limit`` tokens are
-extrapolated by the square of the length and say so.
+extrapolated by the square of the length and say so; FlashAttention's beyond ``--flash-limit`` are left out. Where the
+official operator can be imported (``torchscale.component.dilated_attention``, not on PyPI), its rearrangements are timed
+around PyTorch's own FlashAttention.
+
+Kernels are compiled in several processes before anything is timed, and rows come in the order of their weight: a run
+that is cut off has lost the least.
 
     PYTHONPATH=. python benchmarks/benchmark_attention.py
     PYTHONPATH=. python benchmarks/benchmark_attention.py --plot benchmarks/results/attention_<date>.csv
@@ -12,12 +17,16 @@ extrapolated by the square of the length and say so.
 
 import argparse
 import csv
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,7 +37,16 @@ from modeling_longnet import DilationPattern, dilated_attention
 from modeling_longnet.dilated_attention_triton import triton_attention
 
 
+try:
+    from torchscale.component.dilated_attention import DilatedAttention
+except ImportError:
+    DilatedAttention = None
+
+
 FIRST_SEGMENT = 2048
+COMPILED_AT = (
+    2**15
+)  # tokens: a kernel serves every length, so those of the longest inputs are compiled on shorter ones
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PRESETS = ("paper", "retrofit")
 COLUMNS = (
@@ -52,6 +70,35 @@ def dense(kernel: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         with sdpa_kernel(DENSE[kernel]):
             grouped = query.shape[1] != key.shape[1]
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    return attend
+
+
+def chosen(pattern: DilationPattern) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The public operator, which chooses the backend."""
+    return lambda q, k, v: dilated_attention(q, k, v, pattern)
+
+
+def official(pattern: DilationPattern, heads: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The official operator between its projections; its attention is FlashAttention, PyTorch's here."""
+    operator = DilatedAttention.__new__(DilatedAttention)
+    torch.nn.Module.__init__(operator)
+    operator.num_heads = heads
+    operator.args = SimpleNamespace(
+        segment_length=list(pattern.segment_lengths), dilated_ratio=list(pattern.dilation_rates), seq_parallel=False
+    )
+
+    def attend(*tensors):
+        batch, _, length, head_dim = tensors[0].shape
+        outs, lses = [], []
+        for segment_length, rate in pattern.branches:
+            # [B, L, H, D] -> [B * segments * H, kept, D] -> [B * segments, H, kept, D]
+            sparse = [operator.gathering(x.transpose(1, 2), rate, segment_length) for x in tensors]
+            sparse = [x.reshape(-1, heads, x.shape[1], head_dim) for x in sparse]
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*sparse, 0.0, True)
+            outs.append(out.transpose(1, 2).flatten(2))
+            lses.append(lse.detach())
+        return operator.scattering(outs, lses, length, batch).unflatten(-1, (heads, head_dim)).transpose(1, 2)
 
     return attend
 
@@ -86,16 +133,43 @@ def check(head_dim: int) -> None:
             print(f"checked {preset} D={head_dim} {name}: relative error {error:.1e}", flush=True)
 
 
+def compile_one(shape: tuple, preset: str, layout: str) -> None:
+    """Compile the kernels of one row; Triton's cache on disk hands them to the process that times."""
+    length, heads, kv_heads, head_dim = shape
+    pattern = geometric_pattern(length, preset)
+    tensors = random_tensors(1, min(length, COMPILED_AT), heads, kv_heads, head_dim)
+    options = {}
+    if layout == "packed":
+        options["cu_seqlens"] = torch.tensor([0, tensors[0].shape[2]], device="cuda", dtype=torch.int32)
+    if layout == "padded":
+        options["attention_mask"] = torch.ones(1, tensors[0].shape[2], device="cuda", dtype=torch.bool)
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    torch.autograd.grad(fused(pattern, **options)(*leaves), leaves, tensors[3])
+    torch.cuda.synchronize()
+
+
+def compile_ahead(jobs: list[tuple], processes: int) -> None:
+    """Compile the kernels of all rows side by side."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for done in [pool.submit(compile_one, *job) for job in jobs]:
+            done.result()
+
+
 def median_ms(call: Callable[[], object], budget_ms: float) -> float:
-    """Time calls by device events, queued one behind the other as in training, after a warm-up."""
-    for _ in range(2):
-        call()
+    """Time calls by device events, queued one behind the other as in training, after a warm-up.
+
+    Calls that take longer than the budget are timed once.
+    """
+    call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
     end.record()
     end.synchronize()
-    repeats = min(50, max(3, int(budget_ms / start.elapsed_time(end))))
+    if (first := start.elapsed_time(end)) > budget_ms:
+        return first
+    repeats = min(50, max(3, int(budget_ms / first)))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
@@ -156,9 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in (10, 11, 12, 13, 14, 15, 17, 20)])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in (15, 17, 12, 13, 20, 14, 11, 10)])
     parser.add_argument("--dense-limit", type=int, default=2**17, help="longest input that dense kernels really run")
-    parser.add_argument("--budget-ms", type=float, default=300.0, help="device time per median")
+    parser.add_argument("--flash-limit", type=int, default=2**15, help="longest input that FlashAttention runs")
+    parser.add_argument("--budget-ms", type=float, default=100.0, help="device time per median")
+    parser.add_argument("--processes", type=int, default=max(1, min(14, os.cpu_count() - 1)), help="that compile")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--plot", type=Path, help="only draw the plot of this CSV")
     arguments = parser.parse_args()
@@ -166,6 +242,13 @@ def main() -> None:
         plot(arguments.plot)
         return
 
+    heads = arguments.heads
+    grouped = [(2**15, 32, 8, 128), (2**15, 14, 2, 64)]  # Llama-3 8B, Qwen2.5 0.5B
+    plain = [(length, heads, heads, d) for length in arguments.lengths for d in arguments.head_dims]
+    documents = (2**13, heads, heads, arguments.head_dims[0])
+    jobs = [(shape, preset, "plain") for shape in [*plain, *grouped] for preset in PRESETS]
+    jobs += [(documents, preset, layout) for preset in PRESETS for layout in ("padded", "packed")]
+    compile_ahead(sorted(jobs, key=lambda job: -job[0][0]), arguments.processes)
     for head_dim in arguments.head_dims:
         check(head_dim)
     card = torch.cuda.get_device_name()
@@ -192,32 +275,40 @@ def main() -> None:
                 print(*(row[column] for column in COLUMNS), sep="\t", flush=True)
 
         budget = arguments.budget_ms
-        shapes = [
-            (length, arguments.heads, arguments.heads, d) for d in arguments.head_dims for length in arguments.lengths
-        ]
-        shapes += [(2**15, 32, 8, 128), (2**15, 14, 2, 64)]  # Llama-3 8B, Qwen2.5 0.5B
         longest_dense: dict[tuple, tuple[int, list[dict]]] = {}
-        for length, heads, kv_heads, head_dim in shapes:
+        # The first two lengths of the plain rows, what else models ask for, and then the other lengths.
+        first = 2 * len(arguments.head_dims)
+        for length, heads, kv_heads, head_dim in [*plain[:first], *grouped, *plain[first:]]:
             tensors = random_tensors(1, length, heads, kv_heads, head_dim)
             for preset in PRESETS:
                 pattern = geometric_pattern(length, preset)
                 flops = pattern.attention_flops(length, heads, head_dim, num_kv_heads=kv_heads)
                 record(measure(fused(pattern), tensors, flops, budget), preset, length, heads, kv_heads, head_dim)
-            for kernel in DENSE:
+            dense_flops = 2 * heads * head_dim * length * (length + 1)
+            for kernel, limit in (("cudnn", arguments.dense_limit), ("flash", arguments.flash_limit)):
                 key = (kernel, heads, kv_heads, head_dim)
-                if length <= arguments.dense_limit:
-                    rows = measure(dense(kernel), tensors, 2 * heads * head_dim * length * (length + 1), budget)
-                    longest_dense[key] = (length, [dict(row) for row in rows])
-                elif key in longest_dense:
-                    measured, rows = longest_dense[key]
+                measured, rows = longest_dense.get(key, (0, []))
+                if length <= limit:
+                    rows = measure(dense(kernel), tensors, dense_flops, budget)
+                    if length > measured:
+                        longest_dense[key] = (length, [dict(row) for row in rows])
+                elif measured and kernel == "cudnn":
                     rows = [row | {"ms": row["ms"] * (length / measured) ** 2, "extrapolated": 1} for row in rows]
                 else:
                     continue
                 record(rows, f"dense {kernel}", length, heads, kv_heads, head_dim)
+            pattern = geometric_pattern(length, "paper")
+            if pattern.is_ordinary(length):
+                rows = measure(chosen(pattern), tensors, dense_flops, budget)
+                record(rows, "auto", length, heads, kv_heads, head_dim, layout="ordinary")
+            if DilatedAttention is not None and length in (2**15, 2**17) and heads == kv_heads:
+                flops = pattern.attention_flops(length, heads, head_dim)
+                rows = measure(official(pattern, heads), tensors, flops, budget)
+                record(rows, "official", length, heads, kv_heads, head_dim)
             del tensors
 
         # Padding and packing, without copies: eight rows padded on the left by up to half, the same documents packed.
-        heads, head_dim, length, batch = arguments.heads, arguments.head_dims[0], 2**13, 8
+        (length, heads, _, head_dim), batch = documents, 8
         counts = [length - length // 2 * row // batch for row in range(batch)]
         mask = torch.arange(length, device="cuda") >= length - torch.tensor(counts, device="cuda")[:, None]
         cu_seqlens = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
@@ -255,6 +346,7 @@ def plot(path: Path) -> None:
     for panel, head_dim in zip(panels[0], head_dims):
         for name in dict.fromkeys(row["attention"] for row in rows):
             line = [row for row in rows if row["attention"] == name and int(row["head_dim"]) == head_dim]
+            line.sort(key=lambda row: int(row["length"]))
             lengths, times = [int(row["length"]) for row in line], [float(row["ms"]) for row in line]
             (drawn,) = panel.loglog(lengths, times, marker="o", label=name, base=2)
             guessed = [i for i, row in enumerate(line) if row["extrapolated"] == "1"]
