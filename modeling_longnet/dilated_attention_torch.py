@@ -380,8 +380,9 @@ class _CudaEfficientKernel:
         return out, lse[:, :, : q.shape[2]]
 
     def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel reads lse rows padded to a multiple of 32; +inf gives the padding probability 0.
-        lse = torch.nn.functional.pad(lse, (0, -q.shape[2] % 32), value=float("inf"))
+        # The kernel reads lse rows one behind the other, padded to a multiple of 32; +inf gives the padding probability
+        # 0. Padding by nothing would keep the order of a view's dimensions.
+        lse = torch.nn.functional.pad(lse.contiguous(), (0, -q.shape[2] % 32), value=float("inf"))
         no_state = torch.empty((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad_out, q, _repeat_heads(k, q), _repeat_heads(v, q), None, out, lse, no_state, no_state, 0.0,

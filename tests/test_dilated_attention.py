@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.dilated_attention_torch import _CudaEfficientKernel
 
 
 # The backends that compute in float64, where equality with the oracle means 1e-12.
@@ -136,6 +137,25 @@ def test_longer_inputs_than_the_longest_segment_equal_the_definition(backend, pa
     tensors, (cotangent, _) = call.tensors(), call.cotangents()
     expected = evaluate(by_definition(pattern, is_causal=is_causal), tensors, cotangent)
     assert_same(evaluate(operator(pattern, backend, is_causal=is_causal), tensors, cotangent), expected)
+
+
+def test_the_memory_efficient_kernel_gets_rows_of_lse_one_behind_the_other(monkeypatch):
+    # It reads them by an aligned stride and takes for granted that the last one is 1, which views do not promise.
+    given = []
+
+    def record(grad, q, k, v, bias, out, lse, *state, **options):
+        given.append(lse)
+        return q, k, v, None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention_backward", record)
+    for rows in (64, 50):
+        q, k, v, out, grad = torch.randn(5, 2, 4, rows, 8)
+        lse = torch.randn(2, rows, 4).transpose(1, 2)
+        _CudaEfficientKernel(1.0).backward(q, k, v, out, lse, grad, True)
+        padded = given.pop()
+        assert padded.is_contiguous() and padded.shape == (2, 4, 64)
+        assert_close(padded[..., :rows], lse, rtol=0, atol=0)
+        assert (padded[..., rows:] == torch.inf).all()
 
 
 @every_backend
