@@ -1,5 +1,7 @@
 """Which backend computes the attention: what ``attn_implementation`` and ``set_attn_implementation`` promise."""
 
+import sys
+
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_config, tiny_model
@@ -59,6 +61,29 @@ def test_only_eager_returns_attentions_and_the_others_say_so():
     with pytest.raises(ValueError, match="eager"):
         model.config.output_attentions = True
         model(tokens, output_attentions=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("preset", "length", "chosen"), [("retrofit", 40, "triton"), ("retrofit", 8, "torch"), ("paper", 8, "triton")]
+)
+def test_on_a_gpu_the_default_takes_the_fused_kernels_unless_the_pattern_is_ordinary(
+    preset, length, chosen, monkeypatch
+):
+    module, used = sys.modules[attention_longnet.dilated_attention.__module__], []
+    attentions = {name: getattr(module, f"{name}_attention") for name in ("eager", "torch", "triton")}
+    for name in attentions:
+
+        def recording(*args, name=name, run=attentions[name], **kwargs):
+            used.append(name)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(module, f"{name}_attention", recording)
+    model = tiny_model(preset).to("cuda", torch.bfloat16)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.pattern.is_ordinary(length) == (chosen == "torch")
+    model(random_tokens(1, length).to("cuda"), use_cache=False)
+    assert used == [chosen] * 2  # one call in each of the two layers
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on machines without CUDA")
