@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .cache_slots import CacheSlots, Places, plan_slots
@@ -36,6 +37,13 @@ class LongNetCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
+    # All None until the first tokens come.
+    keys: Tensor  # [B, G, capacity + 1, D]
+    values: Tensor
+    key_positions: Tensor  # [B, G, capacity + 1], -1 where nothing stands
+    key_branches: Tensor  # the same shape: bit i is set where branch i keeps the entry
+    seen: Tensor  # [B] real tokens so far: the next logical position
+
     def __init__(
         self,
         pattern: DilationPattern,
@@ -52,15 +60,12 @@ class LongNetCacheLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.keys = self.values = None  # [B, G, capacity + 1, D]
+        self.keys = self.values = self.key_positions = self.key_branches = self.seen = None
         self.slots: CacheSlots | None = None
-        self.key_positions: Tensor | None = None  # [B, G, capacity + 1], -1 where nothing stands
-        self.key_branches: Tensor | None = None  # the same shape: bit i is set where branch i keeps the entry
         # Tokens that a crop may take back, not in their slots yet: keys, values [B, G, P, D] and positions [B, P].
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None
         # Positions and branches of the tensors that update returned last.
         self.attended_positions = self.attended_branches = None
-        self.seen: Tensor | None = None  # [B] real tokens so far: the next logical position
         self.columns: int | Tensor = 0  # tokens so far, padding included; a tensor where slots are fixed
         # Positions [B, T] of the tokens in the slots, update by update, until one takes the slot of another.
         self.history: list[Tensor] | None = None if self.is_compileable else []
@@ -76,7 +81,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Allocate an empty cache of the dtype, device and batch of ``key_states [B, G, T, D]``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.seen = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)
-        if self.is_compileable:
+        if self.max_length is not None:
             self._allocate(plan_slots(self.pattern, self.max_length), key_states, value_states)
             self.columns = torch.zeros((), dtype=torch.int64, device=self.device)
             if not torch.compiler.is_compiling():
@@ -111,15 +116,16 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[2]
         if self.is_compileable:  # what tokens there are so far is known without waiting, or read once for all layers
+            assert self.slots is not None
             if not self.slots.is_endless and not torch.compiler.is_compiling():
                 self.reserve(num_tokens, self.once(positions, "columns", lambda: int(self.columns)))
         else:
             self._make_room(num_tokens, key_states, value_states)
+        slots = self.slots
+        assert slots is not None
         key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
         num_kv_heads = key_states.shape[1]
-        places = self.once(
-            positions, (self.slots, num_kv_heads), lambda: self.slots.locate(positions[:, None], num_kv_heads)
-        )
+        places = self.once(positions, (slots, num_kv_heads), lambda: slots.locate(positions[:, None], num_kv_heads))
         new = (key_states, value_states, positions)
         # A single token takes the slot of one that it cannot reach itself: it may attend to the slots as they are.
         in_place = num_tokens == 1 and not self.record_past and self.pending is None
@@ -138,7 +144,7 @@ class LongNetCacheLayer(CacheLayerMixin):
                 self._write_one(key_states, value_states, positions, places, rows)
             else:
                 takers = self.once(
-                    positions, (self.slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
+                    positions, (slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
                 )
                 self._write(key_states, value_states, positions[:, None], places, takers)
         if in_place:
@@ -175,6 +181,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return keys, values, positions and branches of the slots in use."""
+        assert self.slots is not None
         used = self.slots.capacity + 1
         if self.slots.is_linear and not self.is_compileable:  # one slot per column: nothing stands beyond
             used = min(self.columns, used)
@@ -182,6 +189,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _beside_new(self, new: tuple[Tensor, Tensor, Tensor], places: Places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return keys, values, positions and branches of what is held and of new tokens, one after the other."""
+        assert self.slots is not None
         num_kv_heads = self.keys.shape[1]
         parts = [] if self.is_empty else [self._held()]
         for tokens in (self.pending, new):
@@ -200,6 +208,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
     def _keep_history(self, positions: Tensor) -> None:
         if self.history is not None:
+            assert self.slots is not None
             self.history.append(positions)
             windows = (self.pattern.segment_lengths[ring.branch] for ring in self.slots.rings)
             if self.columns > (self.slots.length if self.slots.is_linear else min(windows)):
@@ -221,6 +230,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if they do not, and the slots do not enlarge.
         """
+        assert self.max_length is not None
         needed = columns + num_tokens
         if needed <= self.max_length or self.max_length >= max(self.pattern.segment_lengths):
             return
@@ -259,6 +269,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _relocate(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Put any number of entries at ``positions [B, 1 or G, T]`` into their slots."""
         if keys.shape[2]:
+            assert self.slots is not None
             places = self.slots.locate(positions, keys.shape[1])
             self._write(keys, values, positions, places, self._takers(positions, places))
 
@@ -267,6 +278,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
         Of several tokens for one slot only the last is within reach of what comes. Nobody takes the last slot.
         """
+        assert self.slots is not None
         survives = self.seen[:, None, None] - positions <= places.lifetimes
         slots = torch.where(survives, places.slots, self.slots.capacity)
         index = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
@@ -282,6 +294,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         Args:
             rows: of ``_rows``.
         """
+        assert self.slots is not None
         slots = places.slots[..., 0]  # [B, G]
         positions = torch.where(slots < self.slots.capacity, positions, PADDING)
         for name, new in (
@@ -357,6 +370,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             self.pending = (keys[:, :, :kept], values[:, :, :kept], positions[:, :kept])
             self._commit_pending()
         while removed:
+            assert self.history is not None  # else no more than what was pending can be removed
             positions = self.history.pop()
             kept = max(positions.shape[1] - removed, 0)
             self.seen = self._add(self.seen, -(positions[:, kept:] >= 0).sum(-1))
@@ -375,6 +389,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.key_positions.fill_(PADDING)  # fixed addresses stay
         self.key_branches.zero_()
         self.seen.zero_()
+        assert isinstance(self.columns, Tensor)
         self.columns.zero_()
         self.pending = self.attended_positions = self.attended_branches = None
         self.is_empty = True
@@ -389,6 +404,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             raise ValueError(f"{self.pending[2].shape[1]} tokens wait for crop(), which says which of them stay")
         if not self.is_initialized:
             return {}
+        assert self.slots is not None
         names = ("keys", "values", "key_positions", "key_branches", "seen")
         numbers = {"columns": torch.as_tensor(self.columns), "slots": torch.tensor(self.slots.length)}
         return {name: getattr(self, name) for name in names} | numbers
@@ -481,7 +497,9 @@ class LongNetCache(Cache):
         ValueError: if ``max_length`` is not positive, or fixed addresses meet offloading.
     """
 
-    def __init__(self, config, offloading: bool = False, max_length: int | None = None, enlarges: bool = False):
+    def __init__(
+        self, config: PretrainedConfig, offloading: bool = False, max_length: int | None = None, enlarges: bool = False
+    ):
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if max_length is not None and offloading:
@@ -521,14 +539,16 @@ class LongNetCache(Cache):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Hold what the cache of the same model held when it gave this state."""
-        by_layer = [{} for _ in self.layers]
+        by_layer: list[dict[str, Tensor]] = [{} for _ in self.layers]
         for name, x in state.items():
             layer, _, name = name.partition(".")
             by_layer[int(layer)][name] = x
         for layer, of_layer in zip(self.layers, by_layer):
             layer.load_state_dict(of_layer)
 
-    def next_positions(self, attention_mask: Tensor | None, batch: int, num_tokens: int, device) -> Tensor:
+    def next_positions(
+        self, attention_mask: Tensor | None, batch: int, num_tokens: int, device: torch.device
+    ) -> Tensor:
         """Number the next tokens of each row, after those the cache has seen.
 
         Args:

@@ -1,6 +1,7 @@
 """Decoding steps as one CUDA graph: captured once, replayed for every token."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,11 +122,14 @@ class GraphedCall:
         self.otherwise = otherwise
         self.graph: DecodingGraph | None = None
 
-    def __call__(self, input_ids: Tensor | None = None, past_key_values: LongNetCache | None = None, **kwargs):
+    def __call__(
+        self, input_ids: Tensor | None = None, past_key_values: LongNetCache | None = None, **kwargs: Any
+    ) -> Any:
         known = {"attention_mask", "position_ids", "use_cache", "return_dict", "logits_to_keep"}
         asked = {name for name, x in kwargs.items() if name not in known and x is not None and x is not False}
-        single = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None
-        if not single or asked or not kwargs.get("return_dict", True) or cache_refusal(past_key_values):
+        single = input_ids is not None and input_ids.shape[1] == 1
+        as_ever = not single or asked or not kwargs.get("return_dict", True)
+        if as_ever or past_key_values is None or cache_refusal(past_key_values):
             return self.otherwise(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
         if self.graph is None or self.graph.cache is not past_key_values:
             self.graph = DecodingGraph(self.model, past_key_values)

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .attention_longnet import LongNetAttention
 from .backbone_llama import LongNetDecoderLayer
-from .cache_longnet import LongNetCache
+from .cache_longnet import LongNetCache, LongNetCacheLayer
 from .decoding_triton import (
     Rotary,
     TokenPlan,
@@ -158,7 +158,7 @@ def decode_token(
     return normalise(hidden, _norm(model.norm))[:, None]
 
 
-def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held, plan: TokenPlan) -> Tensor:
+def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer, plan: TokenPlan) -> Tensor:
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     if len(hidden) == 1:
