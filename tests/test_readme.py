@@ -187,7 +187,7 @@ def number(cell: str) -> float:
 
 
 def test_the_speed_table_is_what_the_measurements_say():
-    rows = measurements("attention_NVIDIA-H200_2026-11-24.csv")
+    rows = measurements("attention_NVIDIA-H100-80GB-HBM3_2026-11-25.csv")
     wanted = {"pass": "forward+backward", "heads": "16", "kv_heads": "16", "head_dim": "128", "layout": "plain"}
     measured = {
         (row["attention"], int(row["length"])): (float(row["ms"]), row["extrapolated"])
@@ -205,17 +205,24 @@ def test_the_speed_table_is_what_the_measurements_say():
 
 def test_the_table_of_whole_models_is_what_the_measurements_say():
     measured = {}  # (what, tokens, model): value
-    for row in measurements("training_NVIDIA-H200_2026-11-24_1354.csv"):
+    for row in measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-25_0347.csv"):
+        if not row["tokens_per_s"]:  # left out
+            continue
         key = "training step, tokens/s", int(row["length"]), row["attention"].removesuffix(" cudnn")
         measured[key] = max(float(row["tokens_per_s"]), measured.get(key, 0.0))  # of Llama, the faster kernel
     names = {"prefill tokens/s": "reading a prompt, tokens/s", "decode ms/token": "one generated token, ms",
              "KV bytes": "KV cache, MB"}  # fmt: skip
-    for row in measurements("generation_NVIDIA-H200_2026-11-24.csv"):
-        graph = row["measure"] != "decode ms/token" or row["how"] == "compiled, CUDA graph" or row["model"] == "llama"
-        if graph and row["batch"] == "1":
+    batches = {}
+    for row in measurements("generation_NVIDIA-H100-80GB-HBM3_2026-11-25.csv"):
+        if row["measure"] == "decode tokens/s":
+            batches[row["model"], row["how"]] = f"{row['batch']}", f"{float(row['value']):,.0f}"
+        elif row["batch"] == "1":
             model = {"longnet": "retrofit"}.get(row["model"], row["model"])
             scale = 1e6 if row["measure"] == "KV bytes" else 1.0
-            measured[names[row["measure"]], int(row["context"]), model] = float(row["value"]) / scale
+            key = names[row["measure"]], int(row["context"]), model
+            value = float(row["value"]) / scale
+            fewest = row["measure"] == "decode ms/token"  # of the ways to launch, the fastest
+            measured[key] = min(value, measured.get(key, value)) if fewest else value
     what, checked = "", 0
     for label, tokens, *cells in re.findall(
         r"^\| (.*?)\| ([\d,]+) \| (.*?) ?\| (.*?) ?\| (.*?) \|$", README, flags=re.MULTILINE
@@ -228,7 +235,9 @@ def test_the_table_of_whole_models_is_what_the_measurements_say():
                     cell,
                 )
                 checked += 1
-    assert checked == 22
+    assert checked == 24
+    pairs = re.search(r"(\d+) rows give ([\d,]+) tokens/s where\s+Llama's (\d+) give (\d+)", README).groups()
+    assert pairs == (*batches["longnet", "CUDA graph"], *batches["llama", "eager"])
     (billion,) = re.findall(r"went through one H200 in (\d+) s", README)
     report = (ROOT / "benchmarks/results/one_billion_tokens_NVIDIA-H200_2026-11-24.csv").read_text()
     assert float(re.search(r"# seconds: ([\d.]+)", report)[1]) == pytest.approx(float(billion), abs=0.5)

@@ -28,7 +28,8 @@ def losses(stage: int, tied: bool, plain: bool) -> list[float]:
         sequence_tiles.TILE_TOKENS = 10**9
         model.config.loss_implementation = "logits"
     else:
-        model.activation_checkpointing_enable()
+        enable = "activation_checkpointing_enable"  # what newer transformers call it
+        getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
     options = {
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
