@@ -46,7 +46,9 @@ def _script(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 def _ranks(*arguments: str) -> tuple[str, ...]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "{gpus}")
+    # By number: not every machine can look up its own name.
+    address = ("--master-addr", "127.0.0.1", "--master-port", "29511")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "{gpus}", *address)
     script = str(HERE / "benchmark_sequence_parallel.py")
     return (*launcher, script, "--output", "{output}", "--limit", "{seconds}", *arguments)
 
