@@ -65,7 +65,7 @@ class Settings:
     pretrain_tokens: int = 200_000_000
     pretrain_seconds: float = math.inf  # after 30 steps, their number is cut to what this time allows
     pretrain_batch_tokens: int = 131_072
-    pretrain_learning_rate: float = 1e-3
+    pretrain_learning_rate: float = 3e-3
     tune_steps: int = 100
     tune_batch_tokens: int = 65_536
     tune_learning_rate: float = 3e-4
@@ -161,21 +161,24 @@ class Study:
         steps: int,
         learning_rate: float,
         seconds_at_most: float = math.inf,
+        muon: bool = False,
     ) -> dict:
-        """Train with AdamW, bfloat16 autocast and a cosine schedule; go on from a saved state, save one at the limit.
+        """Train with bfloat16 autocast and a cosine schedule; go on from a saved state, save one at the limit.
+
+        Args:
+            muon: take Muon (torch's) for the matrices of the layers; AdamW is the optimizer of all else.
 
         Returns:
             What it took: steps, tokens, seconds, losses.
         """
         state_path = self.folder / f"{name}.state.pt"
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=self.device.type == "cuda"
-        )
+        optimizers = self._optimizers(model, learning_rate, muon)
         step, seconds, losses, warm_up = 0, 0.0, [], max(1, steps // 20)
         if state_path.exists():
             state = torch.load(state_path, map_location=self.device, weights_only=True)
             model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             step, steps, seconds, losses = state["step"], state["steps"], state["seconds"], state["losses"]
         model.train()
         start = time.monotonic()
@@ -183,13 +186,14 @@ class Study:
         for batch, answers in self._batches(rows, step, steps):
             if time.monotonic() > self.deadline:
                 seconds += time.monotonic() - start
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                saved = [optimizer.state_dict() for optimizer in optimizers]
+                state = {"model": model.state_dict(), "optimizers": saved, "step": step}
                 temporary = state_path.with_suffix(".part")
                 torch.save(state | {"steps": steps, "seconds": seconds, "losses": losses}, temporary)
                 temporary.replace(state_path)
                 raise OutOfTime(f"{name} stands at step {step} of {steps}")
             rate = min((step + 1) / warm_up, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = learning_rate * rate
             total = torch.zeros(2, device=self.device)
             micro = max(1, MICRO_TOKENS // batch.shape[1])
@@ -200,8 +204,9 @@ class Study:
                 loss.backward()
                 total += torch.stack([text.detach(), answer.detach()]) * (len(part) / len(batch))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             if step % 10 == 0 or step == steps:
                 text, answer = total.tolist()
@@ -226,6 +231,18 @@ class Study:
             "steps": steps, "tokens": steps * rows.batch * rows.length, "losses": losses,
             "seconds": round(seconds + time.monotonic() - start, 1),
         }  # fmt: skip
+
+    def _optimizers(self, model: PreTrainedModel, learning_rate: float, muon: bool) -> list[torch.optim.Optimizer]:
+        matrices = [x for x in model.model.layers.parameters() if muon and x.ndim == 2]
+        taken = set(matrices)
+        rest = [x for x in model.parameters() if x not in taken]
+        options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": self.device.type == "cuda"}
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=learning_rate, **options)]
+        if matrices:  # its steps are made as large as AdamW's: one learning rate serves both
+            optimizers.append(
+                torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+            )
+        return optimizers
 
     def _batches(self, rows: TrainingRows, first: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches, made ahead by other processes."""
@@ -256,7 +273,7 @@ class Study:
         rows = self.rows("pretrain", settings.context, settings.pretrain_batch_tokens)
         steps = settings.pretrain_tokens // settings.pretrain_batch_tokens
         training = self.train(
-            "pretrain", model, rows, steps, settings.pretrain_learning_rate, settings.pretrain_seconds
+            "pretrain", model, rows, steps, settings.pretrain_learning_rate, settings.pretrain_seconds, muon=True
         )
         llama = LlamaForCausalLM(LlamaConfig(**fields))
         llama.load_state_dict(model.state_dict())
@@ -418,7 +435,7 @@ class Study:
         per_row = 6 * weights * length + 3 * attention
         rows = self.rows("scratch", length, settings.tune_batch_tokens)
         steps = max(1, round(settings.scratch_flops / per_row / rows.batch))
-        training = self.train(path.stem, model, rows, steps, settings.pretrain_learning_rate)
+        training = self.train(path.stem, model, rows, steps, settings.pretrain_learning_rate, muon=True)
         result = self.perplexities(model, length, length) | {
             "variant": name, "length": length, "training": training, "parameters": model.num_parameters(),
             "training_flops": per_row * rows.batch * steps, "attention_share": 3 * attention / per_row,
