@@ -26,7 +26,7 @@ IGNORED = -100  # the label of a token that is not predicted, as everywhere in P
 
 def next_tokens(labels: Tensor) -> Tensor:
     """Shift labels ``[B, L]`` so that each token has its successor's; the last one of a row has none."""
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
 def logits_loss(
@@ -67,12 +67,21 @@ def head_loss(
         The loss, a scalar in float32 (float64 for float64 inputs). NaN without any target, as in PyTorch.
 
     Raises:
-        ValueError: if the implementation does not exist or cannot run this call, or if a target is no token.
+        ValueError: if the implementation does not exist or cannot run this call, if tokens and targets differ in
+            number, a target is no token, or ``label_smoothing`` no weight.
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"loss_implementation must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {implementation!r}"
         )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must give each of the {list(hidden.shape[:-1])} tokens one, got shape {list(targets.shape)}"
+        )
+    if targets.is_floating_point():
+        raise ValueError(f"labels must be int64, got {targets.dtype}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     total = _IMPLEMENTATIONS[implementation](hidden, head, targets, label_smoothing)
     return total / _items(targets, num_items)
@@ -102,6 +111,8 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
     fused = is_fused(hidden.device, hidden.dtype)
     size = _chunk_tokens(head, FUSED_CHUNK_BYTES // hidden.itemsize if fused else CHUNK_LOGITS)
     found = targets != IGNORED
+    if not len(found):  # of which there is no least label
+        return
     extremes = targets.where(found, 0).aminmax()
     *counts, least, most = torch.stack([*(part.sum() for part in found.split(size)), *extremes]).tolist()
     vocabulary = _vocabulary(head)

@@ -1,12 +1,14 @@
 """The loss without logits: equal to the plain loss and its gradients, and never more logits than a chunk of them."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peak_bytes import TensorWatch
 from peft import LoraConfig, get_peft_model
+from tiny_models import random_tokens, tiny_model
 from torch import nn
 
 from modeling_longnet import head_loss as module
@@ -241,6 +243,25 @@ def test_on_a_gpu_every_implementation_that_is_there_is_right(implementation):
     exact = with_gradients(plain(exact_hidden, exact_head, targets), exact_hidden, exact_head.weight)
     for name, x, truth in zip(("loss", "hidden", "weight"), found, exact):
         assert (x - truth).norm() / truth.norm() < 1e-2, name
+
+
+def test_labels_that_are_not_one_per_token_are_refused():
+    hidden, head, targets = problem()
+    for wrong in (targets[:, 1:], targets[:1], targets.flatten()):
+        reason = f"each of the {list(targets.shape)} tokens one, got shape {list(wrong.shape)}"
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            head_loss(hidden, head, wrong)
+    with pytest.raises(ValueError, match="labels must be int64, got torch.float32"):
+        head_loss(hidden, head, targets.float())
+    model, tokens = tiny_model().train(), random_tokens(2, 8)
+    with pytest.raises(ValueError, match=r"\[2, 3\] tokens one, got shape \[2, 8\]"):
+        model(tokens, labels=tokens, logits_to_keep=3)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
+def test_a_smoothing_that_is_no_weight_is_refused(smoothing):
+    with pytest.raises(ValueError, match=f"label_smoothing must be between 0 and 1, got {smoothing}"):
+        head_loss(*problem(), label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize(("wrong", "reach"), [(VOCABULARY, "0 to 37"), (-1, "-1 to 36")])
