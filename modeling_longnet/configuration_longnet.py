@@ -79,7 +79,7 @@ class LongNetConfig(LlamaConfig):
         **kwargs: any field of ``transformers.LlamaConfig``.
 
     Raises:
-        ValueError: if the pattern is malformed, a field of LongNet's own is misspelt, a layer index does not exist, or
+        ValueError: if the pattern is malformed or given as a preset, a field of LongNet's own is misspelt, a layer index does not exist, or
             the head counts do not fit, or a field needs another backbone.
     """
 
@@ -115,6 +115,10 @@ class LongNetConfig(LlamaConfig):
         # Read from another family's config.json, this is no configuration of that family any more.
         if kwargs.pop("model_type", self.model_type) != self.model_type:
             self.architectures: list[str] | None = None
+        if "preset" in kwargs:
+            rules = DilationPattern.preset(kwargs["preset"], (1,), (1,))
+            fix = ", ".join(f"{name}={getattr(rules, name)!r}" for name in PATTERN_FIELDS[2:])
+            raise ValueError(f"LongNetConfig has no field 'preset'; give the rules of {kwargs['preset']!r} as {fix}")
         for name in kwargs:
             own = (
                 *PATTERN_FIELDS,

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 
 HEAD_OFFSETS = ("interleaved", "blocked")
+# The longest segment and rate: positions are counted in 64 bits, and sums of two have to fit.
+LONGEST = 2**62
 WINDOWS = ("segment", "sliding")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,7 +109,8 @@ class DilationPattern:
             ValueError: if the preset is unknown or the branches break its rules.
         """
         _choice("preset", name, tuple(PRESETS))
-        return cls(tuple(segment_lengths), tuple(dilation_rates), **PRESETS[name])
+        segment_lengths = _positive_integers("segment_lengths", segment_lengths)
+        return cls(segment_lengths, _positive_integers("dilation_rates", dilation_rates), **PRESETS[name])
 
     @classmethod
     def geometric(
@@ -121,7 +124,7 @@ class DilationPattern:
             ValueError: if ``ratio < 2`` or ``last_segment`` is not ``first_segment`` times a power of ``ratio``.
         """
         for name, value in (("first_segment", first_segment), ("last_segment", last_segment), ("ratio", ratio)):
-            _positive_integers(name, (value,))
+            _positive_integer(name, value)
         if ratio < 2:
             raise ValueError(f"ratio must be at least 2, got {ratio}")
         segment_lengths = [first_segment]
@@ -177,7 +180,7 @@ class DilationPattern:
         Raises:
             ValueError: if ``num_kv_heads`` is not positive.
         """
-        _positive_integers("num_kv_heads", (num_kv_heads,))
+        _positive_integer("num_kv_heads", num_kv_heads)
         return [[self.offset(i, g, num_kv_heads) for g in range(num_kv_heads)] for i in range(len(self.branches))]
 
     def reach(self, position: int, kv_head: int, is_causal: bool = True, num_kv_heads: int | None = None) -> list[int]:
@@ -383,9 +386,20 @@ def _positive_integers(name: str, values: object) -> tuple[int, ...]:
     if not values:
         raise ValueError(f"{name} is empty; a pattern needs at least one branch")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_positive_integer(value):
             raise ValueError(f"{name} must hold positive integers, got {value!r} in {list(values)}")
+        if value > LONGEST:
+            raise ValueError(f"{name} must hold at most 2^62 (positions are counted in 64 bits), got {value}")
     return tuple(values)
+
+
+def _positive_integer(name: str, value: object) -> None:
+    if not _is_positive_integer(value):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:

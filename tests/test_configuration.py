@@ -45,12 +45,22 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"local_layers": [0, 1], "dense_layers": [1]}, "layer 1 is named by dense_layers and by local_layers"),
         ({"layers_without_rope": [-1]}, "layers_without_rope names layer -1"),
         ({"dense_layer": [0]}, "'dense_layer'; did you mean 'dense_layers'"),
+        ({"segment_lengths": [8, 16, 2**62 + 1]}, "segment_lengths must hold at most 2.62 .* got 4611686018427387905"),
         ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),
     ],
 )
 def test_bad_values_raise_with_the_numbers_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+def test_a_preset_is_given_as_its_rules():
+    with pytest.raises(
+        ValueError, match="no field 'preset'; give .* 'retrofit' as .*dilate_queries=False, window='sl"
+    ):
+        LongNetConfig(preset="retrofit")
+    with pytest.raises(ValueError, match="preset must be one of 'paper', 'torchscale', 'retrofit', got 'dense'"):
+        LongNetConfig(preset="dense")
 
 
 @pytest.mark.parametrize("fields", [{"segment_lengths": "8"}, {"count_overlaps": "yes"}, {"window": 3}])

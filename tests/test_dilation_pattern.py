@@ -79,7 +79,7 @@ def test_geometric_multiplies_length_and_rate_by_the_ratio():
         ((2048, 1000), ["last_segment 1000", "first_segment 2048", "use 2048"]),
         ((3, 28, 3), ["last_segment 28", "ratio 3", "use 27 or 81"]),
         ((4, 8, 1), ["ratio", "at least 2", "got 1"]),
-        ((0, 8), ["first_segment", "positive integers", "got 0"]),
+        ((0, 8), ["first_segment", "a positive integer", "got 0"]),
         ((4, -8), ["last_segment", "got -8"]),
         ((4, 8, 2, "longnet"), ["preset", "'paper'", "'torchscale'", "'retrofit'", "'longnet'"]),
     ],
@@ -102,6 +102,7 @@ def test_geometric_refuses_with_numbers_and_fix(arguments, fragments):
         ({"segment_lengths": "48"}, ["segment_lengths", "list or tuple", "got '48'"]),
         ({"dilation_rates": [1, -2]}, ["dilation_rates", "got -2 in [1, -2]"]),
         ({"dilation_rates": [True, 2]}, ["dilation_rates", "got True"]),
+        ({"segment_lengths": [4, 2**62 + 1]}, ["segment_lengths", "at most 2^62", "got 4611686018427387905"]),
         ({"head_offsets": "paper"}, ["head_offsets", "'interleaved', 'blocked'", "got 'paper'"]),
         ({"window": "global"}, ["window", "'segment', 'sliding'", "got 'global'"]),
         ({"count_overlaps": 1}, ["count_overlaps", "True or False", "got 1"]),
@@ -109,9 +110,14 @@ def test_geometric_refuses_with_numbers_and_fix(arguments, fragments):
     ],
 )
 def test_malformed_fields_are_refused_with_the_value_and_the_choices(fields, fragments):
+    fields = {"segment_lengths": [4, 8], "dilation_rates": [1, 2]} | fields
     with pytest.raises(ValueError) as error:
-        DilationPattern(**{"segment_lengths": [4, 8], "dilation_rates": [1, 2]} | fields)
+        DilationPattern(**fields)
     assert_message(error, fragments)
+    if len(fields) == 2:  # the branches alone
+        with pytest.raises(ValueError) as error:
+            DilationPattern.preset("paper", **fields)
+        assert_message(error, fragments)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,7 @@ def test_reach_refuses_with_the_numbers(arguments, fragments):
 
 
 def test_offsets_refuse_no_heads():
-    with pytest.raises(ValueError, match="num_kv_heads must hold positive integers, got 0"):
+    with pytest.raises(ValueError, match="num_kv_heads must be a positive integer, got 0"):
         DilationPattern([4], [1]).offsets(0)
 
 
