@@ -1,5 +1,7 @@
 """The bounded KV cache: it forgets what no future query can reach."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -142,7 +144,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             if num_tokens == 1:
                 rows = self.once(positions, (num_kv_heads, "rows"), self._rows)
                 self._write_one(key_states, value_states, positions, places, rows)
-            else:
+            elif num_tokens:
                 takers = self.once(
                     positions, (slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
                 )
@@ -494,12 +496,15 @@ class LongNetCache(Cache):
         enlarges: allocate anew where more than ``max_length`` tokens come, instead of refusing them.
 
     Raises:
-        ValueError: if ``max_length`` is not positive, or fixed addresses meet offloading.
+        ValueError: if the config is no ``LongNetConfig``, ``max_length`` is not positive, or fixed addresses meet
+            offloading.
     """
 
     def __init__(
         self, config: PretrainedConfig, offloading: bool = False, max_length: int | None = None, enlarges: bool = False
     ):
+        if not hasattr(config, "layer_pattern"):
+            raise ValueError(f"LongNetCache needs a LongNetConfig, got {type(config).__name__}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1 token, got {max_length}")
         if max_length is not None and offloading:
@@ -515,6 +520,25 @@ class LongNetCache(Cache):
     def is_empty(self) -> bool:
         """Whether no token has come yet; known without waiting for the device."""
         return self.layers[0].is_empty
+
+    def check_fits(self, config: PretrainedConfig) -> None:
+        """Refuse to serve a model whose layers reach other keys than the cache was made to hold.
+
+        Raises:
+            ValueError: if the number of layers or a layer's pattern differs.
+        """
+        if len(self.layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"the cache has {len(self.layers)} layers, the model {config.num_hidden_layers}; make it of the model's "
+                "config"
+            )
+        for i, layer in enumerate(self.layers):
+            # Field by field: code loaded with a checkpoint may hold the class twice.
+            if dataclasses.astuple(layer.pattern) != dataclasses.astuple(config.layer_pattern(i)):
+                raise ValueError(
+                    f"layer {i} of the cache holds the keys of {layer.pattern}, the model reaches those of "
+                    f"{config.layer_pattern(i)}; make the cache of the model's config"
+                )
 
     def reserve(self, num_tokens: int) -> None:
         """Make sure that so many more tokens fit; waits for the device unless any number does.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import left_padding, random_tokens, tiny_model
 
-from modeling_longnet import cached_attention
+from modeling_longnet import LongNetCache, cached_attention
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -227,6 +227,37 @@ def test_cropping_what_was_dropped_is_refused():
         cache.crop(-60)
     with pytest.raises(ValueError, match="negative integer, got 5"):
         cache.layers[0].crop(5)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["history", "recorded"])
+@pytest.mark.parametrize("branches", [((8, 16, 32), (1, 2, 4)), ((30, 32), (1, 1))], ids=["nested", "not nested"])
+@pytest.mark.parametrize("chunks", [[40], [1] * 7, [5, 1, 1, 9], [70, 1], [60, 1, 3, 1]], ids=str)
+def test_what_a_crop_takes_back_leaves_no_trace(branches, chunks, recorded):
+    segment_lengths, dilation_rates = branches
+    model = tiny_model(segment_lengths=segment_lengths, dilation_rates=dilation_rates, dense_layers=[1])
+    paddings = torch.tensor([0, 3])
+    length = sum(chunks)
+    tokens, others = random_tokens(2, length), random_tokens(2, 45, seed=1)
+    mask = (torch.arange(length + 45) >= paddings[:, None]).long()
+    cache, at = LongNetCache(model.config), 0
+    with torch.no_grad():
+        for i, chunk in enumerate(chunks):
+            if recorded and i == len(chunks) // 2:
+                cache.activate_past_recording()
+            model(tokens[:, at : at + chunk], attention_mask=mask[:, : at + chunk], past_key_values=cache)
+            at += chunk
+        most = min(layer.croppable for layer in cache.layers)
+        assert most >= sum(chunks[len(chunks) // 2 :]) if recorded else most in (0, length)
+        for removed in {1, most // 2, most - 1} if most else ():
+            kept, cropped = length - removed, copy.deepcopy(cache)
+            cropped.crop(-removed)
+            assert cropped.get_seq_length() == kept
+            text = torch.cat([tokens[:, :kept], others], dim=1)
+            expected = model(text, attention_mask=mask[:, : kept + 45]).logits[:, kept:]
+            for new in (slice(0, 1), slice(1, 30), slice(30, 31), slice(31, 45)):
+                of_mask = mask[:, : kept + new.stop]
+                found = model(others[:, new], attention_mask=of_mask, past_key_values=cropped).logits
+                torch.testing.assert_close(found, expected[:, new])
 
 
 def test_another_batch_size_is_refused():
