@@ -107,9 +107,9 @@ class LongNetAttention(LlamaAttention):
                 "cannot follow; train with LongNetTrainer, or with cp_size=1"
             )
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(batch, length, -1, self.head_dim)
-        value = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, G, T, D]
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, G, T, D]
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # [B, H, T, D], [B, G, T, D]
@@ -132,7 +132,7 @@ class LongNetAttention(LlamaAttention):
             query, key, value = (pack(x, layout) for x in (query, key, value))
             out, weights = self._attend_all(query, key, value, layout, dropout)
             out = unpack(out, layout, batch, length)
-        return self.project(out.reshape(batch, length, -1)), weights
+        return self.project(out.flatten(2)), weights
 
     def project(self, heads: Tensor) -> Tensor:
         """Mix the outputs of all heads, ``[B, T, H * D]`` to ``[B, T, hidden_size]``."""

@@ -1,8 +1,8 @@
 """A backend's forward and backward functions as one differentiable operator.
 
 Called plainly it is an ``autograd.Function``, which costs some ten microseconds. Under torch.compile and torch.export
-it is a registered operator, opaque and with known output shapes, so that any length runs in one graph; called plainly,
-that would cost a millisecond of bookkeeping.
+it is a registered operator, opaque and with known output shapes, so that any length runs in one graph, and one without
+memory (device "meta") at all; called plainly, that would cost a millisecond of bookkeeping.
 """
 
 import re
@@ -137,7 +137,7 @@ def attention_operator(
         cu_seqlens: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or query.is_meta:
             return registered(query, key, value, attention_mask, cu_seqlens, *call.flatten())
         return Attention.apply(query, key, value, attention_mask, cu_seqlens, call)
 

@@ -9,7 +9,7 @@ from .dilated_attention_eager import eager_attention
 from .dilated_attention_torch import torch_attention
 from .dilated_attention_triton import triton_attention, triton_refusal
 from .dilation_pattern import DilationPattern
-from .logical_positions import positions_from_cu_seqlens, positions_from_mask
+from .logical_positions import check_cu_seqlens, positions_from_cu_seqlens, positions_from_mask
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def dilated_attention(
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 and half tensors to the autocast dtype where autocast is on, as PyTorch's own attention does."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     lower = (torch.float32, torch.bfloat16, torch.float16)
@@ -182,6 +182,8 @@ def _check_documents(query: Tensor, attention_mask: Tensor | None, cu_seqlens: T
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("give attention_mask or cu_seqlens, not both: leave padding out of packed documents instead")
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise ValueError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
         if tuple(attention_mask.shape) != (batch, length):
             raise ValueError(
                 f"attention_mask must be [batch, length] = {[batch, length]}, got {list(attention_mask.shape)}"
@@ -193,15 +195,4 @@ def _check_documents(query: Tensor, attention_mask: Tensor | None, cu_seqlens: T
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens packs documents into one row: it needs batch size 1, got {batch}")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
-            raise ValueError(
-                "cu_seqlens must be int32 of shape [documents + 1] with at least one document, "
-                f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-            )
-        if not torch.compiler.is_compiling():
-            edges = cu_seqlens.tolist()
-            if edges[0] != 0 or edges[-1] != length:
-                raise ValueError(f"cu_seqlens must run from 0 to the length {length}, got {edges[0]} to {edges[-1]}")
-            for low, high in zip(edges, edges[1:]):
-                if high < low:
-                    raise ValueError(f"cu_seqlens must not decrease, got {low} followed by {high}")
+        check_cu_seqlens(cu_seqlens, length)

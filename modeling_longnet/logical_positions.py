@@ -20,6 +20,33 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     return torch.where(real, real.long().cumsum(-1) - 1, PADDING)
 
 
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
+    """Refuse what does not divide a row into documents; while compiling, by its shape and dtype alone.
+
+    Args:
+        cu_seqlens: ``[n + 1]`` integer, where each document starts, and last the total ``length``.
+        length: number of tokens in the row.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            "cu_seqlens must be int32 of shape [documents + 1] with at least one document, "
+            f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    edges = cu_seqlens.tolist()
+    if edges[0] != 0 or edges[-1] != length:
+        raise ValueError(f"cu_seqlens must run from 0 to the length {length}, got {edges[0]} to {edges[-1]}")
+    for low, high in zip(edges, edges[1:]):
+        if high < low:
+            raise ValueError(f"cu_seqlens must not decrease, got {low} followed by {high}")
+
+
 def positions_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Number the tokens of packed documents, each from 0.
 

@@ -147,11 +147,18 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         given_embeds = inputs_embeds
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.ndim != 3:
+            raise ValueError(
+                "input_ids must be [batch, tokens] or inputs_embeds [batch, tokens, hidden_size], got "
+                f"{list((inputs_embeds if input_ids is None else input_ids).shape)}"
+            )
         if past_key_values is not None and not hasattr(past_key_values, "next_positions"):
             raise ValueError(
                 f"LongNet needs a LongNetCache, got {type(past_key_values).__name__}: other caches do not know which "
                 "keys the pattern reaches; leave past_key_values out to get the right one"
             )
+        if past_key_values is not None and past_key_values.is_empty:
+            past_key_values.check_fits(self.config)
         if cu_seq_lens_q is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
             refusal = decoding_refusal(self, past_key_values, inputs_embeds.shape[1], kwargs)
             if refusal is None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .logical_positions import positions_from_cu_seqlens
+from .logical_positions import check_cu_seqlens, positions_from_cu_seqlens
 from .sequence_group import all_gather, as_process_group, require_agreement, talk
 
 
@@ -52,6 +52,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
 
     cu_seqlens = batch.pop("cu_seq_lens_q", None)
     if cu_seqlens is not None and "position_ids" not in batch:
+        check_cu_seqlens(cu_seqlens, length)
         batch["position_ids"] = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)[0]
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == (num_rows, length):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
-from .logical_positions import PADDING, positions_from_cu_seqlens, positions_from_mask
+from .logical_positions import PADDING, check_cu_seqlens, positions_from_cu_seqlens, positions_from_mask
 from .sequence_group import current_group, require_agreement
 from .sequence_shares import Part, SequenceSlice, find_shares, whole_rows
 
@@ -60,21 +60,30 @@ def locate_tokens(
         attention_mask: ``[B, past + T]``, nonzero = real, or None.
         position_ids: ``[B or 1, T]`` or None. Where the cache is empty, a token whose position does not follow the
             real token before it starts a new document.
-        cu_seqlens: ``[documents + 1]`` starts of packed documents (B == 1), or None.
+        cu_seqlens: ``[documents + 1]`` starts of packed documents in the rows laid end to end, or None.
         cache: the cache in use, or None.
         config: the model's.
 
     Raises:
-        ValueError: if the mask has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
+        ValueError: if an input has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
             if the ranks of a group disagree, or go on with a cache.
     """
     batch, length = shape
     begins = cache is None or cache.is_empty
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids must be [batch, tokens] = {[batch, length]} or {[1, length]}, got {list(position_ids.shape)}"
+        )
     if attention_mask is not None:
         if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
             raise ValueError(
                 f"attention_mask must be [batch, past + new tokens], here {[batch, length]} or wider, "
                 f"got {list(attention_mask.shape)}"
+            )
+        if begins and attention_mask.shape[1] != length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and there are none before "
+                "them; give one column per token"
             )
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
@@ -90,6 +99,8 @@ def locate_tokens(
         raise ValueError(
             "cu_seq_lens_q and an attention_mask with padding exclude one another: leave padding out of packed documents"
         )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch * length)
     if cu_seqlens is None and position_ids is not None and begins and length > 1:
         cu_seqlens, real_tokens = _documents_from_position_ids(position_ids, attention_mask, shape)
     else:

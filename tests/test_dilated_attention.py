@@ -682,6 +682,8 @@ PACKED = {"query": (1, 4, 6, 8), "key": (1, 2, 6, 8), "value": (1, 2, 6, 8)}
             ["cu_seqlens", "[0]"],
             id="cu-seqlens-empty",
         ),
+        pytest.param(tensors(**PACKED, cu_seqlens=[0, 6]), ["cu_seqlens", "tensor", "list"], id="cu-seqlens-type"),
+        pytest.param(tensors(attention_mask=[[1] * 6] * 2), ["attention_mask", "tensor", "list"], id="mask-type"),
         pytest.param(
             tensors(
                 **PACKED, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), attention_mask=torch.ones(1, 6).bool()
@@ -707,6 +709,18 @@ def test_bad_arguments_are_refused_with_the_numbers(arguments, fragments):
     message = str(error.value)
     missing = [fragment for fragment in fragments if fragment not in message]
     assert not missing, f"{missing} missing in: {message}"
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager", "auto"])
+def test_without_memory_it_gives_shapes_at_any_length(backend):
+    length = 50 if backend == "eager" else 2**24
+    query = torch.empty(1, 4, length, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    key = torch.empty(1, 2, length, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out, lse = dilated_attention(query, key, key, PAPER, backend=backend, return_lse=True)
+    out.sum().backward()
+    assert out.is_meta and out.shape == query.shape and out.dtype == torch.bfloat16
+    assert lse.shape == query.shape[:3] and lse.dtype == torch.float32
+    assert query.grad.shape == query.shape and key.grad.shape == key.shape
 
 
 def test_options_are_keywords_only():

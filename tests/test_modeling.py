@@ -14,6 +14,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_longnet import (
+    LongNetCache,
     LongNetForCausalLM,
     LongNetForQuestionAnswering,
     LongNetForSequenceClassification,
@@ -195,6 +196,87 @@ def test_packed_documents_and_padding_are_refused_together():
 def test_other_caches_are_refused():
     with pytest.raises(ValueError, match="needs a LongNetCache, got DynamicCache"):
         tiny_model()(random_tokens(1, 4), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"num_hidden_layers": 1}, "the cache has 1 layers, the model 2; make it of the model's config"),
+        (
+            {"segment_lengths": (8, 32), "dilation_rates": (1, 4)},
+            r"layer 0 of the cache holds .*\(8, 32\).*\(8, 16, 32\)",
+        ),
+        ({"dense_layers": [1]}, r"layer 1 of the cache holds .*\(4611686018427387904,\)"),
+    ],
+)
+def test_a_cache_made_for_other_layers_is_refused(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        tiny_model()(random_tokens(1, 4), past_key_values=LongNetCache(tiny_config("paper", **fields)))
+
+
+def test_a_cache_is_made_of_a_longnet_config():
+    with pytest.raises(ValueError, match="needs a LongNetConfig, got LlamaConfig"):
+        LongNetCache(LlamaConfig(num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("columns", [9, 16])
+def test_a_mask_of_tokens_that_never_were_is_refused(columns):
+    model, tokens = tiny_model(), random_tokens(2, 8)
+    reason = f"attention_mask has {columns} columns for 8 tokens, and there are none before them"
+    for cache in (None, LongNetCache(model.config)):
+        with pytest.raises(ValueError, match=reason):
+            model(tokens, attention_mask=torch.ones(2, columns), past_key_values=cache)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 7), (3, 8), (2, 9)])
+def test_positions_of_the_wrong_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"position_ids must be \[batch, tokens\] = \[2, 8\] or \[1, 8\], got "):
+        tiny_model()(random_tokens(2, 8), position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("starts", "reason"),
+    [
+        ([0, 5], "must run from 0 to the length 8, got 0 to 5"),
+        ([0, 5, 12], "must run from 0 to the length 8, got 0 to 12"),
+        ([1, 8], "must run from 0 to the length 8, got 1 to 8"),
+        ([0, 6, 4, 8], "must not decrease, got 6 followed by 4"),
+    ],
+)
+def test_starts_that_do_not_divide_the_tokens_are_refused(implementation, starts, reason):
+    model = tiny_model(attn_implementation=implementation)
+    with pytest.raises(ValueError, match=f"cu_seqlens {reason}"):
+        model(random_tokens(1, 8), cu_seq_lens_q=torch.tensor(starts), use_cache=False)
+    with pytest.raises(ValueError, match="cu_seqlens must be a tensor, got list"):
+        model(random_tokens(1, 8), cu_seq_lens_q=starts, use_cache=False)
+
+
+def test_tokens_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"input_ids must be \[batch, tokens\] .* got \[8\]"):
+        tiny_model()(random_tokens(1, 8)[0])
+    with pytest.raises(ValueError, match=r"inputs_embeds \[batch, tokens, hidden_size\], got \[8, 32\]"):
+        tiny_model()(inputs_embeds=torch.zeros(8, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_no_rows_or_no_tokens_give_no_logits(implementation, batch, length):
+    model = tiny_model(attn_implementation=implementation)
+    tokens = random_tokens(batch, length)
+    logits = model(tokens).logits
+    assert logits.shape == (batch, length, model.config.vocab_size)
+    loss = model.train()(tokens, labels=tokens, num_items_in_batch=1).loss
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_without_memory_the_shapes_are_known(implementation):
+    with torch.device("meta"):
+        model = tiny_model("retrofit", attn_implementation=implementation)
+    logits = model(random_tokens(2, 50).to("meta")).logits
+    assert logits.is_meta and logits.shape == (2, 50, model.config.vocab_size)
 
 
 @pytest.mark.parametrize("mask_shape", [(2, 5), (3, 8), (2, 1, 8, 8)])
