@@ -1,5 +1,7 @@
 """Where tokens stand in the cache: one slot each, never taken over while a query can reach what stands there."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +35,22 @@ def test_what_a_query_reaches_stands_in_slots_of_its_own(pattern, length, num_kv
                 raise AssertionError(f"token {position} is kept by branches {kept} and has no slot")
             for u in pattern.reach(position, head, True, num_kv_heads):
                 assert u < start or u in held.values(), f"query {position} misses {u}"
+
+
+@pytest.mark.parametrize("window", ["segment", "sliding"])
+@pytest.mark.parametrize("second", [None, (7, 3), (16, 4), (11, 2)], ids=str)
+def test_nothing_takes_a_slot_while_a_query_can_reach_what_stands_there(window, second):
+    for branch in itertools.product(range(1, 13), range(1, 7)):
+        pattern = DilationPattern(*zip(*filter(None, (branch, second))), dilate_queries=False, window=window)
+        longest = max(pattern.segment_lengths)
+        for length in (longest, longest + 3, 2 * longest + 1):
+            places = plan_slots(pattern, length).locate(torch.arange(3 * longest + 7)[None, None], 2)
+            for head in range(2):
+                held = {}
+                for position, slot in enumerate(places.slots[0, head].tolist()):
+                    before, held[slot] = held.get(slot), position
+                    if before is not None:
+                        assert before not in pattern.reach(position, head), (pattern, length, slot, before, position)
 
 
 @given(pattern=patterns(), length=st.integers(1, 200))
