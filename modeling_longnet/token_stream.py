@@ -3,14 +3,10 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache_longnet import LongNetCache
-
-
-# Logits are made and used up in tiles of at most this many numbers.
-LOGITS_PER_TILE = 2**26
+from .head_loss import token_losses
 
 
 class TokenStream:
@@ -59,19 +55,13 @@ class TokenStream:
             raise ValueError(f"tokens must be [batch, at least one token], got {list(tokens.shape)}")
         hidden = self.model.model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
         losses = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=hidden.device)
+        head = self.model.lm_head
         if self.last_hidden_state is not None:
-            losses[:, :1] = self._losses(self.last_hidden_state, tokens[:, :1])
-        tile = max(1, LOGITS_PER_TILE // (len(tokens) * self.model.config.vocab_size))
-        for first in range(1, tokens.shape[1], tile):
-            last = min(first + tile, tokens.shape[1])
-            losses[:, first:last] = self._losses(hidden[:, first - 1 : last - 1], tokens[:, first:last])
+            losses[:, :1] = token_losses(self.last_hidden_state, head, tokens[:, :1])
+        losses[:, 1:] = token_losses(hidden[:, :-1], head, tokens[:, 1:])
         self.last_hidden_state = hidden[:, -1:].clone()  # not a view, which would keep the chunk alive
         self.position += tokens.shape[1]
         return losses
-
-    def _losses(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
-        logits = self.model.lm_head(hidden_states).float()
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that the next losses depend on besides the model, as tensors that ``load_state_dict`` takes."""
