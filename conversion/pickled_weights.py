@@ -32,6 +32,7 @@ def read_pickle(path: Path) -> object:
         raise ValueError(
             f"{path} is not a zip archive of torch's: truncated, or saved before torch 1.6; re-save it as safetensors"
         )
+    _records(path)  # before torch, which dies of swapping the bytes of tensors that have none
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="meta", weights_only=True)

@@ -564,8 +564,11 @@ def spoil_directory(path: Path) -> None:
 
 
 def other_endian(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"little", b"big---"))
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records:
+            archive.writestr(name, b"big" if name.endswith("/byteorder") else content)
 
 
 def edit_bin(change):
@@ -608,10 +611,10 @@ BAD_SOURCES = {
     "pickle truncated": (spoil_bin(truncate), "pytorch_model.bin is not a zip archive of torch's: truncated"),
     "pickle of old": (spoil_bin(lambda path: torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False)),
                       "saved before torch 1.6"),
-    "pickle compressed": (spoil_bin(compress), "pytorch_model.bin"),
+    "pickle compressed": (spoil_bin(compress), "pytorch_model.bin is compressed, which torch's files never are"),
     "pickle rearranged": (spoil_bin(swap_records), "has no place of its own"),
     "pickle unlisted": (spoil_bin(spoil_directory), "pytorch_model.bin is not a whole checkpoint of torch's"),
-    "pickle of big ends": (spoil_bin(other_endian), "pytorch_model.bin"),
+    "pickle of big ends": (spoil_bin(other_endian), "pytorch_model.bin was saved on a big-endian machine"),
     "pickled list": (spoil_bin(lambda path: torch.save([torch.ones(2)], path)), "holds no state dict"),
     "pickle transposed": (edit_bin(lambda x: x.update({Q_PROJ: x[Q_PROJ].T})), f"{Q_PROJ} in "),
     "pickle lacks one": (edit_bin(lambda x: x.pop(Q_PROJ)), f"lack the tensor {Q_PROJ}"),

@@ -12,7 +12,7 @@ from strategies import Call, calls
 from torch import Tensor
 from torch.testing import assert_close
 
-from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet import DilationPattern, dilated_attention, dilated_attention_torch
 from modeling_longnet.dilated_attention_torch import _CudaEfficientKernel
 
 
@@ -137,6 +137,22 @@ def test_longer_inputs_than_the_longest_segment_equal_the_definition(backend, pa
     tensors, (cotangent, _) = call.tensors(), call.cotangents()
     expected = evaluate(by_definition(pattern, is_causal=is_causal), tensors, cotangent)
     assert_same(evaluate(operator(pattern, backend, is_causal=is_causal), tensors, cotangent), expected)
+
+
+@pytest.mark.parametrize("scores_per_chunk", [1, 50, 400])
+@pytest.mark.parametrize("pattern", [PAPER, RETROFIT, UNEVEN, SPARSE], ids=lambda p: f"{p.segment_lengths}")
+def test_many_blocks_and_scores_are_computed_a_part_at_a_time(pattern, scores_per_chunk, monkeypatch):
+    call = random_call(pattern, 70)
+    tensors, cotangents = call.tensors(), call.cotangents()
+    expected = evaluate(by_definition(pattern), tensors, *cotangents)
+    monkeypatch.setattr(dilated_attention_torch, "BLOCKS_PER_CALL", 3)
+    monkeypatch.setattr(dilated_attention_torch, "SCORES_PER_CHUNK", scores_per_chunk)
+    # The gradient through lse takes the plain kernel, which makes scores.
+    assert_same(evaluate(operator(pattern, "torch"), tensors, *cotangents), expected)
+    assert_same(
+        evaluate(operator(pattern, "torch"), tensors, cotangents[0]),
+        evaluate(by_definition(pattern), tensors, cotangents[0]),
+    )
 
 
 def test_the_memory_efficient_kernel_gets_rows_of_lse_one_behind_the_other(monkeypatch):
