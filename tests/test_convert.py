@@ -769,6 +769,34 @@ def test_two_conversions_to_one_target_do_not_mix(source, tmp_path):
     assert not (tmp_path / "target" / "rest_of_a_killed_run").exists()
 
 
+def test_a_folder_that_went_between_opening_and_locking_is_made_anew(source, tmp_path, monkeypatch):
+    lock, target, partial = fcntl.flock, tmp_path / "target", tmp_path / ".target.partial"
+
+    def lock_too_late(descriptor, operation):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        partial.rename(tmp_path / "published")  # as the previous holder does in the end
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    convert_checkpoint(source, target, **QUIET)
+    assert (target / "config.json").exists() and not any((tmp_path / "published").iterdir())
+
+
+def test_all_is_on_disk_before_it_appears(source, tmp_path, monkeypatch):
+    target, synced = tmp_path / "target", []
+
+    def record(descriptor):
+        assert not target.exists() or synced[-1] != tmp_path
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", record)
+    convert_checkpoint(source, target, **QUIET)
+    written = {path.relative_to(target) for path in target.rglob("*")} | {Path(".")}
+    partial = tmp_path / ".target.partial"
+    assert {path.relative_to(partial) for path in synced[:-1]} >= written
+    assert synced[-1] == tmp_path  # the new name itself
+
+
 def test_a_disk_without_room_is_noticed_before_writing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(ValueError, match="10 kB free, but the weights need 136 kB"):

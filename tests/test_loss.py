@@ -137,6 +137,25 @@ def test_no_more_logits_than_a_chunk_are_ever_made():
     assert watch.largest == 800 * VOCABULARY  # the watch sees what there is to see
 
 
+def test_a_vocabulary_larger_than_a_chunk_is_taken_a_token_at_a_time(monkeypatch):
+    hidden, head, targets = problem()
+    expected = with_gradients(plain(hidden, head, targets), hidden, head.weight)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", VOCABULARY // 2)
+    found = with_gradients(head_loss(hidden, head, targets), hidden, head.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_in_float16_a_mean_over_many_tokens_is_no_division_by_infinity():
+    hidden, head, targets = problem(torch.float16)
+    hidden = (hidden.detach() * 1000).requires_grad_()
+    exact_head, exact_hidden = copy.deepcopy(head).double(), hidden.detach().double().requires_grad_()
+    items = 10**8  # 1 / items is 0 in float16
+    (found,) = torch.autograd.grad(head_loss(hidden, head, targets, num_items=items), head.weight)
+    exact = plain(exact_hidden, exact_head, targets) * (targets != IGNORED).sum() / items
+    (truth,) = torch.autograd.grad(exact, exact_head.weight)
+    assert (found - truth).norm() / truth.norm() < 1e-2
+
+
 def test_tokens_without_target_are_not_multiplied_with_the_head():
     hidden, head, targets = problem(length=400)
     targets.fill_(IGNORED)
