@@ -1,5 +1,6 @@
 """Converting checkpoints: the converted model is the source, the target appears whole or not at all."""
 
+import contextlib
 import ctypes
 import dataclasses
 import fcntl
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import conversion.pipeline
+import conversion.steps
 import conversion.verify
 import conversion.weights
 from conversion import convert_checkpoint
@@ -802,6 +804,36 @@ def test_a_disk_without_room_is_noticed_before_writing(source, tmp_path, monkeyp
     with pytest.raises(ValueError, match="10 kB free, but the weights need 136 kB"):
         convert_checkpoint(source, tmp_path / "target", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+
+    def copy_while_another_publishes(tensors, folder, *args):
+        make_checkpoint(target)
+        return conversion.weights.copy_weights(tensors, folder, *args)
+
+    monkeypatch.setattr(conversion.pipeline, "copy_weights", copy_while_another_publishes)
+    with pytest.raises(ValueError, match="target exists already"):
+        convert_checkpoint(source, target, **QUIET)
+    assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_logits_are_compared_once_more_before_they_count_as_wrong(failures, source, tmp_path, monkeypatch):
+    compare, compared = conversion.steps.compare_logits, []
+
+    def compare_wrongly_at_first(*arguments):
+        found = compare(*arguments)
+        compared.append(found)
+        return dataclasses.replace(found, max_error=1.0) if len(compared) <= failures else found
+
+    monkeypatch.setattr(conversion.steps, "compare_logits", compare_wrongly_at_first)
+    refusal = pytest.raises(ValueError, match="differ from the source's by 1 ")
+    with refusal if failures == 2 else contextlib.nullcontext():
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert len(compared) == 2 and (tmp_path / "target").exists() == (failures == 1)
 
 
 def test_wrong_logits_refuse_the_target(source, tmp_path, monkeypatch):

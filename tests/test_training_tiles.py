@@ -64,6 +64,12 @@ def test_only_what_wants_gradients_gets_them(frozen):
     assert len(found) == {"input": 5, "module": 2, "one weight": 5}[frozen]
 
 
+def test_a_module_that_is_named_twice_has_its_gradient_once():
+    module, x = Mlp().double(), inputs()
+    found = results(lambda x: in_tiles(module, x, [module, module.up]), x, module)
+    torch.testing.assert_close(found, results(module, x, module))
+
+
 def test_dropout_is_drawn_alike_in_the_backward_pass():
     module, x = Mlp(dropout=0.5).double(), inputs()
     torch.manual_seed(3)
