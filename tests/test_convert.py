@@ -650,6 +650,12 @@ BAD_SOURCES = {
 }  # fmt: skip
 
 
+def test_a_padding_token_beyond_the_rows_that_are_read_is_no_obstacle(tmp_path):
+    make_checkpoint(tmp_path / "source", pad_token_id=287)  # the last of the vocabulary, as in Llama 3
+    report = convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    assert report["verification"]["relative_error"] < 1e-5
+
+
 @pytest.mark.parametrize("case", BAD_SOURCES)
 def test_a_bad_source_is_refused_before_anything_is_written(source, tmp_path, case):
     spoil, message = BAD_SOURCES[case]

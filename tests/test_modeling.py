@@ -177,6 +177,28 @@ def test_a_row_that_counts_on_from_the_row_before_is_a_document_of_its_own():
         torch.testing.assert_close(packed[1:], model(tokens[1:]).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_a_position_that_leaves_some_out_begins_a_document(attn_implementation):
+    model, tokens = tiny_model(attn_implementation=attn_implementation), random_tokens(1, 30)
+    positions = torch.cat([torch.arange(10), torch.arange(15, 35)])[None]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=positions).logits
+        for part in (slice(0, 10), slice(10, 30)):
+            alone = model(tokens[:, part], position_ids=positions[:, part]).logits
+            torch.testing.assert_close(packed[:, part], alone, **CLOSE)
+
+
+def test_after_tokens_in_a_cache_positions_divide_nothing():
+    model, tokens = tiny_model(), random_tokens(1, 30)
+    positions = torch.cat([torch.arange(10), torch.arange(15, 25), torch.arange(10)])[None]
+    logits = []
+    with torch.no_grad():
+        for chunks in ([10, 20], [10] + [1] * 20):
+            cache, parts = LongNetCache(model.config), zip(tokens.split(chunks, 1), positions.split(chunks, 1))
+            logits.append(torch.cat([model(t, position_ids=p, past_key_values=cache).logits for t, p in parts], dim=1))
+    torch.testing.assert_close(*logits, **CLOSE)
+
+
 def test_packed_documents_and_a_cache_are_refused():
     model = tiny_model()
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]

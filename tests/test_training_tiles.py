@@ -64,6 +64,16 @@ def test_only_what_wants_gradients_gets_them(frozen):
     assert len(found) == {"input": 5, "module": 2, "one weight": 5}[frozen]
 
 
+def test_weights_whose_gradients_are_one_tensor_have_sums_of_their_own():
+    module, x = nn.Module(), inputs()
+    module.one, module.other = (nn.Parameter(torch.randn(HIDDEN, dtype=torch.float64)) for _ in range(2))
+
+    def scaled(x):
+        return x * (module.one + module.other)
+
+    torch.testing.assert_close(results(lambda x: in_tiles(scaled, x, [module]), x, module), results(scaled, x, module))
+
+
 def test_a_module_that_is_named_twice_has_its_gradient_once():
     module, x = Mlp().double(), inputs()
     found = results(lambda x: in_tiles(module, x, [module, module.up]), x, module)
