@@ -197,14 +197,29 @@ def test_a_copy_goes_its_own_way():
         torch.testing.assert_close(output, model(tokens).logits[:, 50:], **CLOSE)
 
 
-def test_reset_forgets_everything():
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_reset_forgets_everything(max_length):
     model, tokens = tiny_model(), random_tokens(2, 50)
+    cache = LongNetCache(model.config, max_length=max_length)
     with torch.no_grad():
-        _, cache = decode(model, random_tokens(2, 40, seed=1), None, [40])
+        model(random_tokens(2, 40, seed=1), past_key_values=cache)
         cache.reset()
         assert cache.get_seq_length() == 0
-        output = model(tokens, past_key_values=cache).logits
-        torch.testing.assert_close(output, model(tokens, use_cache=False).logits, **CLOSE)
+        output = [model(chunk, past_key_values=cache).logits for chunk in tokens.split([10, 25, 1, 14], dim=1)]
+        torch.testing.assert_close(torch.cat(output, dim=1), model(tokens, use_cache=False).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_gradients_go_through_what_is_held(max_length):
+    model, tokens = tiny_model(), random_tokens(2, 50)
+    gradients = []
+    for chunks in ([50], [20, 1, 1, 28]):
+        cache = LongNetCache(model.config, max_length=max_length)
+        embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+        parts = embeddings.split(chunks, dim=1)
+        logits = torch.cat([model(inputs_embeds=part, past_key_values=cache).logits for part in parts], dim=1)
+        gradients += torch.autograd.grad(logits.square().mean(), embeddings)
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 def test_rows_can_be_selected_and_repeated():
@@ -219,6 +234,35 @@ def test_rows_can_be_selected_and_repeated():
     torch.testing.assert_close(output, alone.repeat_interleave(2, dim=0), **CLOSE)
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["history", "recorded"])
+def test_selected_rows_can_be_cropped(recorded):
+    model, tokens, rows = tiny_model(), random_tokens(3, 30), torch.tensor([2, 0])
+    mask = left_padding(0, 1, 4, length=30)
+    cache = LongNetCache(model.config)
+    if recorded:
+        cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+        cache.batch_select_indices(rows)
+        cache.crop(-5)  # of which the first row, once the third, has three real ones
+        output = model(tokens[rows, 2:], attention_mask=mask[rows], past_key_values=cache).logits
+        full = model(tokens[rows], attention_mask=mask[rows]).logits[:, 2:]
+    torch.testing.assert_close(output * mask[rows, 2:, None], full * mask[rows, 2:, None], **CLOSE)
+
+
+def test_reordered_rows_stay_where_a_graph_reads_them():
+    model = tiny_model()
+    cache = LongNetCache(model.config, max_length=40)
+    with torch.no_grad():
+        model(random_tokens(2, 20), past_key_values=cache)
+        names = ("keys", "values", "key_positions", "key_branches", "seen")
+        before = [{name: getattr(layer, name).data_ptr() for name in names} for layer in cache.layers]
+        held = cache.layers[0].keys.clone()
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert [{name: getattr(layer, name).data_ptr() for name in names} for layer in cache.layers] == before
+    assert torch.equal(cache.layers[0].keys, held.flip(0)) and not torch.equal(held, held.flip(0))
+
+
 def test_cropping_what_was_dropped_is_refused():
     model = tiny_model()
     with torch.no_grad():
@@ -227,6 +271,16 @@ def test_cropping_what_was_dropped_is_refused():
         cache.crop(-60)
     with pytest.raises(ValueError, match="negative integer, got 5"):
         cache.layers[0].crop(5)
+    model = tiny_model(dense_layers=[0])
+    with torch.no_grad():
+        _, cache = decode(model, random_tokens(1, 60), None, [60])
+    with pytest.raises(ValueError, match="cannot take back 3 tokens"):
+        cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [60, 60]
+    loaded = LongNetCache(model.config)
+    loaded.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="cannot take back 3 tokens: only the last 0"):
+        loaded.layers[0].crop(-3)
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["history", "recorded"])
