@@ -1,5 +1,7 @@
 """Logical positions: the index of a real token inside its own document, from a padding mask or packed lengths."""
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
             "cu_seqlens must be int32 of shape [documents + 1] with at least one document, "
             f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _LastChecked.is_it(cu_seqlens, length):
         return
     edges = cu_seqlens.tolist()
     if edges[0] != 0 or edges[-1] != length:
@@ -45,6 +47,26 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
     for low, high in zip(edges, edges[1:]):
         if high < low:
             raise ValueError(f"cu_seqlens must not decrease, got {low} followed by {high}")
+    _LastChecked.remember(cu_seqlens, length)
+
+
+class _LastChecked:
+    """The last starts of documents that were found right: the next layer need not wait for the device again."""
+
+    found: tuple[weakref.ref[Tensor], int, int] | None = None
+
+    @classmethod
+    def is_it(cls, cu_seqlens: Tensor, length: int) -> bool:
+        """Whether this very tensor was checked for this length, and not written to since."""
+        if cls.found is None or cu_seqlens.is_inference():  # whose writes nobody counts
+            return False
+        tensor, version, of_length = cls.found
+        return tensor() is cu_seqlens and (version, of_length) == (cu_seqlens._version, length)
+
+    @classmethod
+    def remember(cls, cu_seqlens: Tensor, length: int) -> None:
+        if not cu_seqlens.is_inference():
+            cls.found = weakref.ref(cu_seqlens), cu_seqlens._version, length
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:

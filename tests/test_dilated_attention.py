@@ -749,3 +749,27 @@ def test_options_are_keywords_only():
 def test_triton_without_cuda_raises_with_the_reason():
     with pytest.raises((ValueError, RuntimeError), match='backend="triton"'):
         dilated_attention(*tensors().values(), PAPER, backend="triton")
+
+
+def test_starts_of_documents_are_read_once_until_they_change(monkeypatch):
+    reads = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or to_list(x))
+    q = torch.randn(1, 2, 8, 4)
+    pattern = DilationPattern((4,), (1,))
+    attend = lambda x, starts: dilated_attention(x, x, x, pattern, cu_seqlens=starts, backend="eager")  # noqa: E731
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    for _ in range(3):
+        attend(q, starts)
+    assert len(reads) == 1
+    with pytest.raises(ValueError, match="from 0 to the length 6"):
+        attend(q[:, :, :6], starts)
+    starts[1] = 9
+    with pytest.raises(ValueError, match="must not decrease, got 9 followed by 8"):
+        attend(q, starts)
+    with torch.inference_mode():
+        starts = torch.tensor([0, 3, 8])
+        attend(q, starts)
+        starts[1] = 9
+        with pytest.raises(ValueError, match="must not decrease"):
+            attend(q, starts)
