@@ -1,6 +1,7 @@
 """The bounded KV cache: it forgets what no future query can reach."""
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,26 @@ from .once_per_pass import OncePerPass
 
 
 SMALLEST_GROWTH = 64  # tokens
+
+
+class ChunkPlan(NamedTuple):
+    """What the layers of one plan of slots share when they take in a chunk of tokens.
+
+    ``rows``: which entry each slot holds from now on, of those that the chunk attends to. ``positions, branches``: of
+    the slots then. All ``[B, G, capacity + 1]``.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    branches: Tensor
+
+
+# Keys, values, positions and branches of what tokens attend to; no branches where nobody may ask for them.
+Attended = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _joined(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(x, dim=2) for x in zip(*parts))
 
 
 class LongNetCacheLayer(CacheLayerMixin):
@@ -66,8 +87,8 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.slots: CacheSlots | None = None
         # Tokens that a crop may take back, not in their slots yet: keys, values [B, G, P, D] and positions [B, P].
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None
-        # Positions and branches of the tensors that update returned last.
-        self.attended_positions = self.attended_branches = None
+        # Positions and branches of the tensors that update returned last; no branches where nobody may need them.
+        self.attended_positions = self._attended_branches = None
         self.columns: int | Tensor = 0  # tokens so far, padding included; a tensor where slots are fixed
         # Positions [B, T] of the tokens in the slots, update by update, until one takes the slot of another.
         self.history: list[Tensor] | None = None if self.is_compileable else []
@@ -79,17 +100,30 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Whether a step of one token is the same graph at every length."""
         return self.max_length is not None
 
+    @property
+    def attended_branches(self) -> Tensor | None:
+        """The branches ``[B, G, S]`` that keep what ``update`` returned last."""
+        if self._attended_branches is None and self.attended_positions is not None:
+            self._attended_branches = self.slots.branches_of(self.attended_positions, self.attended_positions.shape[1])
+        return self._attended_branches
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate an empty cache of the dtype, device and batch of ``key_states [B, G, T, D]``."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self._begin(key_states)
         self.seen = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)
         if self.max_length is not None:
             self._allocate(plan_slots(self.pattern, self.max_length), key_states, value_states)
             self.columns = torch.zeros((), dtype=torch.int64, device=self.device)
-            if not torch.compiler.is_compiling():
-                for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
-                    torch._dynamo.mark_static_address(x)
+            self._fix_addresses()
+
+    def _begin(self, key_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def _fix_addresses(self) -> None:
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
+                torch._dynamo.mark_static_address(x)
 
     def _allocate(self, slots: CacheSlots, key_states: Tensor, value_states: Tensor) -> None:
         self.slots = slots
@@ -104,7 +138,7 @@ class LongNetCacheLayer(CacheLayerMixin):
 
         Args:
             key_states, value_states: ``[B, G, T, D]``.
-            positions: ``[B, T]`` logical positions of the new tokens, -1 for padding.
+            positions: ``[B, T]`` logical positions of the new tokens, -1 for padding: those that follow ``seen``.
 
         Returns:
             ``(keys, values)`` that the new tokens attend to, ``[B, G, S, D]``: what was held before this call and the
@@ -114,46 +148,127 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if there are more tokens than ``max_length``, and than fit.
         """
-        if not self.is_initialized:
+        num_kv_heads, num_tokens = key_states.shape[1:3]
+        in_chunk = num_tokens > 1 and not self.record_past
+        if not self.is_initialized and not in_chunk:
             self.lazy_initialization(key_states, value_states)
-        num_tokens = key_states.shape[2]
-        if self.is_compileable:  # what tokens there are so far is known without waiting, or read once for all layers
-            assert self.slots is not None
-            if not self.slots.is_endless and not torch.compiler.is_compiling():
-                self.reserve(num_tokens, self.once(positions, "columns", lambda: int(self.columns)))
-        else:
-            self._make_room(num_tokens, key_states, value_states)
+        self._provide(num_tokens, positions)
         slots = self.slots
         assert slots is not None
-        key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
-        num_kv_heads = key_states.shape[1]
-        places = self.once(positions, (slots, num_kv_heads), lambda: slots.locate(positions[:, None], num_kv_heads))
-        new = (key_states, value_states, positions)
-        # A single token takes the slot of one that it cannot reach itself: it may attend to the slots as they are.
-        in_place = num_tokens == 1 and not self.record_past and self.pending is None
-        if not in_place:
-            attended = self._beside_new(new, places)
-        self.seen = self._add(self.seen, (positions >= 0).sum(-1))
-        self.columns += num_tokens
+        if self.keys is not None:
+            key_states, value_states = key_states.to(self.keys.dtype), value_states.to(self.values.dtype)
+        elif not in_chunk:
+            self._allocate(slots, key_states, value_states)
         if self.record_past:
-            pending = [new] if self.pending is None else [self.pending, new]
-            self.pending = tuple(torch.cat(x, dim=-1 if x[0].ndim == 2 else -2) for x in zip(*pending))
+            attended = self._record(key_states, value_states, positions)
+        elif in_chunk:
+            self._commit_pending()
+            attended = self._take_in(key_states, value_states, positions)
         else:
             self._commit_pending()
-            self._keep_history(positions)
-            if num_tokens == 1:
-                rows = self.once(positions, (num_kv_heads, "rows"), self._rows)
+            self._count(positions)
+            places = self.once(
+                positions, (slots, num_kv_heads), lambda: slots.locate(positions[:, None], num_kv_heads)
+            )
+            rows = self.once(positions, (num_kv_heads, "rows"), self._rows)
+            if num_tokens:
                 self._write_one(key_states, value_states, positions, places, rows)
-            elif num_tokens:
-                takers = self.once(
-                    positions, (slots, num_kv_heads, "takers"), lambda: self._takers(positions[:, None], places)
-                )
-                self._write(key_states, value_states, positions[:, None], places, takers)
-        if in_place:
-            attended = self._held()
+            attended = self._held()  # it took the slot of one that it cannot reach itself
+        if not self.record_past:
+            self._keep_history(positions)
         self.is_empty = False
-        keys, values, self.attended_positions, self.attended_branches = attended
+        keys, values, self.attended_positions, self._attended_branches = attended
         return keys, values
+
+    def _provide(self, num_tokens: int, positions: Tensor) -> None:
+        """Plan slots, or make them more, so that so many tokens fit."""
+        if not self.is_compileable:
+            self._make_room(num_tokens)
+            return
+        if self.get_max_length() > 0 and not torch.compiler.is_compiling():
+            columns = 0 if self.is_empty else self.once(positions, "columns", lambda: int(self.columns))
+            self.reserve(num_tokens, columns)
+        if self.slots is None:
+            self.slots = plan_slots(self.pattern, self.max_length)
+
+    def _count(self, positions: Tensor) -> None:
+        """Count the tokens at ``positions [B, T]``."""
+        seen = self._seen_after(positions)
+        num_tokens = positions.shape[1]
+        if not self.is_compileable:
+            self.seen = seen
+            self.columns += num_tokens
+        elif self.seen is None:
+            self.seen = seen.clone()
+            self.columns = torch.full((), num_tokens, device=seen.device)
+        else:
+            self.seen.copy_(seen)
+            self.columns += num_tokens
+
+    def _seen_after(self, positions: Tensor) -> Tensor:
+        """Return ``seen`` as it is after the tokens at ``positions [B, T]``, to be read only."""
+        before = self.seen
+
+        def count() -> Tensor:
+            real = (positions >= 0).sum(-1)
+            return real if before is None else before + real
+
+        return self.once(positions, "seen", count)
+
+    def _record(self, key_states: Tensor, value_states: Tensor, positions: Tensor) -> Attended:
+        """Let new entries wait for ``crop``; what is held stays."""
+        assert self.slots is not None
+        slots, num_kv_heads = self.slots, key_states.shape[1]
+        new = (key_states, value_states, positions)
+        waiting = [new] if self.pending is None else [self.pending, new]
+        self.pending = tuple(torch.cat(x, dim=-1 if x[0].ndim == 2 else -2) for x in zip(*waiting))
+        self._count(positions)
+        keys, values, waiting_positions = self.pending
+        waiting_positions = waiting_positions[:, None].expand(-1, num_kv_heads, -1)
+        branches = self.once(
+            positions, (slots, num_kv_heads, "waiting"), lambda: slots.branches_of(waiting_positions, num_kv_heads)
+        )
+        return _joined(self._held(), (keys, values, waiting_positions, branches))
+
+    def _take_in(self, key_states: Tensor, value_states: Tensor, positions: Tensor) -> Attended:
+        """Take in a chunk: every slot is written once, with what it holds from now on."""
+        assert self.slots is not None
+        slots, num_kv_heads = self.slots, key_states.shape[1]
+        new_positions = positions[:, None].expand(-1, num_kv_heads, -1)
+        attended: Attended = (key_states, value_states, new_positions, None)
+        if not self.is_empty:
+            keys, values, *held = self._held()
+            where = self.once(
+                positions, (slots, num_kv_heads, "attended"),
+                lambda: _joined(held, (new_positions, slots.branches_of(new_positions, num_kv_heads))),
+            )  # fmt: skip
+            attended = (*_joined((keys, values), (key_states, value_states)), *where)
+        plan = self.once(positions, (slots, num_kv_heads, "chunk"), lambda: self._plan_chunk(positions, num_kv_heads))
+        self._count(positions)
+        self._hold(attended[0], attended[1], plan)
+        if not self.is_initialized:
+            self._begin(key_states)
+            self._fix_addresses()
+        return attended
+
+    def _plan_chunk(self, positions: Tensor, num_kv_heads: int) -> ChunkPlan:
+        """Plan where the tokens at ``positions [B, T]`` go, before they are counted."""
+        assert self.slots is not None
+        newest, branches = self.slots.newest(self._seen_after(positions), num_kv_heads)
+        # Which of the new tokens is a slot's newest: the nth, negative if none. And in which column that stands.
+        nth = newest if self.seen is None else newest - self.seen[:, None, None]
+        columns = torch.searchsorted((positions >= 0).cumsum(-1), nth.flatten(1), right=True).view_as(nth)
+        if self.seen is None or self.keys is None:
+            return ChunkPlan(columns, newest, branches)
+        is_new = nth >= 0
+        rows = columns
+        if not self.is_empty:
+            held = self._held()[2].shape[2]
+            stays = torch.arange(newest.shape[2], device=newest.device).clamp(max=held - 1)
+            rows = torch.where(is_new, columns + held, stays)
+        return ChunkPlan(
+            rows, torch.where(is_new, newest, self.key_positions), torch.where(is_new, branches, self.key_branches)
+        )
 
     def adopt(self, keys: Tensor, values: Tensor, key_positions: Tensor, seen: Tensor, columns: int) -> None:
         """Take in, while empty, all that later queries can reach of tokens that others have read.
@@ -174,11 +289,11 @@ class LongNetCacheLayer(CacheLayerMixin):
         if self.is_compileable:
             self.reserve(columns, 0)
         else:
-            self._make_room(columns, keys, values)
+            self._make_room(columns)
         self.seen = self._add(self.seen, seen.to(self.seen.device))
         self.columns += columns
         self.history = None
-        self._relocate(keys, values, key_positions)
+        self._settle(keys, values, key_positions)
         self.is_empty = False
 
     def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,24 +304,13 @@ class LongNetCacheLayer(CacheLayerMixin):
             used = min(self.columns, used)
         return tuple(x[:, :, :used] for x in (self.keys, self.values, self.key_positions, self.key_branches))
 
-    def _beside_new(self, new: tuple[Tensor, Tensor, Tensor], places: Places) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return keys, values, positions and branches of what is held and of new tokens, one after the other."""
-        assert self.slots is not None
-        num_kv_heads = self.keys.shape[1]
-        parts = [] if self.is_empty else [self._held()]
-        for tokens in (self.pending, new):
-            if tokens is not None:
-                keys, values, positions = tokens
-                branches = (places if tokens is new else self.slots.locate(positions[:, None], num_kv_heads)).branches
-                parts.append((keys, values, positions[:, None].expand(-1, num_kv_heads, -1), branches))
-        return parts[0] if len(parts) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*parts))
-
     def _commit_pending(self) -> None:
         if self.pending is not None:
             keys, values, positions = self.pending
             self.pending = None
             self._keep_history(positions)
-            self._relocate(keys, values, positions[:, None])
+            waiting = (keys, values, positions[:, None].expand(-1, keys.shape[1], -1))
+            self._settle(*_joined(self._held()[:3], waiting))
 
     def _keep_history(self, positions: Tensor) -> None:
         if self.history is not None:
@@ -216,15 +320,19 @@ class LongNetCacheLayer(CacheLayerMixin):
             if self.columns > (self.slots.length if self.slots.is_linear else min(windows)):
                 self.history = None
 
-    def _make_room(self, num_tokens: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Grow the slots where the sequence outgrows them, and put what they held into the new ones."""
+    def _make_room(self, num_tokens: int) -> None:
+        """Grow the slots where the sequence outgrows them."""
         columns = self.columns + num_tokens
-        if self.slots is not None and (self.slots.is_endless or columns <= self.slots.length):
-            return
-        old = None if self.slots is None else (self.keys, self.values, self.key_positions)
-        self._allocate(self._grown(columns), key_states if old is None else old[0], value_states)
-        if old is not None:
-            self._relocate(*old)
+        if self.slots is None or not (self.slots.is_endless or columns <= self.slots.length):
+            self._move_to(self._grown(columns))
+
+    def _move_to(self, slots: CacheSlots) -> None:
+        """Plan with other slots, and put what the old ones hold into them."""
+        self.slots = slots
+        if self.keys is not None:
+            held = (self.keys, self.values, self.key_positions)
+            self.keys = self.values = self.key_positions = self.key_branches = None
+            self._settle(*held)
 
     def reserve(self, num_tokens: int, columns: int) -> None:
         """Make sure that so many more tokens fit into slots of fixed size, after ``columns`` that came.
@@ -240,9 +348,8 @@ class LongNetCacheLayer(CacheLayerMixin):
             raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {needed}")
         self.max_length = max(needed, min(2 * self.max_length, max(self.pattern.segment_lengths)))
         if self.is_initialized:
-            old = (self.keys, self.values, self.key_positions)
-            self._allocate(plan_slots(self.pattern, self.max_length), *old[:2])
-            self._relocate(*old)
+            self._move_to(plan_slots(self.pattern, self.max_length))
+            self._fix_addresses()
 
     def _grown(self, columns: int) -> CacheSlots:
         """Plan slots for so many tokens and some more, as many as the bound allows."""
@@ -255,38 +362,21 @@ class LongNetCacheLayer(CacheLayerMixin):
                 return slots
             more //= 2
 
-    def _write(self, keys: Tensor, values: Tensor, positions: Tensor, places: Places, takers: Tensor) -> None:
-        """Put entries ``[B, G, T, D]`` at ``positions [B, 1 or G, T]`` into their slots.
-
-        Args:
-            takers: ``[B, G, capacity + 1]`` of ``_takers``.
-        """
-        taken, takers = takers >= 0, takers.clamp(min=0)
-        rows = takers[..., None].expand(-1, -1, -1, keys.shape[-1])
-        self._hold("keys", taken[..., None], keys.gather(2, rows))
-        self._hold("values", taken[..., None], values.gather(2, rows))
-        self._hold("key_positions", taken, positions.expand_as(places.slots).gather(2, takers))
-        self._hold("key_branches", taken, places.branches.gather(2, takers))
-
-    def _relocate(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Put any number of entries at ``positions [B, 1 or G, T]`` into their slots."""
-        if keys.shape[2]:
-            assert self.slots is not None
-            places = self.slots.locate(positions, keys.shape[1])
-            self._write(keys, values, positions, places, self._takers(positions, places))
-
-    def _takers(self, positions: Tensor, places: Places) -> Tensor:
-        """Say which of several entries takes each slot, -1 if none: ``[B, G, capacity + 1]``.
-
-        Of several tokens for one slot only the last is within reach of what comes. Nobody takes the last slot.
-        """
+    def _settle(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Let the slots hold what belongs there of the entries at ``positions [B, G, S]``, and nothing else."""
         assert self.slots is not None
-        survives = self.seen[:, None, None] - positions <= places.lifetimes
-        slots = torch.where(survives, places.slots, self.slots.capacity)
-        index = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
-        takers = torch.full_like(self.key_positions, -1).scatter_(2, slots, index)
-        takers[..., -1] = -1
-        return takers
+        if not keys.shape[2]:
+            self._allocate(self.slots, keys, values)
+            return
+        seen = self.seen if self.pending is None else self.seen - (self.pending[2] >= 0).sum(-1)
+        newest, branches = self.slots.newest(seen, keys.shape[1])
+        positions, order = positions.sort(-1)
+        found = torch.searchsorted(positions, newest).clamp(max=positions.shape[2] - 1)
+        stands = positions.gather(2, found) == newest
+        plan = ChunkPlan(
+            order.gather(2, found), torch.where(stands, newest, PADDING), torch.where(stands, branches, 0)
+        )
+        self._hold(keys, values, plan)
 
     def _write_one(
         self, keys: Tensor, values: Tensor, positions: Tensor, places: Places, rows: tuple[Tensor, Tensor]
@@ -316,15 +406,23 @@ class LongNetCacheLayer(CacheLayerMixin):
         device = self.keys.device
         return torch.arange(batch, device=device)[:, None], torch.arange(num_kv_heads, device=device)[None]
 
-    def _hold(self, name: str, taken: Tensor, new: Tensor) -> None:
-        """Replace what is held where it is taken, in place where addresses are fixed."""
-        held = getattr(self, name)
-        if not self.is_compileable or self._is_differentiated(held, new):
-            setattr(self, name, torch.where(taken, new, held))
-        elif torch.compiler.is_compiling():
-            held.copy_(torch.where(taken, new, held))
-        else:  # one pass over the slots, not two
-            torch.where(taken, new, held, out=held)
+    def _hold(self, keys: Tensor, values: Tensor, plan: ChunkPlan) -> None:
+        """Hold these of the entries ``[B, G, S, D]``, in place where addresses are fixed."""
+        for name, entries in (("keys", keys), ("values", values)):
+            held = getattr(self, name)
+            rows = plan.rows[..., None].expand(-1, -1, -1, entries.shape[-1])
+            if held is None or not self.is_compileable or self._is_differentiated(held, entries):
+                setattr(self, name, entries.gather(2, rows))
+            elif torch.compiler.is_compiling():
+                held.copy_(entries.gather(2, rows))
+            else:  # one pass over the slots, not two
+                torch.gather(entries, 2, rows, out=held)
+        for name, new in (("key_positions", plan.positions), ("key_branches", plan.branches)):
+            held = getattr(self, name)
+            if held is None or not self.is_compileable:  # a copy: layers share the plan
+                setattr(self, name, new.clone())
+            else:
+                held.copy_(new)
 
     @staticmethod
     def _is_differentiated(held: Tensor, new: Tensor) -> bool:
@@ -393,7 +491,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.seen.zero_()
         assert isinstance(self.columns, Tensor)
         self.columns.zero_()
-        self.pending = self.attended_positions = self.attended_branches = None
+        self.pending = self.attended_positions = self._attended_branches = None
         self.is_empty = True
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -592,4 +690,7 @@ class LongNetCache(Cache):
         seen = self.layers[0].seen
         if seen is not None and len(seen) != batch:
             raise ValueError(f"the cache holds a batch of {len(seen)} rows, got {batch}")
-        return new if seen is None else torch.where(new >= 0, new + seen.to(device)[:, None], new)
+        if seen is None:
+            return new
+        following = new + seen.to(device)[:, None]
+        return following if attention_mask is None else torch.where(new >= 0, following, new)

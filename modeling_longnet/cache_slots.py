@@ -6,8 +6,9 @@ over exactly when nothing can reach what stood there. Every token is stored once
 together hold ``DilationPattern.cache_entries`` tokens per KV head, no more.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .dilation_pattern import DilationPattern
 
 
 MAX_BRANCHES = 63  # as many have a bit in Places.branches
+NEVER = 2**62  # no position and no slot is as high
 
 
 class Ring(NamedTuple):
@@ -29,13 +31,12 @@ class Ring(NamedTuple):
 class Places(NamedTuple):
     """Where tokens stand, each field ``[B, G, T]`` int64.
 
-    ``branches``: bit i is set where branch i keeps the token. ``lifetimes``: tokens after which its slot is free.
-    Padding, and what no branch keeps, stands in the slot after the last, with no bit and no lifetime.
+    ``branches``: bit i is set where branch i keeps the token. Padding, and what no branch keeps, stands in the slot
+    after the last, with no bit.
     """
 
     slots: Tensor
     branches: Tensor
-    lifetimes: Tensor
 
 
 class CacheSlots(NamedTuple):
@@ -70,7 +71,6 @@ class CacheSlots(NamedTuple):
         for i, of_branch in enumerate(kept[:MAX_BRANCHES]):
             branches = branches + (of_branch.long() << i)
         slots = torch.full(shape, self.capacity, dtype=torch.int64, device=u.device)
-        lifetimes = torch.zeros_like(slots)
         for ring, inner in zip(self.rings, (*self.rings[1:], None)):  # later rings have longer windows, and win
             w, r = self.pattern.branches[ring.branch]
             if self.is_linear:
@@ -84,8 +84,49 @@ class CacheSlots(NamedTuple):
                 slot = (u % w) // r
             here = u >= 0 if self.is_linear else kept[ring.branch]
             slots = torch.where(here, ring.base + slot, slots)
-            lifetimes = torch.where(here, self.length if self.is_linear else w, lifetimes)
-        return Places(slots, branches, lifetimes)
+        return Places(slots, branches)
+
+    def newest(self, seen: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Say which token is the last that came to each slot, a few operators for any number of tokens.
+
+        Theorem: the tokens of one slot are ``period`` positions apart, so the last of them before ``seen`` follows from
+        the first. One that only a shorter window of a pattern that is not nested has there counts as none: its
+        slot's token is out of reach.
+
+        Args:
+            seen: ``[B]`` tokens so far, the next position.
+            num_kv_heads: G.
+
+        Returns:
+            Positions and branches ``[B, G, capacity + 1]``; -1 and no bit where no token came, and in the last slot.
+        """
+        ends, rings = _on_device(_ring_tables, seen, self, num_kv_heads)
+        slots = torch.arange(self.capacity + 1, device=seen.device)
+        ring = torch.searchsorted(ends, slots, right=True)
+        base, shift, every, rate, offset, period = rings.index_select(1, ring).unbind(-1)  # [G, capacity + 1] each
+        in_ring = slots - base
+        first = (in_ring + (in_ring + shift) // every) * rate + offset
+        last = seen[:, None, None] - 1
+        positions = (last - (last - first) % period).clamp(min=-1)
+        kept, branches = self._kept(positions)
+        if not self.is_linear and not self.pattern.is_nested:
+            of_rings = kept[..., [ring.branch for ring in self.rings]]
+            longest = (of_rings * torch.arange(1, len(self.rings) + 1, device=seen.device)).amax(-1)
+            stands = longest == ring + 1
+            positions = torch.where(stands, positions, -1)
+            branches = torch.where(stands, branches, 0)
+        return positions, branches
+
+    def branches_of(self, positions: Tensor, num_kv_heads: int) -> Tensor:
+        """Say which branches keep the tokens at ``positions [B, 1 or G, T]``, as ``Places.branches``."""
+        return self._kept(positions.expand(-1, num_kv_heads, -1))[1]
+
+    def _kept(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Say for each branch whether it keeps the tokens at ``positions [B, G, T]``: ``[B, G, T, K]``, and as bits."""
+        w, r, offset, bit = branch_table(self.pattern, positions.shape[1], positions)[:, None].unbind(-1)  # [G, 1, K]
+        u = positions[..., None]
+        kept = (u % w % r == offset) & (u >= 0)
+        return kept, (kept * bit).sum(-1)
 
     def _kept_before(self, u: Tensor, branch: int, heads: Tensor) -> Tensor:
         """Count the tokens before u that a branch of a nested pattern keeps."""
@@ -100,6 +141,61 @@ def offset_of_heads(pattern: DilationPattern, branch: int, heads: Tensor) -> Ten
     if pattern.head_offsets == "interleaved":
         return (heads + first) % rate
     return (heads + first) // -(-all_heads // rate)
+
+
+def branch_table(pattern: DilationPattern, num_kv_heads: int, like: Tensor) -> Tensor:
+    """Return segment length, dilation rate, offset and bit of each branch: ``[G, K, 4]`` on the device of ``like``."""
+    return _on_device(_branch_table, like, pattern, num_kv_heads)
+
+
+def _on_device(make: Callable[..., Any], like: Tensor, *args: Any) -> Any:
+    """Return ``make(*args, device)``, kept from call to call where it is a value and no step of a recording."""
+    recorded = torch.compiler.is_compiling() or type(like) is not Tensor
+    if recorded or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return make(*args, like.device)
+    return _kept_on_device(make, *args, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _kept_on_device(make: Callable[..., Any], *args: Any) -> Any:
+    return make(*args)
+
+
+def _branch_table(pattern: DilationPattern, num_kv_heads: int, device: torch.device) -> Tensor:
+    heads = torch.arange(num_kv_heads, device=device)[:, None]
+    columns = []
+    for i, (w, r) in enumerate(pattern.branches):
+        numbers = [torch.full_like(heads, x) for x in (w, r, 1 << i if i < MAX_BRANCHES else 0)]
+        columns.append(torch.cat([*numbers[:2], offset_of_heads(pattern, i, heads), numbers[2]], dim=1))
+    return torch.stack(columns, dim=1)
+
+
+def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where rings end ``[R]``, and what ``newest`` knows of each and of the last slot: ``[G, R + 1, 6]``.
+
+    The token that comes first to slot x of a ring is at ``(x + (x + shift) // every) * rate + offset``, the others
+    follow ``period`` apart. The second term steps over the tokens that stand in the next ring.
+    """
+    pattern = slots.pattern
+    table = []
+    for head in range(num_kv_heads):
+        rows = []
+        for ring, inner in zip(slots.rings, (*slots.rings[1:], None)):
+            w, r = pattern.branches[ring.branch]
+            offset = pattern.offset(ring.branch, head, num_kv_heads)
+            if slots.is_linear:
+                rows.append([ring.base, 0, NEVER, 1, 0, slots.length])
+            elif not pattern.is_nested:
+                rows.append([ring.base, 0, NEVER, r, offset, w])
+            elif inner is None:
+                rows.append([ring.base, 0, NEVER, r, offset, ring.size * r])
+            else:
+                every = pattern.branches[inner.branch].dilation_rate // r - 1
+                skipped = (pattern.offset(inner.branch, head, num_kv_heads) - offset) // r
+                rows.append([ring.base, every - skipped, every, r, offset, w])
+        table.append([*rows, [0, 0, NEVER, 0, NEVER // 2, NEVER]])
+    ends = [ring.base + ring.size for ring in slots.rings]
+    return torch.tensor(ends, device=device), torch.tensor(table, device=device)
 
 
 @lru_cache(maxsize=4096)

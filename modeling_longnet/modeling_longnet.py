@@ -180,7 +180,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         if use_cache and past_key_values is None and layout.cu_seqlens is None and layout.sequence is None:
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
-            position_ids = layout.positions_by_row(*inputs_embeds.shape[:2]).clamp(min=0)
+            position_ids = layout.rotary_positions(*inputs_embeds.shape[:2])
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_slots import offset_of_heads
+from .cache_slots import branch_table
 from .dilation_pattern import DilationPattern
 
 
@@ -40,16 +40,13 @@ def oldest_reached(pattern: DilationPattern, query_positions: Tensor, num_kv_hea
         query_positions: ``[B, T]`` logical positions, -1 for padding.
         num_kv_heads: G.
     """
-    p = query_positions[:, None]  # [B, 1, T]
-    heads = torch.arange(num_kv_heads, device=p.device)[:, None]  # [G, 1]
-    oldest = []
-    for i, (w, r) in enumerate(pattern.branches):
-        first = p - p % w if pattern.window == "segment" else (p - w + 1).clamp(min=0)
-        active = (p >= 0).expand(-1, num_kv_heads, -1)
-        if pattern.dilate_queries:
-            active = active & ((p % w) % r == offset_of_heads(pattern, i, heads))
-        oldest.append(torch.where(active, first, NEVER))
-    return torch.stack(oldest, dim=-1)
+    p = query_positions[:, None, :, None]  # [B, 1, T, 1]
+    w, r, offset, _ = branch_table(pattern, num_kv_heads, query_positions)[:, None].unbind(-1)  # [G, 1, K]
+    first = p - p % w if pattern.window == "segment" else (p - w + 1).clamp(min=0)
+    active = p >= 0
+    if pattern.dilate_queries:
+        active = active & (p % w % r == offset)
+    return torch.where(active, first, NEVER)
 
 
 def plan_ranges(
@@ -73,12 +70,12 @@ def plan_ranges(
 
 def _pass_by_longest_window(oldest: Tensor, newest: Tensor, key_positions: Tensor, key_branches: Tensor) -> ReachPass:
     num_branches = oldest.shape[-1]
-    longest = torch.full_like(key_positions, num_branches)  # what nobody keeps comes last
-    for i in range(num_branches):
-        longest = torch.where((key_branches >> i) & 1 == 1, i, longest)
-    order, keys = torch.sort(longest * GROUP_STRIDE + key_positions, dim=-1)
-    groups = torch.arange(num_branches, device=order.device) * GROUP_STRIDE
-    edges = torch.cat([groups + oldest.clamp(max=GROUP_STRIDE - 1), groups + newest[..., None] + 1], dim=-1)
+    branch = torch.arange(num_branches, device=key_positions.device)
+    kept = (key_branches[..., None] >> branch) & 1  # [B, G, S, K]
+    group = (kept * (branch + 1)).amax(-1)  # 0: what nobody keeps
+    order, keys = torch.sort(group * GROUP_STRIDE + key_positions, dim=-1)
+    groups = (branch + 1) * GROUP_STRIDE
+    edges = torch.cat([groups + oldest.clamp(max=GROUP_STRIDE - 1), groups + (newest + 1)[..., None]], dim=-1)
     found = torch.searchsorted(order, edges.flatten(2)).unflatten(2, edges.shape[2:])  # [B, G, T, 2 K]
     first, stop = found.transpose(2, 3).int().chunk(2, dim=2)
     return ReachPass(None, keys, first.contiguous(), stop.contiguous())

@@ -36,6 +36,12 @@ class TokenLayout(NamedTuple):
         padded = self.positions.new_full((batch * length,), PADDING)
         return padded.index_copy(0, self.real_tokens, self.positions[0]).view(batch, length)
 
+    def rotary_positions(self, batch: int, length: int) -> Tensor:
+        """Return the logical positions as ``[batch, length]``, 0 for padding."""
+        positions = self.positions_by_row(batch, length)
+        padded = self.padding_mask is not None or self.real_tokens is not None
+        return positions.clamp(min=0) if padded else positions
+
     def longest_document(self) -> int:
         """Return a number of tokens that no document exceeds, the same on all ranks."""
         return self.positions.shape[1] if self.sequence is None else self.sequence.longest
@@ -207,6 +213,8 @@ def _documents_from_position_ids(
     position_ids: Tensor, attention_mask: Tensor | None, shape: tuple[int, int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Find packed documents where positions restart; ``(None, None)`` if every row is one document."""
+    if attention_mask is None and not bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any()):
+        return None, None
     flat = position_ids.expand(shape).flatten()
     rows = torch.arange(shape[0], device=flat.device).repeat_interleave(shape[1])
     real_tokens = None
