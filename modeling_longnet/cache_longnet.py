@@ -17,11 +17,10 @@ from .once_per_pass import OncePerPass
 SMALLEST_GROWTH = 64  # tokens
 
 
-class ChunkPlan(NamedTuple):
-    """What the layers of one plan of slots share when they take in a chunk of tokens.
+class Holding(NamedTuple):
+    """What the slots hold from now on, the same in all layers of one plan of slots.
 
-    ``rows``: which entry each slot holds from now on, of those that the chunk attends to. ``positions, branches``: of
-    the slots then. All ``[B, G, capacity + 1]``.
+    ``rows``: which of the entries at hand; ``positions, branches``: of these. All ``[B, G, capacity + 1]``.
     """
 
     rows: Tensor
@@ -183,11 +182,11 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _provide(self, num_tokens: int, positions: Tensor) -> None:
         """Plan slots, or make them more, so that so many tokens fit."""
         if not self.is_compileable:
-            self._make_room(num_tokens)
+            self._make_room(num_tokens, positions)
             return
         if self.get_max_length() > 0 and not torch.compiler.is_compiling():
             columns = 0 if self.is_empty else self.once(positions, "columns", lambda: int(self.columns))
-            self.reserve(num_tokens, columns)
+            self.reserve(num_tokens, columns, positions)
         if self.slots is None:
             self.slots = plan_slots(self.pattern, self.max_length)
 
@@ -237,10 +236,12 @@ class LongNetCacheLayer(CacheLayerMixin):
         new_positions = positions[:, None].expand(-1, num_kv_heads, -1)
         attended: Attended = (key_states, value_states, new_positions, None)
         if not self.is_empty:
-            keys, values, *held = self._held()
+            keys, values, held_positions, held_branches = self._held()
             where = self.once(
                 positions, (slots, num_kv_heads, "attended"),
-                lambda: _joined(held, (new_positions, slots.branches_of(new_positions, num_kv_heads))),
+                lambda: _joined(
+                    (held_positions, held_branches), (new_positions, slots.branches_of(new_positions, num_kv_heads))
+                ),
             )  # fmt: skip
             attended = (*_joined((keys, values), (key_states, value_states)), *where)
         plan = self.once(positions, (slots, num_kv_heads, "chunk"), lambda: self._plan_chunk(positions, num_kv_heads))
@@ -251,22 +252,22 @@ class LongNetCacheLayer(CacheLayerMixin):
             self._fix_addresses()
         return attended
 
-    def _plan_chunk(self, positions: Tensor, num_kv_heads: int) -> ChunkPlan:
+    def _plan_chunk(self, positions: Tensor, num_kv_heads: int) -> Holding:
         """Plan where the tokens at ``positions [B, T]`` go, before they are counted."""
         assert self.slots is not None
         newest, branches = self.slots.newest(self._seen_after(positions), num_kv_heads)
         # Which of the new tokens is a slot's newest: the nth, negative if none. And in which column that stands.
         nth = newest if self.seen is None else newest - self.seen[:, None, None]
         columns = torch.searchsorted((positions >= 0).cumsum(-1), nth.flatten(1), right=True).view_as(nth)
-        if self.seen is None or self.keys is None:
-            return ChunkPlan(columns, newest, branches)
+        if self.keys is None:
+            return Holding(columns, newest, branches)
         is_new = nth >= 0
         rows = columns
         if not self.is_empty:
             held = self._held()[2].shape[2]
             stays = torch.arange(newest.shape[2], device=newest.device).clamp(max=held - 1)
             rows = torch.where(is_new, columns + held, stays)
-        return ChunkPlan(
+        return Holding(
             rows, torch.where(is_new, newest, self.key_positions), torch.where(is_new, branches, self.key_branches)
         )
 
@@ -320,22 +321,29 @@ class LongNetCacheLayer(CacheLayerMixin):
             if self.columns > (self.slots.length if self.slots.is_linear else min(windows)):
                 self.history = None
 
-    def _make_room(self, num_tokens: int) -> None:
-        """Grow the slots where the sequence outgrows them."""
+    def _make_room(self, num_tokens: int, positions: Tensor | None = None) -> None:
+        """Grow the slots where the sequence outgrows them; ``positions`` of the pass that needs it, if any."""
         columns = self.columns + num_tokens
         if self.slots is None or not (self.slots.is_endless or columns <= self.slots.length):
-            self._move_to(self._grown(columns))
+            self._move_to(self._grown(columns), positions)
 
-    def _move_to(self, slots: CacheSlots) -> None:
+    def _move_to(self, slots: CacheSlots, positions: Tensor | None) -> None:
         """Plan with other slots, and put what the old ones hold into them."""
         self.slots = slots
         if self.keys is not None:
-            held = (self.keys, self.values, self.key_positions)
+            keys, values, held = self.keys, self.values, self.key_positions
+            if positions is None:
+                plan = self._plan_settling(held)
+            else:
+                plan = self.once(positions, (slots, held.shape, "moved"), lambda: self._plan_settling(held))
             self.keys = self.values = self.key_positions = self.key_branches = None
-            self._settle(*held)
+            self._hold(keys, values, plan)
 
-    def reserve(self, num_tokens: int, columns: int) -> None:
+    def reserve(self, num_tokens: int, columns: int, positions: Tensor | None = None) -> None:
         """Make sure that so many more tokens fit into slots of fixed size, after ``columns`` that came.
+
+        Args:
+            positions: those of the forward pass that needs them, if any: its layers then share a move.
 
         Raises:
             ValueError: if they do not, and the slots do not enlarge.
@@ -348,7 +356,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {needed}")
         self.max_length = max(needed, min(2 * self.max_length, max(self.pattern.segment_lengths)))
         if self.is_initialized:
-            self._move_to(plan_slots(self.pattern, self.max_length))
+            self._move_to(plan_slots(self.pattern, self.max_length), positions)
             self._fix_addresses()
 
     def _grown(self, columns: int) -> CacheSlots:
@@ -365,18 +373,20 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _settle(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Let the slots hold what belongs there of the entries at ``positions [B, G, S]``, and nothing else."""
         assert self.slots is not None
-        if not keys.shape[2]:
+        if keys.shape[2]:
+            self._hold(keys, values, self._plan_settling(positions))
+        else:
             self._allocate(self.slots, keys, values)
-            return
+
+    def _plan_settling(self, positions: Tensor) -> Holding:
+        """Plan where entries at ``positions [B, G, S]`` go, in any order."""
+        assert self.slots is not None
         seen = self.seen if self.pending is None else self.seen - (self.pending[2] >= 0).sum(-1)
-        newest, branches = self.slots.newest(seen, keys.shape[1])
+        newest, branches = self.slots.newest(seen, positions.shape[1])
         positions, order = positions.sort(-1)
         found = torch.searchsorted(positions, newest).clamp(max=positions.shape[2] - 1)
         stands = positions.gather(2, found) == newest
-        plan = ChunkPlan(
-            order.gather(2, found), torch.where(stands, newest, PADDING), torch.where(stands, branches, 0)
-        )
-        self._hold(keys, values, plan)
+        return Holding(order.gather(2, found), torch.where(stands, newest, PADDING), torch.where(stands, branches, 0))
 
     def _write_one(
         self, keys: Tensor, values: Tensor, positions: Tensor, places: Places, rows: tuple[Tensor, Tensor]
@@ -406,7 +416,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         device = self.keys.device
         return torch.arange(batch, device=device)[:, None], torch.arange(num_kv_heads, device=device)[None]
 
-    def _hold(self, keys: Tensor, values: Tensor, plan: ChunkPlan) -> None:
+    def _hold(self, keys: Tensor, values: Tensor, plan: Holding) -> None:
         """Hold these of the entries ``[B, G, S, D]``, in place where addresses are fixed."""
         for name, entries in (("keys", keys), ("values", values)):
             held = getattr(self, name)

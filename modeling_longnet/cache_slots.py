@@ -89,9 +89,9 @@ class CacheSlots(NamedTuple):
     def newest(self, seen: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
         """Say which token is the last that came to each slot, a few operators for any number of tokens.
 
-        Theorem: the tokens of one slot are ``period`` positions apart, so the last of them before ``seen`` follows from
-        the first. One that only a shorter window of a pattern that is not nested has there counts as none: its
-        slot's token is out of reach.
+        Theorem: numbered from 0, token j of a ring takes slot j modulo the ring's size. So the last token of a slot
+        follows from how many tokens of the ring there are before ``seen``. One that only a shorter window of a pattern
+        that is not nested has there counts as none: its slot's token is out of reach.
 
         Args:
             seen: ``[B]`` tokens so far, the next position.
@@ -100,18 +100,19 @@ class CacheSlots(NamedTuple):
         Returns:
             Positions and branches ``[B, G, capacity + 1]``; -1 and no bit where no token came, and in the last slot.
         """
-        ends, rings = _on_device(_ring_tables, seen, self, num_kv_heads)
+        ends, of_rings, of_slots = _on_device(_ring_tables, seen, self, num_kv_heads)
         slots = torch.arange(self.capacity + 1, device=seen.device)
         ring = torch.searchsorted(ends, slots, right=True)
-        base, shift, every, rate, offset, period = rings.index_select(1, ring).unbind(-1)  # [G, capacity + 1] each
-        in_ring = slots - base
-        first = (in_ring + (in_ring + shift) // every) * rate + offset
-        last = seen[:, None, None] - 1
-        positions = (last - (last - first) % period).clamp(min=-1)
+        step, first, size, shift, every, rate, offset = of_slots.index_select(1, ring).unbind(-1)  # [G, capacity + 1]
+        shifts, rates = of_rings.unbind(-1)  # [G, R + 1, 2]
+        kept, outside = ((seen[:, None, None, None] + shifts) // rates).unbind(-1)
+        last = (kept - outside).index_select(2, ring)  # [B, G, capacity + 1], the number of the ring's last token
+        number = last - (last - (slots * step + first)) % size
+        positions = ((number + (number + shift) // every) * rate + offset).clamp(min=-1)
         kept, branches = self._kept(positions)
         if not self.is_linear and not self.pattern.is_nested:
-            of_rings = kept[..., [ring.branch for ring in self.rings]]
-            longest = (of_rings * torch.arange(1, len(self.rings) + 1, device=seen.device)).amax(-1)
+            here = kept[..., [ring.branch for ring in self.rings]]
+            longest = (here * torch.arange(1, len(self.rings) + 1, device=seen.device)).amax(-1)
             stands = longest == ring + 1
             positions = torch.where(stands, positions, -1)
             branches = torch.where(stands, branches, 0)
@@ -170,32 +171,42 @@ def _branch_table(pattern: DilationPattern, num_kv_heads: int, device: torch.dev
     return torch.stack(columns, dim=1)
 
 
-def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where rings end ``[R]``, and what ``newest`` knows of each and of the last slot: ``[G, R + 1, 6]``.
+def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``newest`` knows of rings and, as one more ring, of the last slot, which takes no token.
 
-    The token that comes first to slot x of a ring is at ``(x + (x + shift) // every) * rate + offset``, the others
-    follow ``period`` apart. The second term steps over the tokens that stand in the next ring.
+    Returns:
+        Where rings end ``[R]``; two (shift, rate) ``[G, R + 1, 2, 2]``, so that ``(n + shift) // rate``, the first less
+        the second, is the number of a ring's last token before position n; and ``[G, R + 1, 7]``: step, first, size,
+        so that slot x takes the tokens of numbers ``x * step + first`` modulo size, and shift, every, rate, offset, so
+        that number j is at position ``(j + (j + shift) // every) * rate + offset``, beyond those in the next ring.
     """
     pattern = slots.pattern
-    table = []
+    counts, rules = [], []
     for head in range(num_kv_heads):
-        rows = []
         for ring, inner in zip(slots.rings, (*slots.rings[1:], None)):
             w, r = pattern.branches[ring.branch]
-            offset = pattern.offset(ring.branch, head, num_kv_heads)
+            s = pattern.offset(ring.branch, head, num_kv_heads)
             if slots.is_linear:
-                rows.append([ring.base, 0, NEVER, 1, 0, slots.length])
-            elif not pattern.is_nested:
-                rows.append([ring.base, 0, NEVER, r, offset, w])
+                counts.append([[0, 1], [NEVER, NEVER]])
+                rules.append([1, 0, slots.length, 0, NEVER, 1, 0])
+            elif not pattern.is_nested:  # every position has a number, and slots are those of a segment's phases
+                counts.append([[0, 1], [NEVER, NEVER]])
+                rules.append([r, s - ring.base * r, w, 0, NEVER, 1, 0])
             elif inner is None:
-                rows.append([ring.base, 0, NEVER, r, offset, ring.size * r])
+                counts.append([[r - 1 - s, r], [NEVER, NEVER]])
+                rules.append([1, -ring.base, ring.size, 0, NEVER, r, s])
             else:
-                every = pattern.branches[inner.branch].dilation_rate // r - 1
-                skipped = (pattern.offset(inner.branch, head, num_kv_heads) - offset) // r
-                rows.append([ring.base, every - skipped, every, r, offset, w])
-        table.append([*rows, [0, 0, NEVER, 0, NEVER // 2, NEVER]])
+                inner_r = pattern.branches[inner.branch].dilation_rate
+                inner_s = pattern.offset(inner.branch, head, num_kv_heads)
+                every = inner_r // r - 1
+                counts.append([[r - 1 - s, r], [2 * inner_r - 1 - inner_s, inner_r]])
+                rules.append([1, -ring.base, ring.size, every - (inner_s - s) // r, every, r, s])
+        counts.append([[0, 1], [NEVER, NEVER]])
+        rules.append([0, NEVER // 2, NEVER, 0, NEVER, 1, 0])
     ends = [ring.base + ring.size for ring in slots.rings]
-    return torch.tensor(ends, device=device), torch.tensor(table, device=device)
+    shape = (num_kv_heads, len(slots.rings) + 1)
+    tables = (torch.tensor(x, device=device).unflatten(0, shape) for x in (counts, rules))
+    return torch.tensor(ends, device=device), *tables
 
 
 @lru_cache(maxsize=4096)

@@ -145,17 +145,19 @@ def attend_ranges(
         query = query.contiguous()
     # Results of several passes meet in float32.
     dtype = query.dtype if len(passes) == 1 else torch.float32
-    out = torch.zeros(batch, num_tokens, num_heads, head_dim, dtype=dtype, device=query.device).transpose(1, 2)
-    lse = torch.full((batch, num_heads, num_tokens), -torch.inf, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, num_tokens, num_heads, head_dim, dtype=dtype, device=query.device).transpose(1, 2)
+    lse = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    if len(passes) != 1 or passes[0].queries is not None:  # else every query is written
+        out.zero_()
+        lse.fill_(-torch.inf)
     block_m, block_n, num_warps, num_stages = _range_tiles(query)
     with torch.cuda.device_of(query):
         for part in passes:
-            rows = part.keys[..., None].expand(-1, -1, -1, head_dim)
-            sorted_key, sorted_value = key.gather(2, rows), value.gather(2, rows)
+            sorted_key, sorted_value = (x.reshape(-1, head_dim).index_select(0, part.keys) for x in (key, value))
             num_queries = part.first.shape[3]
             range_kernel[(triton.cdiv(num_queries, block_m), num_heads, batch)](
                 query, sorted_key, sorted_value, part.queries, part.first, part.stop, out, lse,
-                *query.stride()[:3], *out.stride()[:3], scale, num_queries, num_tokens, part.keys.shape[2],
+                *query.stride()[:3], *out.stride()[:3], scale, num_queries, num_tokens, len(part.keys) // (batch * key.shape[1]),
                 part.first.shape[2],
                 GROUP=group, INDEXED=part.queries is not None, CONTINUES=len(passes) > 1, HEAD_DIM=head_dim,
                 BLOCK_D=_block_d(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=_precision(query),

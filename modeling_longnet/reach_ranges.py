@@ -22,9 +22,10 @@ GROUP_STRIDE = 2**56  # between the sort keys of two groups, and above all posit
 class ReachPass(NamedTuple):
     """Some queries and the keys that they meet together; all passes together hold each pair as often as it counts.
 
-    ``queries [B, G, M]``: indices of the queries in order, None for all of them. ``keys [B, G, N]``: indices of the
-    keys in the order that ``first`` and ``stop`` count in. ``first, stop [B, G, groups, M]`` int32: the range of keys
-    that each query reaches, per group; empty where ``stop <= first``.
+    ``queries [B, G, M]``: indices of the queries in order, None for all of them. ``keys [B * G * N]``: indices of the
+    keys of all KV heads, among the ``B * G * S`` there are, in the order that ``first`` and ``stop`` count in.
+    ``first, stop [B, G, groups, M]`` int32: the range of keys that each query reaches, per group; empty where
+    ``stop <= first``.
     """
 
     queries: Tensor | None
@@ -78,7 +79,13 @@ def _pass_by_longest_window(oldest: Tensor, newest: Tensor, key_positions: Tenso
     edges = torch.cat([groups + oldest.clamp(max=GROUP_STRIDE - 1), groups + (newest + 1)[..., None]], dim=-1)
     found = torch.searchsorted(order, edges.flatten(2)).unflatten(2, edges.shape[2:])  # [B, G, T, 2 K]
     first, stop = found.transpose(2, 3).int().chunk(2, dim=2)
-    return ReachPass(None, keys, first.contiguous(), stop.contiguous())
+    return ReachPass(None, _of_all_heads(keys, keys.shape[2]), first.contiguous(), stop.contiguous())
+
+
+def _of_all_heads(keys: Tensor, num_keys: int) -> Tensor:
+    """Turn indices ``[B, G, N]`` among the keys of one KV head into such among those of all."""
+    firsts = torch.arange(0, keys.shape[0] * keys.shape[1] * num_keys, num_keys, device=keys.device)
+    return (keys.flatten(0, 1) + firsts[:, None]).flatten()
 
 
 def _passes_by_branch(
@@ -104,5 +111,6 @@ def _passes_by_branch(
         if not pattern.count_overlaps and i:  # the branch before reaches the rest
             end = torch.minimum(end, oldest[..., i - 1].gather(2, queries))
         first, stop = (torch.searchsorted(order.contiguous(), x.contiguous()).int()[:, :, None] for x in (start, end))
+        keys = _of_all_heads(keys, key_positions.shape[2])
         passes.append(ReachPass(queries.contiguous(), keys, first.contiguous(), stop.contiguous()))
     return passes

@@ -197,6 +197,22 @@ def test_a_copy_goes_its_own_way():
         torch.testing.assert_close(output, model(tokens).logits[:, 50:], **CLOSE)
 
 
+@pytest.mark.parametrize("max_length", [None, 20])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_slots_that_grow_while_tokens_may_be_taken_back_lose_nothing(preset, max_length):
+    model, tokens, other = tiny_model(preset), random_tokens(2, 120), random_tokens(2, 60, seed=1)
+    cache = LongNetCache(model.config, max_length=max_length, enlarges=True)
+    with torch.no_grad():
+        model(tokens[:, :12], past_key_values=cache)
+        cache.activate_past_recording()
+        for part in other.split([1, 30, 29], dim=1):
+            model(part, past_key_values=cache)
+        cache.crop(-60)
+        logits = model(tokens[:, 12:], past_key_values=cache).logits
+        full = model(tokens, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(logits, full, **CLOSE)
+
+
 @pytest.mark.parametrize("max_length", [None, 50])
 def test_reset_forgets_everything(max_length):
     model, tokens = tiny_model(), random_tokens(2, 50)

@@ -74,6 +74,41 @@ def test_a_nested_pattern_fills_every_slot(pattern):
         assert set(range(slots.capacity)) <= set(taken) <= set(range(slots.capacity + 1))
 
 
+@given(
+    pattern=patterns(),
+    length=st.integers(1, 130),
+    num_kv_heads=st.integers(1, 5),
+    far=st.booleans(),
+    seen=st.lists(st.integers(0, 200), min_size=1, max_size=3),
+)
+def test_the_newest_token_of_each_slot_is_the_last_that_locate_puts_there(pattern, length, num_kv_heads, far, seen):
+    slots = plan_slots(pattern, length)
+    start = 2**33 if far and slots.is_endless else 0
+    seen = [start + (n if slots.is_endless else min(n, length)) for n in seen]
+    before = max(pattern.segment_lengths) * max(pattern.dilation_rates)  # what came earlier is in no window
+    newest, branches = slots.newest(torch.tensor(seen), num_kv_heads)
+    for row, stop in enumerate(seen):
+        tokens = torch.arange(max(0, stop - before), stop)
+        places = slots.locate(tokens[None, None], num_kv_heads)
+        for head in range(num_kv_heads):
+            held = dict(zip(places.slots[0, head].tolist(), zip(tokens.tolist(), places.branches[0, head].tolist())))
+            held.pop(slots.capacity, None)  # takes what nobody keeps
+            found = zip(newest[row, head].tolist(), branches[row, head].tolist())
+            found = {slot: token for slot, token in enumerate(found) if token[0] >= 0}
+            if not pattern.is_nested:  # a slot whose token is out of reach may count as empty
+                reach = set(pattern.reach(stop, head, True, num_kv_heads)) if not pattern.dilate_queries else None
+                dead = {
+                    slot for slot, (position, bits) in held.items()
+                    if all(
+                        stop - position >= w if pattern.window == "sliding" else stop // w > position // w
+                        for i, (w, _) in enumerate(pattern.branches) if bits >> i & 1
+                    )
+                }  # fmt: skip
+                assert reach is None or not reach & {held[slot][0] for slot in dead}
+                held = {slot: token for slot, token in held.items() if slot not in dead or slot in found}
+            assert found == held
+
+
 @pytest.mark.parametrize("head_offsets", ["interleaved", "blocked"])
 def test_offsets_on_the_device_are_those_of_the_pattern(head_offsets):
     pattern = DilationPattern((8, 20, 64), (1, 3, 16), head_offsets=head_offsets)
