@@ -20,6 +20,7 @@ from .decoding_triton import (
     plan_token,
     slots_refusal,
 )
+from .liger_layers import own_replacement
 from .rotary_longnet import LongNetRotaryEmbedding
 from .sequence_group import current_group
 
@@ -86,8 +87,8 @@ def _module_refusal(module: nn.Module, dtype: torch.dtype, device: torch.device)
         next(module.parameters(recurse=False), None) is None and name == "SiLUActivation"
     ):
         return f"it knows no {name}"
-    if "forward" in module.__dict__:
-        return f"the forward of {name} was replaced"
+    if replaced := own_replacement(module):  # Liger's kernels compute what these do
+        return f"the {replaced} of {name} was replaced"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     # Those of output_hidden_states stay when nobody asks for it any more.
     if any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks):

@@ -1,11 +1,65 @@
 """Liger's fused kernels in the layers around the attention: norms, rotary embedding and gated MLP in one pass each."""
 
+from collections.abc import Callable
 from types import MethodType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .rotary_longnet import rotate_heads
+
+
+class Operators(NamedTuple):
+    """What is taken from Liger."""
+
+    norm: type[torch.autograd.Function]
+    gate: type[torch.autograd.Function]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def operators() -> Operators:
+    """Import Liger, which is slow and needs Triton, no earlier than a model asks for it.
+
+    Raises:
+        ImportError: if liger-kernel is not installed.
+    """
+    try:
+        from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    except ImportError as error:
+        raise ImportError(f"Liger's kernels are not at hand ({error}); pip install liger-kernel") from error
+    return Operators(LigerRMSNormFunction, LigerSiLUMulFunction, liger_rotary_pos_emb)
+
+
+def norm_forward(self: LlamaRMSNorm, hidden_states: Tensor) -> Tensor:
+    """Normalise in one kernel."""
+    offset, in_place = 0.0, False  # in place, the backward pass would write into the gradient that it is given
+    return operators().norm.apply(hidden_states, self.weight, self.variance_epsilon, offset, "llama", in_place, None)
+
+
+def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
+    """Gate in one kernel."""
+    return self.down_proj(operators().gate.apply(self.gate_proj(x), self.up_proj(x), 1.0, 1.0))
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate whole heads in one kernel, as ``rotate_heads``."""
+    whole = cos.shape[-1] == query.shape[-1]
+    return (operators().rotate if whole else rotate_heads)(query, key, cos, sin)
+
+
+FORWARDS: dict[type[nn.Module], Callable] = {LlamaRMSNorm: norm_forward, LlamaMLP: mlp_forward}
+
+
+def own_replacement(module: nn.Module) -> str | None:
+    """Name the method of a module that was replaced, by anything but Liger's kernels; None if there is none."""
+    forward = vars(module).get("forward")
+    by_liger = MethodType(FORWARDS[type(module)], module) if type(module) in FORWARDS else None
+    if forward is not None and forward != by_liger:
+        return "forward"
+    return None if vars(module).get("rotate_heads", rotate) is rotate else "rotate_heads"
 
 
 def apply_liger_kernel_to_longnet(
@@ -26,25 +80,7 @@ def apply_liger_kernel_to_longnet(
         ImportError: if liger-kernel is not installed.
         ValueError: if the model has no such layers (another model, or the MAGNETO backbone).
     """
-    try:
-        from liger_kernel.ops import LigerRMSNormFunction, LigerSiLUMulFunction
-        from liger_kernel.transformers.rope import liger_rotary_pos_emb
-    except ImportError as error:
-        raise ImportError(f"Liger's kernels are not at hand ({error}); pip install liger-kernel") from error
-
-    def norm_forward(self: LlamaRMSNorm, hidden_states: Tensor) -> Tensor:
-        offset, in_place = 0.0, False  # in place, the backward pass would write into the gradient that it is given
-        return LigerRMSNormFunction.apply(
-            hidden_states, self.weight, self.variance_epsilon, offset, "llama", in_place, None
-        )
-
-    def mlp_forward(self: LlamaMLP, x: Tensor) -> Tensor:
-        return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x), 1.0, 1.0))
-
-    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        whole = cos.shape[-1] == query.shape[-1]
-        return (liger_rotary_pos_emb if whole else rotate_heads)(query, key, cos, sin)
-
+    operators()
     attentions = [module for module in model.modules() if hasattr(module, "rotate_heads")]
     norms = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
     if not attentions or not norms:

@@ -3,6 +3,7 @@
 import logging
 import random
 import sys
+from types import MethodType
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from triton_interpreter import interpret, needs_interpreter
 from modeling_longnet import DilationPattern, LongNetCache, decoding_token, decoding_triton
 from modeling_longnet.cache_slots import plan_slots
 from modeling_longnet.decoding_triton import Rotary, plan_token
+from modeling_longnet.liger_layers import mlp_forward, norm_forward, rotate
 from modeling_longnet.reach_ranges import oldest_reached
 
 
@@ -185,6 +187,31 @@ def test_layers_that_were_changed_keep_their_own_forward(served):
     assert changed(lambda layer: layer.mlp.register_forward_hook(print)) == "LlamaMLP has hooks"
     assert changed(lambda layer: layer.double()).startswith("weights differ: torch.float64")
     assert changed(lambda layer: setattr(layer.mlp, "forward", print)) == "the forward of LlamaMLP was replaced"
+    rotation = changed(lambda layer: setattr(layer.self_attn, "rotate_heads", print))
+    assert rotation == "the rotate_heads of LongNetAttention was replaced"
+
+
+def test_ligers_forwards_are_served_and_only_on_their_own_modules(served):
+    model = tiny_model("retrofit").float()
+    layer, norm = model.model.layers[1], model.model.norm
+    for module, forward in ((norm, norm_forward), (layer.input_layernorm, norm_forward), (layer.mlp, mlp_forward)):
+        module.forward = MethodType(forward, module)
+    layer.self_attn.rotate_heads = rotate
+    assert refusal(model) is None
+    norm.forward = layer.input_layernorm.forward  # reads the other norm's weight
+    assert refusal(model) == "the forward of LlamaRMSNorm was replaced"
+    norm.forward = MethodType(norm_forward, norm)
+    layer.mlp.forward = MethodType(norm_forward, layer.mlp)
+    assert refusal(model) == "the forward of LlamaMLP was replaced"
+
+    def norm_by_name(self, x):
+        return x
+
+    norm_by_name.__name__ = norm_by_name.__qualname__ = norm_forward.__name__
+    norm_by_name.__module__ = norm_forward.__module__
+    layer.mlp.forward = MethodType(mlp_forward, layer.mlp)
+    norm.forward = MethodType(norm_by_name, norm)
+    assert refusal(model) == "the forward of LlamaRMSNorm was replaced"
 
 
 def test_a_model_that_gave_hidden_states_once_is_served_again(served):

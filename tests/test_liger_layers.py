@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from test_decoding_token import check_steps
 from tiny_models import random_tokens, tiny_model
 from torch import Tensor
 from triton_interpreter import hand_over_floats_as_tensors, interpret, needs_interpreter
 
-from modeling_longnet import apply_liger_kernel_to_longnet, sequence_tiles
+from modeling_longnet import LongNetCache, apply_liger_kernel_to_longnet, decoding_token, sequence_tiles
 
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -50,6 +51,21 @@ def check(name: str, device: str) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+def check_decoding(device: str) -> None:
+    """Fail unless a model with Liger's layers has the fused decoding step, and its logits."""
+    model = tiny_model("retrofit", qk_norm=True, head_dim=16).float().to(device)
+    apply_liger_kernel_to_longnet(model)
+    with torch.no_grad():
+        assert decoding_token.decoding_refusal(model.model, LongNetCache(model.config, max_length=24), 1, {}) is None
+    check_steps(model, 1, 24, 20, 1e-4)
+
+
+@pytest.mark.gpu
+@needs_liger
+def test_the_fused_decoding_step_serves_a_model_with_ligers_layers():
+    check_decoding("cuda")
+
+
 @pytest.mark.gpu
 @needs_liger
 @pytest.mark.parametrize("name", MODELS)
@@ -86,4 +102,6 @@ if __name__ == "__main__":  # run by test_layers_in_the_interpreter, in a proces
     rms_norm.rsqrt = lambda x: tl.rsqrt(x)  # instead of libdevice, which the interpreter has not
     for model_name in MODELS:
         check(model_name, "cpu")
+    decoding_token.slots_refusal = lambda *call: None  # the interpreter takes CPU tensors
+    check_decoding("cpu")
     test_what_liger_cannot_serve_is_refused()
