@@ -5,9 +5,12 @@ the ``retrofit`` preset. First checks that generation through the cache is the f
 Then measures, by prompt length: tokens read per second, milliseconds per generated token at that context (the cache
 filled with random keys), KV bytes, and tokens per second at a batch as large as fits. LongNet's fused step over a cache
 of fixed size is timed two ways: launched step by step as Llama is, and replayed as a CUDA graph, as ``generate`` does;
-with ``--compile`` also the ordinary step as a graph of compiled kernels. Dense prompts beyond ``--dense-prefill-limit`` are extrapolated by a quadratic and say so.
+with ``--compile`` also the ordinary step as a graph of compiled kernels. Dense prompts beyond ``--dense-prefill-limit``
+are extrapolated by a quadratic and say so. With ``--liger`` norms, rotary embedding and MLPs are Liger's kernels in both
+models, wherever the ordinary layers run; what ran on them says so.
 
     PYTHONPATH=. python benchmarks/benchmark_generation.py --compile
+    PYTHONPATH=. python benchmarks/benchmark_generation.py --liger
     PYTHONPATH=. python benchmarks/benchmark_generation.py --small          # a CPU, less than a minute
     PYTHONPATH=. python benchmarks/benchmark_generation.py --plot benchmarks/results/generation_<...>.csv
 """
@@ -20,6 +23,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -55,11 +60,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--prefill-chunk", type=int, default=2**15)
+    parser.add_argument("--prefill-chunk", type=int, nargs="+", default=[2**15, 2**16], help="one or more lengths")
     parser.add_argument("--dense-prefill-limit", type=int, default=2**17)
     parser.add_argument("--batch-context", type=int, default=2**17, help="context of the largest batches; 0: none")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--liger", action="store_true", help="norms, rotary embedding and MLPs by Liger, in both models"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU")
     parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw a CSV's plot")
@@ -68,7 +76,7 @@ def arguments() -> argparse.Namespace:
         args.contexts, args.far_contexts = [256, 1024], [4096]
         args.first_segment, args.last_segment, args.layers = 64, 1024, 2
         args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary = 64, 128, 4, 2, 256
-        args.prefill_chunk, args.dense_prefill_limit, args.batch_context, args.steps = 512, 512, 0, 3
+        args.prefill_chunk, args.dense_prefill_limit, args.batch_context, args.steps = [256, 512], 512, 0, 3
     return args
 
 
@@ -103,11 +111,19 @@ class Bench:
         with torch.device(self.device):
             self.longnet.model.rotary_emb = type(self.longnet.model.rotary_emb)(ours)
         torch.set_default_dtype(torch.float32)
+        if args.liger:
+            from benchmark_training import apply_liger  # which needs PEFT
+
+            apply_liger(self.llama)
+            apply_liger(self.longnet)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.llama.parameters())
         self.card = torch.cuda.get_device_name() if self.device == "cuda" else "CPU"
         args.results.mkdir(parents=True, exist_ok=True)
-        self.path = args.results / f"generation_{self.card.replace(' ', '-')}_{datetime.now(UTC):%Y-%m-%d}.csv"
+        name = "generation-liger" if args.liger else "generation"
+        self.path = args.results / f"{name}_{self.card.replace(' ', '-')}_{datetime.now(UTC):%Y-%m-%d}.csv"
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {self.dtype}"
+        if args.liger:
+            versions += f", liger-kernel {version('liger-kernel')} in both models"
         self.path.write_text(
             f"# {self.card}, {versions}\n# python {' '.join(sys.argv)}\n# weights {self.weight_bytes} bytes, {pattern}\n"
             f"{','.join(COLUMNS)}\n"
@@ -118,6 +134,10 @@ class Bench:
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         print(*row.values(), sep="\t", flush=True)
+
+    def ordinary(self, how: str) -> str:
+        """Name a way in which the ordinary layers run."""
+        return f"{how}, Liger" if self.args.liger else how
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -183,29 +203,34 @@ def check(bench: Bench) -> None:
 def prefill(bench: Bench) -> None:
     args = bench.args
     dense: list[tuple[int, float]] = []
+    one_pass = bench.ordinary("one pass")
     for context in args.contexts:
         tokens = bench.tokens(1, context)
 
-        def ours(tokens=tokens, context=context):
+        def ours(chunk: int, tokens=tokens, context=context):
             cache = LongNetCache(bench.longnet.config, max_length=max(args.last_segment, context))
-            for part in tokens.split(args.prefill_chunk, dim=1):
+            for part in tokens.split(chunk, dim=1):
                 bench.longnet(part, past_key_values=cache, logits_to_keep=1)
 
         def theirs(tokens=tokens):
             bench.llama(tokens, past_key_values=DynamicCache(config=bench.llama.config), logits_to_keep=1)
 
         repeats = 3 if context <= 2**16 else 1
-        seconds = median_seconds(bench, ours, repeats, warm=context <= 2**17)
-        bench.record("longnet", "prefill tokens/s", f"chunks of {args.prefill_chunk}", context, 1, context / seconds)
+        for i, chunk in enumerate(args.prefill_chunk):
+            if i and context <= args.prefill_chunk[i - 1] <= chunk:
+                continue  # one pass again
+            seconds = median_seconds(bench, partial(ours, chunk), repeats, warm=context <= 2**17)
+            how = bench.ordinary(f"chunks of {chunk}")
+            bench.record("longnet", "prefill tokens/s", how, context, 1, context / seconds)
         if context <= args.dense_prefill_limit:
             seconds = median_seconds(bench, theirs, repeats, warm=context <= 2**15)
             dense.append((context, seconds))
-            bench.record("llama", "prefill tokens/s", "one pass", context, 1, context / seconds)
+            bench.record("llama", "prefill tokens/s", one_pass, context, 1, context / seconds)
         elif len(dense) >= 2:  # seconds = a N + b N^2 through the two longest
             (n, s), (m, t) = dense[-2:]
             b = (t / m - s / n) / (m - n)
             seconds = context * (s / n - b * n) + b * context**2
-            bench.record("llama", "prefill tokens/s", "one pass", context, 1, context / seconds, guess=True)
+            bench.record("llama", "prefill tokens/s", one_pass, context, 1, context / seconds, guess=True)
         bench.free()
 
 
@@ -237,7 +262,7 @@ def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dic
                     seconds = median_seconds(
                         bench, lambda cache=cache: bench.llama(token, past_key_values=cache), min(args.steps, 10)
                     )
-                bench.record("llama", measure, how, context, batch, value(seconds))
+                bench.record("llama", measure, bench.ordinary(how), context, batch, value(seconds))
             bench.record("llama", "KV bytes", "", context, batch, kv_bytes)
             del cache
             bench.free()
@@ -257,7 +282,7 @@ def decode(bench: Bench, contexts: list[int], batch: int, dense: bool, ways: dic
             began = time.perf_counter()
             call()
             print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
-            steps["compiled, CUDA graph"] = captured(call).replay
+            steps[bench.ordinary("compiled, CUDA graph")] = captured(call).replay
     for context in contexts:
         bench.fill_longnet(cache, batch, context)
         for how, step in steps.items():

@@ -55,4 +55,11 @@ def test_the_generation_benchmark_runs_small(tmp_path):
     rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
     assert {row["measure"] for row in rows} == {"prefill tokens/s", "decode ms/token", "KV bytes"}
     kv_bytes = {(row["model"], row["context"]): float(row["value"]) for row in rows if row["measure"] == "KV bytes"}
+    read = {
+        (row["how"], row["context"])
+        for row in rows
+        if row["measure"] == "prefill tokens/s" and row["model"] == "longnet"
+    }
+    # A prompt of 256 tokens is one chunk of 512, too.
+    assert read == {("chunks of 256", "256"), ("chunks of 256", "1024"), ("chunks of 512", "1024")}
     assert kv_bytes["longnet", "1024"] == kv_bytes["longnet", "4096"] < kv_bytes["llama", "1024"] / 4
