@@ -100,20 +100,18 @@ class CacheSlots(NamedTuple):
         Returns:
             Positions and branches ``[B, G, capacity + 1]``; -1 and no bit where no token came, and in the last slot.
         """
-        ends, of_rings, of_slots = _on_device(_ring_tables, seen, self, num_kv_heads)
+        ends, ranks, of_rings, of_slots = _on_device(_ring_tables, seen, self, num_kv_heads)
         slots = torch.arange(self.capacity + 1, device=seen.device)
         ring = torch.searchsorted(ends, slots, right=True)
         step, first, size, shift, every, rate, offset = of_slots.index_select(1, ring).unbind(-1)  # [G, capacity + 1]
         shifts, rates = of_rings.unbind(-1)  # [G, R + 1, 2]
-        kept, outside = ((seen[:, None, None, None] + shifts) // rates).unbind(-1)
-        last = (kept - outside).index_select(2, ring)  # [B, G, capacity + 1], the number of the ring's last token
+        in_branch, beyond = ((seen[:, None, None, None] + shifts) // rates).unbind(-1)
+        last = (in_branch - beyond).index_select(2, ring)  # [B, G, capacity + 1], the number of the ring's last token
         number = last - (last - (slots * step + first)) % size
         positions = ((number + (number + shift) // every) * rate + offset).clamp(min=-1)
         kept, branches = self._kept(positions)
         if not self.is_linear and not self.pattern.is_nested:
-            here = kept[..., [ring.branch for ring in self.rings]]
-            longest = (here * torch.arange(1, len(self.rings) + 1, device=seen.device)).amax(-1)
-            stands = longest == ring + 1
+            stands = (kept * ranks).amax(-1) == ring + 1
             positions = torch.where(stands, positions, -1)
             branches = torch.where(stands, branches, 0)
         return positions, branches
@@ -171,11 +169,11 @@ def _branch_table(pattern: DilationPattern, num_kv_heads: int, device: torch.dev
     return torch.stack(columns, dim=1)
 
 
-def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return what ``newest`` knows of rings and, as one more ring, of the last slot, which takes no token.
 
     Returns:
-        Where rings end ``[R]``; two (shift, rate) ``[G, R + 1, 2, 2]``, so that ``(n + shift) // rate``, the first less
+        Where rings end ``[R]``; which ring each branch has ``[K]``, from 1, 0 for none; two (shift, rate) ``[G, R + 1, 2, 2]``, so that ``(n + shift) // rate``, the first less
         the second, is the number of a ring's last token before position n; and ``[G, R + 1, 7]``: step, first, size,
         so that slot x takes the tokens of numbers ``x * step + first`` modulo size, and shift, every, rate, offset, so
         that number j is at position ``(j + (j + shift) // every) * rate + offset``, beyond those in the next ring.
@@ -204,9 +202,12 @@ def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> 
         counts.append([[0, 1], [NEVER, NEVER]])
         rules.append([0, NEVER // 2, NEVER, 0, NEVER, 1, 0])
     ends = [ring.base + ring.size for ring in slots.rings]
+    ranks = [0] * len(pattern.branches)
+    for rank, ring in enumerate(slots.rings, 1):
+        ranks[ring.branch] = rank
     shape = (num_kv_heads, len(slots.rings) + 1)
     tables = (torch.tensor(x, device=device).unflatten(0, shape) for x in (counts, rules))
-    return torch.tensor(ends, device=device), *tables
+    return torch.tensor(ends, device=device), torch.tensor(ranks, device=device), *tables
 
 
 @lru_cache(maxsize=4096)
