@@ -85,7 +85,9 @@ def test_the_newest_token_of_each_slot_is_the_last_that_locate_puts_there(patter
     slots = plan_slots(pattern, length)
     start = 2**33 if far and slots.is_endless else 0
     seen = [start + (n if slots.is_endless else min(n, length)) for n in seen]
-    before = max(pattern.segment_lengths) * max(pattern.dilation_rates)  # what came earlier is in no window
+    before = length + max(pattern.segment_lengths) * max(
+        pattern.dilation_rates
+    )  # earlier tokens have no slot any more
     newest, branches = slots.newest(torch.tensor(seen), num_kv_heads)
     for row, stop in enumerate(seen):
         tokens = torch.arange(max(0, stop - before), stop)
