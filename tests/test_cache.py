@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import left_padding, random_tokens, tiny_model
 
-from modeling_longnet import LongNetCache, cached_attention
+from modeling_longnet import DilationPattern, LongNetCache, cached_attention
+from modeling_longnet.cache_longnet import LongNetCacheLayer
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -211,6 +212,21 @@ def test_slots_that_grow_while_tokens_may_be_taken_back_lose_nothing(preset, max
         logits = model(tokens[:, 12:], past_key_values=cache).logits
         full = model(tokens, use_cache=False).logits[:, 12:]
     torch.testing.assert_close(logits, full, **CLOSE)
+
+
+@pytest.mark.parametrize("max_length", [None, 200])
+def test_adopted_entries_stand_under_their_own_positions_and_nothing_else_does(max_length):
+    pattern = DilationPattern.geometric(8, 32, preset="retrofit")
+    layer = LongNetCacheLayer(pattern, max_length)
+    positions = torch.tensor([92, 99, 95, -1, 93, 97, 96, 98, 94]).expand(1, 2, -1)  # of the widest window only a part
+    entries = positions[..., None].double()
+    layer.adopt(entries, -entries, positions, torch.tensor([100]), 100)
+    is_held = layer.key_positions >= 0
+    assert torch.equal(layer.keys[..., 0][is_held].long(), layer.key_positions[is_held])
+    assert torch.equal(layer.values[..., 0][is_held].long(), -layer.key_positions[is_held])
+    for head in range(2):
+        assert sorted(layer.key_positions[0, head][is_held[0, head]].tolist()) == list(range(92, 100))
+    assert layer.key_branches[~is_held].eq(0).all()
 
 
 @pytest.mark.parametrize("max_length", [None, 50])
