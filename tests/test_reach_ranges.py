@@ -38,7 +38,7 @@ def test_the_ranges_hold_each_pair_as_often_as_it_counts(pattern, chunks, paddin
         ):
             if queries is None:
                 queries = torch.arange(positions.shape[1]).expand(2, num_kv_heads, -1)
-            found = layer.attended_positions.gather(2, keys)
+            found = layer.attended_positions.flatten()[keys].view(2, num_kv_heads, -1)
             for row, head, group, i in torch.cartesian_prod(*map(torch.arange, first.shape)).tolist():
                 of_query = found[row, head, first[row, head, group, i] : stop[row, head, group, i]]
                 reached[row][head][queries[row, head, i]].update(of_query.tolist())
