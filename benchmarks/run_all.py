@@ -75,6 +75,10 @@ STEPS = [
         420, needs="liger_kernel",
     ),
     Step("generation", _script("benchmark_generation", "--results", "{output}"), 240),
+    Step(
+        "generation_liger", _script("benchmark_generation", "--liger", "--results", "{output}"), 240,
+        needs="liger_kernel",
+    ),
     Step("decoding", _script("profile_decoding"), 120),
     Step("quality_beside", QUALITY, 120, until_end=True),
 ]  # fmt: skip
