@@ -65,7 +65,11 @@ STEPS = [
     Step("quality", QUALITY, 900, until_end=True),
     Step(
         "tests",
-        (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", "12", str(ROOT / "tests")),
+        # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors.
+        (
+            sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:benchmark",
+            "-n", "12", str(ROOT / "tests"),
+        ),
         420, needs="xdist",
     ),
     Step("attention", _script("benchmark_attention", "--output", "{output}"), 240),
