@@ -173,10 +173,11 @@ def _ring_tables(slots: CacheSlots, num_kv_heads: int, device: torch.device) -> 
     """Return what ``newest`` knows of rings and, as one more ring, of the last slot, which takes no token.
 
     Returns:
-        Where rings end ``[R]``; which ring each branch has ``[K]``, from 1, 0 for none; two (shift, rate) ``[G, R + 1, 2, 2]``, so that ``(n + shift) // rate``, the first less
-        the second, is the number of a ring's last token before position n; and ``[G, R + 1, 7]``: step, first, size,
-        so that slot x takes the tokens of numbers ``x * step + first`` modulo size, and shift, every, rate, offset, so
-        that number j is at position ``(j + (j + shift) // every) * rate + offset``, beyond those in the next ring.
+        Where rings end ``[R]``; which ring each branch has ``[K]``, from 1, 0 for none; two (shift, rate)
+        ``[G, R + 1, 2, 2]``, so that ``(n + shift) // rate``, the first less the second, is the number of a ring's last
+        token before position n; and ``[G, R + 1, 7]``: step, first, size, so that slot x takes the tokens of numbers
+        ``x * step + first`` modulo size, and shift, every, rate, offset, so that number j is at position
+        ``(j + (j + shift) // every) * rate + offset``, beyond those in the next ring.
     """
     pattern = slots.pattern
     counts, rules = [], []

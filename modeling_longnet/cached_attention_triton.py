@@ -154,11 +154,10 @@ def attend_ranges(
     with torch.cuda.device_of(query):
         for part in passes:
             sorted_key, sorted_value = (x.reshape(-1, head_dim).index_select(0, part.keys) for x in (key, value))
-            num_queries = part.first.shape[3]
+            num_queries, num_keys = part.first.shape[3], len(part.keys) // (batch * key.shape[1])
             range_kernel[(triton.cdiv(num_queries, block_m), num_heads, batch)](
                 query, sorted_key, sorted_value, part.queries, part.first, part.stop, out, lse,
-                *query.stride()[:3], *out.stride()[:3], scale, num_queries, num_tokens, len(part.keys) // (batch * key.shape[1]),
-                part.first.shape[2],
+                *query.stride()[:3], *out.stride()[:3], scale, num_queries, num_tokens, num_keys, part.first.shape[2],
                 GROUP=group, INDEXED=part.queries is not None, CONTINUES=len(passes) > 1, HEAD_DIM=head_dim,
                 BLOCK_D=_block_d(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=_precision(query),
                 num_warps=num_warps, num_stages=num_stages,

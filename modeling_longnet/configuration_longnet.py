@@ -79,8 +79,8 @@ class LongNetConfig(LlamaConfig):
         **kwargs: any field of ``transformers.LlamaConfig``.
 
     Raises:
-        ValueError: if the pattern is malformed or given as a preset, a field of LongNet's own is misspelt, a layer index does not exist, or
-            the head counts do not fit, or a field needs another backbone.
+        ValueError: if the pattern is malformed or given as a preset, a field of LongNet's own is misspelt, a layer
+            index does not exist, the head counts do not fit, or a field needs another backbone.
     """
 
     model_type = "longnet"

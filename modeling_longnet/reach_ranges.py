@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_slots import branch_table
+from .cache_slots import NEVER, branch_table
 from .dilation_pattern import DilationPattern
 
 
-NEVER = 2**62  # no position is as high: the oldest reachable one of a query that is not active
 GROUP_STRIDE = 2**56  # between the sort keys of two groups, and above all positions
 
 

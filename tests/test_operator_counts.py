@@ -13,9 +13,7 @@ from modeling_longnet.dilation_pattern import PRESETS
 from modeling_longnet.reach_ranges import plan_ranges
 
 
-PATTERN = DilationPattern.geometric(
-    32, 2**12, preset="retrofit"
-)  # 8 branches, as many as the defaults of a conversion
+PATTERN = DilationPattern.geometric(32, 2**12, preset="retrofit")  # 8 branches
 CHUNK = 100
 
 

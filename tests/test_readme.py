@@ -203,6 +203,27 @@ def test_the_speed_table_is_what_the_measurements_say():
             assert bool(re.fullmatch(r"\*[^*]+\*", cell)) == (extrapolated == "1")
 
 
+def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
+    rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-25_040442.csv")
+    efficiency = {
+        (row["stage"], row["scaling"], row["attention"]): round(100 * float(row["efficiency"]))
+        for row in rows
+        if row["ranks"] == "2"
+    }
+    prose = " ".join(README.split())
+    step, attention, paper = re.search(
+        r"runs at (\d+) % of one GPU's useful FLOPs .*? attention alone at (\d+) % .*? at (\d+) %\. Two GPUs", prose
+    ).groups()
+    weak = {("step", "retrofit"): step, ("attention", "retrofit"): attention, ("attention", "paper"): paper}
+    step, attention, paper = re.search(
+        r"share 131,072 tokens run the step at (\d+) % and the attention at (\d+) %, of `paper` at (\d+)\.", prose
+    ).groups()
+    strong = {("step", "retrofit"): step, ("attention", "retrofit"): attention, ("attention", "paper"): paper}
+    for scaling, stated in (("weak", weak), ("strong", strong)):
+        for (stage, preset), percent in stated.items():
+            assert int(percent) == efficiency[stage, scaling, preset]
+
+
 def test_the_table_of_whole_models_is_what_the_measurements_say():
     measured = {}  # (what, tokens, model): value
     for row in measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-25_0347.csv"):
