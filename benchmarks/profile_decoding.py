@@ -22,12 +22,6 @@ from modeling_longnet.dilation_pattern import PRESETS
 CHOICES = [
     {},
     {"OVERLAPS_LAUNCHES": False},
-    {"AHEAD_BYTES": 0},
-    {"AHEAD_BYTES": 2**21},
-    {"AHEAD_BYTES": 2**22},
-    {"AHEAD_BYTES": 3 * 2**22},
-    {"AHEAD_PER_PROGRAM": 2**14},
-    {"AHEAD_PER_PROGRAM": 2**13},
     {"ATTENDING_PROGRAMS": 1},
     {"ATTENDING_PROGRAMS": 4},
     {"KEYS_PER_BLOCK": 128, "ATTENDING_PROGRAMS": 1},

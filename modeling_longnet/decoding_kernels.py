@@ -7,8 +7,7 @@ Results are rounded where the modules round theirs.
 
 With PDL (programmatic dependent launch) a kernel starts while the one before it still runs, asks for its own weights,
 which nobody changes, and only then waits. It lets the next one start when it has waited itself: so whatever was
-written two kernels ago is there from the start. While kernels hand over, nothing would be read from memory: with
-AHEAD, the last programs of each ask for weights of later kernels to be brought into the L2 cache.
+written two kernels ago is there from the start.
 """
 
 try:
@@ -30,36 +29,6 @@ def _wait(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _fetch(address, num_bytes):
-    """Bring ``num_bytes`` from ``address`` on into the L2 cache, without waiting: Hopper's bulk prefetch, by one thread."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 p, thread, 0;
-        setp.gt.and.s32 p, $2, 0, p;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [address & -16, num_bytes & -16], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _fetch_ahead(ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes, AHEAD: tl.constexpr):
-    """Let the last programs bring the first bytes of two weights into the L2 cache, AHEAD bytes of each per program."""
-    if AHEAD > 0:
-        longest = tl.maximum(ahead0_bytes, ahead1_bytes)
-        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-        from_end = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) - 1 - program
-        first = (tl.cdiv(longest, AHEAD) - 1 - from_end) * AHEAD
-        if first >= 0:
-            _fetch(ahead0_ptr.to(tl.int64) + first, tl.minimum(ahead0_bytes - first, AHEAD))
-            _fetch(ahead1_ptr.to(tl.int64) + first, tl.minimum(ahead1_bytes - first, AHEAD))
 
 
 @triton.jit
@@ -200,9 +169,8 @@ def _load_input(
 @triton.jit
 def linear_kernel(
     x_ptr, norm_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, out_ptr, eps, end0, end1, num_rows,
-    ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes,
     K: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Multiply one vector ``x [K]`` by the rows of up to three weights that follow one another.
 
@@ -220,7 +188,6 @@ def linear_kernel(
     w_ptr = tl.multiple_of(w_ptr, 16)
     rows = out_rows - start_row
     w = _load_rows(w_ptr, rows, num_rows - start_row, 0, K, BLOCK_K, EVEN)
-    _fetch_ahead(ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes, AHEAD)
     _wait(PDL)
     rstd = 1.0
     if NORM:
@@ -245,15 +212,12 @@ def linear_kernel(
 @triton.jit
 def gated_kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, out_ptr, eps, num_rows,
-    ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes,
     K: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute ``silu(gate x) * (up x)`` of the normalised vector ``x [K]``, for some rows of both weights."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gate_w = _load_rows(gate_ptr, rows, num_rows, 0, K, BLOCK_K, EVEN)
     up_w = _load_rows(up_ptr, rows, num_rows, 0, K, BLOCK_K, EVEN)
-    _fetch_ahead(ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes, AHEAD)
     _wait(PDL)
     rstd = _rstd(x_ptr, eps, K, BLOCK_K)
     gate = tl.zeros([ROWS], tl.float32)
@@ -385,12 +349,11 @@ def attend_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, positions_ptr, branches_ptr, seen_ptr, columns_ptr,
     plan_ptr, rings_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, part_ptr, part_lse_ptr, arrivals_ptr, out_ptr,
     stride_q, stride_k, stride_v, scale, eps, num_keys, keys_per_program,
-    ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes,
     NUM_BRANCHES: tl.constexpr, NUM_RINGS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     COUNT_OVERLAPS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
     MAX_PARTS: tl.constexpr, BLOCK_P: tl.constexpr, QK_NORM: tl.constexpr, ROTATES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Take the new token into the cache; attend from it, for all query heads of a KV head, to a stretch of the slots.
 
@@ -423,15 +386,6 @@ def attend_kernel(
     some = is_ring & (end > base) & (base < stop) & (end > start)
     low = tl.min(tl.where(some, tl.maximum(base, start), FAR), 0)
     high = tl.max(tl.where(some, tl.minimum(end, stop), 0), 0)
-    keys_ptr += at_head * num_keys * HEAD_DIM
-    values_ptr += at_head * num_keys * HEAD_DIM
-    positions_ptr += at_head * num_keys
-    branches_ptr += at_head * num_keys
-    if AHEAD > 0:
-        num_bytes = (high - low) * (HEAD_DIM * keys_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        _fetch((keys_ptr + low.to(tl.int64) * HEAD_DIM).to(tl.int64), num_bytes)
-        _fetch((values_ptr + low.to(tl.int64) * HEAD_DIM).to(tl.int64), num_bytes)
-    _fetch_ahead(ahead0_ptr, ahead1_ptr, ahead0_bytes, ahead1_bytes, AHEAD)
 
     _wait(PDL)
     d = tl.arange(0, BLOCK_D)
@@ -451,6 +405,10 @@ def attend_kernel(
     )  # fmt: skip
     v_new = tl.load(v_ptr + row * stride_v + kv_head * HEAD_DIM + d, mask=in_head, other=0.0)
 
+    keys_ptr += at_head * num_keys * HEAD_DIM
+    values_ptr += at_head * num_keys * HEAD_DIM
+    positions_ptr += at_head * num_keys
+    branches_ptr += at_head * num_keys
     scale2 = scale * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

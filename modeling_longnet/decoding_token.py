@@ -19,7 +19,6 @@ from .decoding_triton import (
     normalise,
     plan_token,
     slots_refusal,
-    stretch,
 )
 from .liger_layers import own_replacement
 from .rotary_longnet import LongNetRotaryEmbedding
@@ -153,13 +152,10 @@ def decode_token(
         )
         for slots in dict.fromkeys(layer.slots for layer in cache.layers)
     }
-    layers = model.layers[: config.num_hidden_layers]
-    for layer, following, held in zip(layers, (*layers[1:], None), cache.layers):
+    for layer, held in zip(model.layers[: config.num_hidden_layers], cache.layers):
         attended = _attend(layer, hidden, held, plans[held.slots])
-        gate, up = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight
         o_proj = layer.self_attn.o_proj
-        hidden = _add_product(attended, o_proj, hidden, (stretch(gate, 1), stretch(up, 1)))
-        hidden = _feed_forward(layer, hidden, following)
+        hidden = _feed_forward(layer, _add_product(attended, o_proj, hidden))
     return normalise(hidden, _norm(model.norm))[:, None]
 
 
@@ -171,7 +167,6 @@ def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer,
         together = multiply(
             hidden, tuple(p.weight for p in projections), hidden.new_empty(1, sum(widths)),
             norm=_norm(layer.input_layernorm), biases=tuple(p.bias for p in projections),
-            ahead=(stretch(attention.o_proj.weight),),
         )  # fmt: skip
         query, key, value = together.split(widths, dim=1)
     else:
@@ -183,30 +178,25 @@ def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer,
     attended = attend_token(
         plan, query, key, value, (held.keys, held.values, held.key_positions, held.key_branches),
         (held.seen, held.columns), scale=attention.scaling, norms=norms, rotates=attention.rotates,
-        ahead=(stretch(layer.mlp.gate_proj.weight), stretch(layer.mlp.up_proj.weight)),
     )  # fmt: skip
     held.is_empty = False
     return attended
 
 
-def _feed_forward(layer: LongNetDecoderLayer, hidden: Tensor, following: LongNetDecoderLayer | None) -> Tensor:
+def _feed_forward(layer: LongNetDecoderLayer, hidden: Tensor) -> Tensor:
     mlp, norm = layer.mlp, _norm(layer.post_attention_layernorm)
     gate, up = mlp.gate_proj, mlp.up_proj
     if len(hidden) == 1:
-        inner = multiply_gated(
-            hidden, gate.weight, up.weight, norm=norm, biases=(gate.bias, up.bias),
-            ahead=(stretch(mlp.down_proj.weight),),
-        )  # fmt: skip
+        inner = multiply_gated(hidden, gate.weight, up.weight, norm=norm, biases=(gate.bias, up.bias))
     else:
         normed = normalise(hidden, norm)
         inner = gate_rows(F.linear(normed, gate.weight, gate.bias), F.linear(normed, up.weight, up.bias))
-    ahead = () if following is None else (stretch(following.self_attn.q_proj.weight),)
-    return _add_product(inner, mlp.down_proj, hidden, ahead)
+    return _add_product(inner, mlp.down_proj, hidden)
 
 
-def _add_product(x: Tensor, linear: nn.Linear, hidden: Tensor, ahead: tuple[Tensor, ...]) -> Tensor:
+def _add_product(x: Tensor, linear: nn.Linear, hidden: Tensor) -> Tensor:
     if len(hidden) == 1:
-        return multiply(x, (linear.weight,), hidden, biases=(linear.bias,), adds=True, ahead=ahead)
+        return multiply(x, (linear.weight,), hidden, biases=(linear.bias,), adds=True)
     return hidden + F.linear(x, linear.weight, linear.bias)
 
 

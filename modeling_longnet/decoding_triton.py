@@ -30,8 +30,6 @@ except ImportError:  # decoding_refusal says so before anything here is needed
 
 # Whether a kernel may start while the one before it still runs (programmatic dependent launch, Hopper and later).
 OVERLAPS_LAUNCHES = True
-AHEAD_BYTES = 2**23  # of each weight that a kernel brings into the L2 cache for the ones after it; 0: of none
-AHEAD_PER_PROGRAM = 2**15
 TILE_BYTES = 2**15  # of a weight, that one program asks for at once
 WARPS = 8
 LONGEST_ROW = 8192  # elements of a weight's row in a tile
@@ -134,7 +132,7 @@ def plan_token(
 
 def multiply(
     x: Tensor, weights: tuple[Tensor, ...], out: Tensor, *, norm: tuple[Tensor, float] | None = None,
-    biases: tuple[Tensor | None, ...] = (None,), adds: bool = False, ahead: tuple[Tensor, ...] = (),
+    biases: tuple[Tensor | None, ...] = (None,), adds: bool = False,
 ) -> Tensor:  # fmt: skip
     """Multiply one vector by the rows of one to three weights.
 
@@ -145,7 +143,6 @@ def multiply(
         norm: weight and epsilon of an RMSNorm that ``x`` goes through first.
         biases: one per weight, or None throughout.
         adds: add to what ``out`` holds, instead of replacing it.
-        ahead: up to two weights that kernels after this one read, as of ``stretch``.
     """
     first, second, third = (*weights, weights[0], weights[0])[:3]
     ends = [len(first), len(first) + len(second)] if len(weights) > 1 else [out.shape[1]] * 2
@@ -153,33 +150,29 @@ def multiply(
     has_bias = biases[0] is not None
     b = (*biases, biases[0], biases[0])[:3] if has_bias else (x, x, x)
     norm_weight, eps = norm or (x, 0.0)
-    programs = triton.cdiv(out.shape[1], rows)
-    fetched, fetches = _ahead(ahead, x, programs)
+    overlap = _overlap(x)
     with torch.cuda.device_of(x):
-        linear_kernel[(programs,)](
-            x, norm_weight, first, second, third, *b, out, eps, *ends, out.shape[1], *fetched,
+        linear_kernel[(triton.cdiv(out.shape[1], rows),)](
+            x, norm_weight, first, second, third, *b, out, eps, *ends, out.shape[1],
             K=x.shape[1], NORM=norm is not None, BIAS=has_bias, RESIDUAL=adds,
             EVEN=x.shape[1] % block_k == 0 and out.shape[1] % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **_overlap(x), **fetches,
+            num_warps=WARPS, **overlap,
         )  # fmt: skip
     return out
 
 
 def multiply_gated(
-    x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], biases: tuple[Tensor | None, Tensor | None],
-    ahead: tuple[Tensor, ...] = (),
-) -> Tensor:  # fmt: skip
-    """Compute ``silu(gate x) * (up x)`` of one normalised vector ``[1, K]``: ``[1, n]``; ``ahead`` as of ``multiply``."""
+    x: Tensor, gate: Tensor, up: Tensor, *, norm: tuple[Tensor, float], biases: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """Compute ``silu(gate x) * (up x)`` of one normalised vector ``[1, K]``: ``[1, n]``."""
     out = x.new_empty(1, len(gate))
     rows, block_k = _tile(x, 2 * len(gate), len(gate))
     rows = max(1, rows // 2)
-    programs = triton.cdiv(len(gate), rows)
-    fetched, fetches = _ahead(ahead, x, programs)
     with torch.cuda.device_of(x):
-        gated_kernel[(programs,)](
-            x, norm[0], gate, up, *biases, out, norm[1], len(gate), *fetched,
+        gated_kernel[(triton.cdiv(len(gate), rows),)](
+            x, norm[0], gate, up, *biases, out, norm[1], len(gate),
             K=x.shape[1], EVEN=x.shape[1] % block_k == 0 and len(gate) % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **_overlap(x), **fetches,
+            num_warps=WARPS, **_overlap(x),
         )  # fmt: skip
     return out
 
@@ -208,7 +201,6 @@ def gate_rows(gate: Tensor, up: Tensor) -> Tensor:
 def attend_token(
     plan: TokenPlan, query: Tensor, key: Tensor, value: Tensor, held: tuple[Tensor, Tensor, Tensor, Tensor],
     counts: tuple[Tensor, Tensor], *, scale: float, norms: tuple[Tensor, Tensor, float] | None, rotates: bool,
-    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:  # fmt: skip
     """Take one new token per row into the cache, and attend from it.
 
@@ -220,7 +212,6 @@ def attend_token(
         scale: factor on the scores.
         norms: weights of the norms of query and key heads, and their epsilon.
         rotates: whether the layer has a rotary embedding.
-        ahead: as of ``multiply``.
 
     Returns:
         ``[B, H * D]``.
@@ -239,18 +230,17 @@ def attend_token(
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_g, max_parts = triton.next_power_of_2(group), triton.next_power_of_2(parts)
     q_norm, k_norm, eps = norms or (query, key, 0.0)
-    fetched, fetches = _ahead(ahead, query, parts * num_kv_heads * batch)
     with torch.cuda.device_of(query):
         attend_kernel[(parts, num_kv_heads, batch)](
             query, key, value, *held, *counts, plan.numbers, plan.rings, plan.cos, plan.sin, q_norm, k_norm, part,
             part_lse, plan.arrivals, out, query.stride(0), key.stride(0), value.stride(0), scale, eps, num_keys,
-            keys_per_program, *fetched,
+            keys_per_program,
             NUM_BRANCHES=num_branches, NUM_RINGS=num_rings, BLOCK_K=triton.next_power_of_2(num_branches),
             BLOCK_R=triton.next_power_of_2(num_rings), COUNT_OVERLAPS=plan.slots.pattern.count_overlaps, GROUP=group,
             HEAD_DIM=head_dim, ANGLES=plan.angles, BLOCK_D=block_d, BLOCK_M=max(16, block_g), BLOCK_N=KEYS_PER_BLOCK,
             BLOCK_G=block_g, MAX_PARTS=max_parts, BLOCK_P=max(1, min(max_parts, MERGED_AT_ONCE // (block_g * block_d))),
             QK_NORM=norms is not None, ROTATES=rotates, PRECISION="ieee" if query.dtype == torch.float32 else None,
-            num_warps=4, num_stages=3, **_overlap(query), **fetches,
+            num_warps=4, num_stages=3, **_overlap(query),
         )  # fmt: skip
     return out
 
@@ -272,30 +262,11 @@ def _block_k(k: int) -> int:
     return min(triton.next_power_of_2(k), LONGEST_ROW)
 
 
-def stretch(weight: Tensor, first: int = 0) -> Tensor:
-    """Return the ``first``-th AHEAD_BYTES of a weight, to be brought into the L2 cache."""
-    length = AHEAD_BYTES // weight.element_size()
-    return weight.view(-1)[first * length : (first + 1) * length]
-
-
-def _ahead(weights: tuple[Tensor, ...], x: Tensor, programs: int) -> tuple[tuple[Tensor | int, ...], dict[str, int]]:
-    """Return the arguments by which ``programs`` programs bring the weights into the L2 cache: bytes, and how many each."""
-    first, second = (*weights, x, x)[:2]
-    sizes = [w.numel() * w.element_size() for w in weights]
-    per_program = 0
-    if any(sizes) and _is_hopper(x):
-        per_program = max(AHEAD_PER_PROGRAM, triton.next_power_of_2(triton.cdiv(max(sizes), programs)))
-    return (first, second, *(*sizes, 0, 0)[:2]), {"AHEAD": per_program}
-
-
 def _overlap(x: Tensor) -> dict[str, bool]:
     """Say whether a kernel on this device is launched before the one that it follows has ended."""
-    return {"PDL": True, "launch_pdl": True} if OVERLAPS_LAUNCHES and _is_hopper(x) else {"PDL": False}
-
-
-def _is_hopper(x: Tensor) -> bool:
-    """Say whether a device is of compute capability 9.0 or later."""
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    overlaps = OVERLAPS_LAUNCHES and x.is_cuda and torch.version.hip is None
+    overlaps = overlaps and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
 def _num_processors(device: torch.device) -> int:
