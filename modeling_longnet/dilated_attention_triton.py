@@ -79,6 +79,13 @@ class Kind(NamedTuple):
 
 def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern, dropout: float) -> str | None:
     """Say why the fused kernels do not support a call, None if they do. Never waits for the device."""
+    if pattern.held_heads is not None:
+        return "the fused kernels number KV heads from 0, and a rank of tensor parallelism holds other heads"
+    return refusal_of_any_heads(query, pattern, dropout)
+
+
+def refusal_of_any_heads(query: Tensor, pattern: DilationPattern, dropout: float) -> str | None:
+    """Say why no fused kernel supports a call, whatever heads it holds; None if some do."""
     if triton is None:
         return "triton is not installed"
     if not query.is_cuda:
@@ -91,8 +98,6 @@ def triton_refusal(query: Tensor, key: Tensor, value: Tensor, pattern: DilationP
         return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if max(pattern.dilation_rates) > MAX_DILATION_RATE:
         return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
-    if pattern.held_heads is not None:
-        return "the fused kernels number KV heads from 0, and a rank of tensor parallelism holds other heads"
     if torch.version.hip is None and _capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None

@@ -119,14 +119,26 @@ def halo_span(pattern: DilationPattern, branch_index: int, offset: int, span: Sp
     return reached if reached.tokens else nothing
 
 
+def active_queries(pattern: DilationPattern, branch: Branch, offset: int, span: Span) -> list[range]:
+    """Return the queries of a span that a branch serves for one offset, in order: all, or those that it keeps."""
+    positions = KeptKeys(branch, offset, span).progressions() if pattern.dilate_queries else [range(*span)]
+    return [progression for progression in positions if progression]
+
+
 def _active_queries(pattern: DilationPattern, branch: Branch, offset: int, span: Span) -> tuple[int, int] | None:
     """Return the slice's first and last query that the branch serves for one offset, None if it serves none."""
-    if span.tokens == 0:
-        return None
-    if not pattern.dilate_queries:
-        return span.first, span.stop - 1
-    progressions = [p for p in KeptKeys(branch, offset, span).progressions() if p]
+    progressions = active_queries(pattern, branch, offset, span)
     return (progressions[0][0], progressions[-1][-1]) if progressions else None
+
+
+def halo_queries(pattern: DilationPattern, keys: KeptKeys, side: str, span: Span) -> Span:
+    """Return where in a slice the queries stand that reach the halo ``keys`` on one side: no query beyond does."""
+    w = keys.branch.segment_length
+    if side == LEFT:
+        near = keys.span.stop - 1
+        return span & Span(span.first, near + w if pattern.window == "sliding" else near - near % w + w)
+    near = keys.span.first
+    return span & Span(near - w + 1 if pattern.window == "sliding" else near - near % w, span.stop)
 
 
 def halo_keys(

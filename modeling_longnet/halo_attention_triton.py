@@ -1,14 +1,20 @@
-"""Launches the fused kernels for a slice's halo: one launch forward, two backward, however many branches and heads."""
+"""Launches the fused kernels for a slice's halo, for every pattern, however many heads.
+
+Dense queries take one launch forward and two backward. Dilated ones take one per branch that has a halo, each going on
+from the (out, lse) of the one before, and as many backward for the queries; the keys still take one.
+"""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention_operator import Call
+from .compiled_kernels import launch
 from .dilation_pattern import DilationPattern
-from .document_slices import LEFT, HaloBlock
+from .document_slices import LEFT, HaloBlock, Span, active_queries, halo_queries
 
 
 try:
@@ -23,15 +29,6 @@ except ImportError:  # nobody asks for these kernels without triton
 # are dealt out to up to MOST_SPLITS of them, each with sums of its own.
 ENOUGH_PROGRAMS = 1024
 MOST_SPLITS = 8
-
-
-def halo_refusal(pattern: DilationPattern) -> str | None:
-    """Say why the fused kernels for halos do not support a pattern, None if they do."""
-    if pattern.dilate_queries:
-        return "the fused kernels for halos have dense queries only"
-    if any(w % r for w, r in pattern.branches):
-        return "the fused kernels for halos need rates that divide their segment lengths"
-    return None
 
 
 class _Tiles(NamedTuple):
@@ -60,41 +57,109 @@ def _constants(call: Call, query: Tensor, num_kv_heads: int, tiles: _Tiles) -> d
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if query.dtype == torch.float32 else None,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
     }
 
 
+def _is_wide(rate: int, tiles: _Tiles, *strided: Tensor) -> bool:
+    """Whether the rows of a tile of queries lie further apart than 32 bits can say."""
+    return rate * tiles.block_m * max(x.stride(1) for x in strided) >= 2**31
+
+
+class _QueryLaunch(NamedTuple):
+    """What one launch attends to and from. Each KV head has as many rows, filled up with what is empty.
+
+    ``blocks [G, blocks, 7]`` and ``queries [G, progressions, 2]`` int64, as the kernels read them; ``rate`` of the
+    queries, and how many the longest progression has.
+    """
+
+    blocks: Tensor
+    queries: Tensor
+    rate: int
+    most_queries: int
+
+
 @functools.lru_cache(maxsize=64)  # shared by all layers and steps
-def _block_table(
-    pattern: DilationPattern, num_kv_heads: int, halo: tuple[HaloBlock, ...], device: torch.device
-) -> Tensor:
-    """Describe the blocks of each KV head, filled up with empty ones: ``[G, blocks, 7]`` int64."""
-    rows = [[_describe(pattern, x, 0, len(x.keys)) for x in halo if x.kv_head == g] for g in range(num_kv_heads)]
+def _query_launches(
+    pattern: DilationPattern, num_kv_heads: int, halo: tuple[HaloBlock, ...], span: Span, device: torch.device
+) -> list[_QueryLaunch]:
+    """Plan the launches over queries of a slice: no query stands twice in any, so none is a race.
+
+    Dense queries take one launch. Dilated ones take one per branch, with programs for those alone that the branch
+    serves: of the 131,072 queries of a slice, a branch of rate 512 serves 256, and each meets 2,048 keys.
+    """
+    branches = range(len(pattern.branches))
+    parts = [{i} for i in branches] if pattern.dilate_queries else [set(branches)]
+    launches = []
+    for part in parts:
+        of_heads = [[x for x in halo if x.kv_head == g and x.branch_index in part] for g in range(num_kv_heads)]
+        blocks = [[row for x in head for row in _describe(pattern, x)] for head in of_heads]
+        if not any(blocks):
+            continue
+        queries = [_queries(pattern, head, span) for head in of_heads]
+        launches.append(
+            _QueryLaunch(
+                _filled(blocks, [0, 0, 0, 1, 0, 1, 0], device),
+                _filled([[[p.start, len(p)] for p in head] for head in queries], [0, 0], device),
+                max(_query_rate(pattern, i) for i in part),
+                max(len(p) for head in queries for p in head),
+            )
+        )
+    return launches
+
+
+def _queries(pattern: DilationPattern, blocks: list[HaloBlock], span: Span) -> list[range]:
+    """List the queries of a slice that may meet some of the blocks, each once; if dilated, those of one branch."""
+    merged: list[Span] = []
+    for met in sorted(halo_queries(pattern, x.keys, x.side, span) for x in blocks):
+        if merged and met.first <= merged[-1].stop:
+            merged[-1] = Span(merged[-1].first, max(merged[-1].stop, met.stop))
+        else:
+            merged.append(met)
+    return [
+        progression
+        for part in merged
+        for progression in active_queries(pattern, blocks[0].keys.branch, blocks[0].keys.offset, part)
+    ]
+
+
+def _query_rate(pattern: DilationPattern, branch_index: int) -> int:
+    return pattern.dilation_rates[branch_index] if pattern.dilate_queries else 1
+
+
+def _filled(rows: list[list[list[int]]], empty: list[int], device: torch.device) -> Tensor:
     longest = max(map(len, rows))
-    return torch.tensor([row + [[0, 0, 0, 1, 0, 1, 0]] * (longest - len(row)) for row in rows], device=device)
+    return torch.tensor([head + [empty] * (longest - len(head)) for head in rows], device=device)
 
 
 @functools.lru_cache(maxsize=64)
-def _tile_table(pattern: DilationPattern, halo: tuple[HaloBlock, ...], tile: int, device: torch.device) -> Tensor:
-    """Describe tiles of keys: ``[tiles, 8]`` int64, the KV head in front."""
-    return torch.tensor(
-        [
-            [x.kv_head, *_describe(pattern, x, number, min(tile, len(x.keys) - number))]
-            for x in halo
-            for number in range(0, len(x.keys), tile)
-        ],
-        device=device,
-    )
+def _key_tiles(
+    pattern: DilationPattern, halo: tuple[HaloBlock, ...], span: Span, tile: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Describe tiles of keys ``[tiles, 11]`` and the progressions of their queries ``[progressions, 2]``, int64."""
+    tiles: list[list[int]] = []
+    queries: list[list[int]] = []
+    for x in halo:
+        met = active_queries(pattern, x.keys.branch, x.keys.offset, halo_queries(pattern, x.keys, x.side, span))
+        served = [x.kv_head, _query_rate(pattern, x.branch_index), len(queries), len(met)]
+        queries += [[p.start, len(p)] for p in met]
+        for row, count, base, window, inner, rate, side in _describe(pattern, x):
+            tiles += [
+                [*served, row + number, min(tile, count - number), base + rate * number, window, inner, rate, side]
+                for number in range(0, count, tile)
+            ]
+    return torch.tensor(tiles, device=device), torch.tensor(queries, device=device)
 
 
-def _describe(pattern: DilationPattern, halo: HaloBlock, number: int, count: int) -> list[int]:
-    """Describe ``count`` keys of a block from ``number`` on, as the kernels read it."""
-    (positions,) = halo.keys.progressions()
+def _describe(pattern: DilationPattern, halo: HaloBlock) -> Iterator[list[int]]:
+    """Describe the progressions that a block consists of, as the kernels read them."""
     window, rate = halo.keys.branch
     first = halo.branch_index == 0 or pattern.count_overlaps
     inner = 0 if first else pattern.segment_lengths[halo.branch_index - 1]
-    return [halo.row + number, count, positions[number], window, inner, rate, int(halo.side != LEFT)]
+    row = halo.row
+    for positions in halo.keys.progressions():
+        if positions:
+            yield [row, len(positions), positions.start, window, inner, rate, int(halo.side != LEFT)]
+            row += len(positions)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -114,15 +179,23 @@ def fold_halo_forward(
         query, out: ``[H, n, D]``; lse ``[H, n]`` float32; both results with a contiguous last dimension.
         key, value: ``[entries, D]``, the buffer of received keys and values.
     """
-    table = _block_table(call.pattern, num_kv_heads, halo, query.device)
+    assert out.stride(-1) == lse.stride(-1) == 1, (out.stride(), lse.stride())
     tiles = _tiles("fwd", query)
     query = _rows(query)
     heads, length, _ = query.shape
-    with torch.cuda.device_of(query):
-        halo_fwd_kernel[(-(-length // tiles.block_m), heads)](
-            query, key, value, out, lse, table,
-            *query.stride()[:2], *out.stride()[:2], lse.stride(0), call.scale, length, first, table.shape[1],
-            **_constants(call, query, num_kv_heads, tiles),
+    span = Span(first, first + length)
+    strides = (*query.stride()[:2], *out.stride()[:2], lse.stride(0))
+    constants = _constants(call, query, num_kv_heads, tiles)
+    for part in _query_launches(call.pattern, num_kv_heads, halo, span, query.device):
+        launch(
+            halo_fwd_kernel,
+            (-(-part.most_queries // tiles.block_m), heads, part.queries.shape[1]),
+            (
+                query, key, value, out, lse, part.blocks, part.queries,
+                *strides, call.scale, length, first, part.blocks.shape[1], part.rate,
+            ),
+            {"WIDE": _is_wide(part.rate, tiles, query, out), **constants},
+            query.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
 
@@ -131,35 +204,53 @@ def fold_halo_backward(
     out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
     grad_query: Tensor, grad_key: Tensor, grad_value: Tensor,
 ) -> None:  # fmt: skip
-    """Write the gradients through a share's halo, given the final out and lse.
+    """Add the gradients through a share's halo, given the final out and lse.
 
     Args:
-        grad_query: ``[H, n, D]`` zeros; grad_key, grad_value: ``[entries, D]`` float32, where this share's are added.
+        grad_query: ``[H, n, D]``; grad_key, grad_value: ``[entries, D]`` float32; where the gradients are added.
     """
-    table = _block_table(call.pattern, num_kv_heads, halo, query.device)
     query, grad_out = _rows(query), _rows(grad_out)
     heads, length, _ = query.shape
+    span = Span(first, first + length)
     delta = torch.zeros(heads, length, dtype=torch.float32, device=query.device)
     dlse = lse if grad_lse is None else _rows(grad_lse)
-    with torch.cuda.device_of(query):
-        tiles = _tiles("dq", query)
-        halo_dq_kernel[(-(-length // tiles.block_m), heads)](
-            query, key, value, out, lse, dlse, grad_out, grad_query, delta, table,
-            *query.stride()[:2], *out.stride()[:2], lse.stride(0), dlse.stride(0), *grad_out.stride()[:2],
-            *grad_query.stride()[:2], call.scale, length, first, table.shape[1],
-            HAS_DLSE=grad_lse is not None, **_constants(call, query, num_kv_heads, tiles),
+    tiles = _tiles("dq", query)
+    strides = (
+        *query.stride()[:2], *out.stride()[:2], lse.stride(0), dlse.stride(0), *grad_out.stride()[:2],
+        *grad_query.stride()[:2],
+    )  # fmt: skip
+    constants = {"HAS_DLSE": grad_lse is not None, **_constants(call, query, num_kv_heads, tiles)}
+    for part in _query_launches(call.pattern, num_kv_heads, halo, span, query.device):
+        launch(
+            halo_dq_kernel,
+            (-(-part.most_queries // tiles.block_m), heads, part.queries.shape[1]),
+            (
+                query, key, value, out, lse, dlse, grad_out, grad_query, delta, part.blocks, part.queries,
+                *strides, call.scale, length, first, part.blocks.shape[1], part.rate,
+            ),
+            {"WIDE": _is_wide(part.rate, tiles, query, out, grad_out, grad_query), **constants},
+            query.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-        tiles = _tiles("dkdv", query)
-        places = _tile_table(call.pattern, halo, tiles.block_n, query.device)
-        splits = MOST_SPLITS
-        while splits > 1 and len(places) * splits >= 2 * ENOUGH_PROGRAMS:
-            splits //= 2
-        # Shares have blocks of their own in the buffer: what is not this share's stays zero.
-        parts = torch.zeros(2, splits, *key.shape, dtype=torch.float32, device=query.device)
-        halo_dkdv_kernel[(len(places), splits)](
-            query, key, value, lse, grad_out, delta, parts[0], parts[1], places,
+    tiles = _tiles("dkdv", query)
+    places, queries = _key_tiles(call.pattern, halo, span, tiles.block_n, query.device)
+    splits = MOST_SPLITS
+    while splits > 1 and len(places) * splits >= 2 * ENOUGH_PROGRAMS:
+        splits //= 2
+    # Shares have blocks of their own in the buffer: what is not this share's stays zero.
+    parts = torch.zeros(2, splits, *key.shape, dtype=torch.float32, device=query.device)
+    widest = max(_query_rate(call.pattern, x.branch_index) for x in halo)
+    launch(
+        halo_dkdv_kernel,
+        (len(places), splits, 1),
+        (
+            query, key, value, lse, grad_out, delta, parts[0], parts[1], places, queries,
             *query.stride()[:2], lse.stride(0), *grad_out.stride()[:2], parts.stride(1), call.scale, length, first,
-            SPLITS=splits, **_constants(call, query, num_kv_heads, tiles),
-        )  # fmt: skip
+        ),
+        {
+            "SPLITS": splits, "WIDE": _is_wide(widest, tiles, query, grad_out),
+            **_constants(call, query, num_kv_heads, tiles),
+        },
+        query.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     grad_key += parts[0].sum(0)
     grad_value += parts[1].sum(0)

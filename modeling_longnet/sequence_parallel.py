@@ -14,8 +14,8 @@ attention looks beyond a slice, and it looks at little:
    length (or only its rate, if no segment edge falls into the slice) divides the slice's first position: then the
    fused backends compute them. Otherwise they are the same strided pieces that the ``torch`` backend is made of, cut
    to the slice.
-4. *Halo attention*: pieces again, whose keys lie in the received buffer; on CUDA, for dense queries, fused kernels
-   that take all branches and heads in one launch (``halo_attention_kernels``). Pieces hold every (query, key) pair of the
+4. *Halo attention*: pieces again, whose keys lie in the received buffer; on CUDA fused kernels that take all heads in
+   one launch, and all branches if the queries are dense (``halo_attention_kernels``). Pieces hold every (query, key) pair of the
    pattern exactly as often as it counts, so folding them into the local (out, lse) is one softmax over the whole
    multiset: no approximation, whatever overlaps.
 5. *Backward.* The gradient of one softmax is each part's ordinary attention backward, given the *final* out and lse.
@@ -40,9 +40,10 @@ from .dilated_attention import cast_for_autocast, choose_backend
 from .dilated_attention_torch import PieceView, fold_backward, fold_forward, piece_views
 from .dilated_attention_torch import _attention as torch_operator
 from .dilated_attention_triton import _attention as triton_operator
+from .dilated_attention_triton import refusal_of_any_heads
 from .dilation_pattern import DilationPattern
 from .document_slices import LOCAL, HaloBlock, Span, slice_pieces, starts_like_a_document
-from .halo_attention_triton import fold_halo_backward, fold_halo_forward, halo_refusal
+from .halo_attention_triton import fold_halo_backward, fold_halo_forward
 from .sequence_exchange import (
     ExchangePlan,
     add_gradients,
@@ -109,8 +110,16 @@ def sequence_parallel_attention(
     plan = plan_exchange(
         pattern, key.shape[1], is_causal, group.rank(), group.size(), sequence.shares, sequence.documents, key.device
     )
-    attention = SliceAttention(call, OPERATORS[chosen], key.shape[1], sequence.shares, plan.blocks)
+    fused = chosen == "triton" or (backend == "auto" and _only_other_heads_are_refused(query, pattern, dropout))
+    attention = SliceAttention(call, OPERATORS[chosen], key.shape[1], sequence.shares, plan.blocks, fused)
     return _SequenceParallelAttention.apply(query, key, value, attention, plan, group)
+
+
+def _only_other_heads_are_refused(query: Tensor, pattern: DilationPattern, dropout: float) -> bool:
+    """Whether nothing but the heads that it holds keeps a call from fused kernels: a halo brings their offsets."""
+    if pattern.held_heads is None or pattern.is_ordinary(query.shape[2]):
+        return False
+    return refusal_of_any_heads(query, pattern, dropout) is None
 
 
 class _SequenceParallelAttention(torch.autograd.Function):
@@ -159,10 +168,20 @@ class SliceAttention:
         operator: the backend for shares that are like documents of their own.
         shares: what the rank holds; together they are all tokens of the tensors to come.
         blocks: where the halo of each share stands in the buffer.
+        fused: whether fused kernels attend to it, not pieces.
     """
 
-    def __init__(self, call: Call, operator, num_kv_heads: int, shares: Sequence[Share], blocks: Iterable[HaloBlock]):
+    def __init__(
+        self,
+        call: Call,
+        operator,
+        num_kv_heads: int,
+        shares: Sequence[Share],
+        blocks: Iterable[HaloBlock],
+        fused: bool,
+    ):
         self.call, self.operator, self.num_kv_heads, self.shares = call, operator, num_kv_heads, shares
+        self.fused = fused
         own = [starts_like_a_document(call.pattern, share.span) for share in shares]
         self.runs = list(_runs([share for share, alone in zip(shares, own) if alone]))
         self.strayed = [index for index, alone in enumerate(own) if not alone]
@@ -170,7 +189,6 @@ class SliceAttention:
         for block in blocks:
             self.halos.setdefault(block.share, []).append(block)
         self.halo_rows = {(b.share, b.kv_head, b.branch_index, b.side): b.rows for b in blocks}
-        self.fused = operator is triton_operator and halo_refusal(call.pattern) is None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Attend from the slice's queries to its own keys, ``(out [B, H, L, D], lse [B, H, L])``."""

@@ -8,7 +8,16 @@ from strategies import patterns
 
 from modeling_longnet import DilationPattern
 from modeling_longnet.dilated_attention_pieces import FULL, LOWER, Piece
-from modeling_longnet.document_slices import LOCAL, Span, halo_keys, slice_pieces, starts_like_a_document
+from modeling_longnet.document_slices import (
+    LEFT,
+    LOCAL,
+    Span,
+    active_queries,
+    halo_keys,
+    halo_queries,
+    slice_pieces,
+    starts_like_a_document,
+)
 
 
 NUM_KV_HEADS = 3
@@ -82,6 +91,27 @@ def test_the_halo_is_exactly_what_the_queries_reach_outside_and_the_pieces_are_t
                 for query, key in pairs_of(piece)
             )
             assert found == expected
+
+
+@given(patterns(), slices(), st.booleans())
+def test_the_queries_of_a_halo_are_the_active_ones_of_a_window_at_the_edge(pattern, drawn, is_causal):
+    span, length = drawn
+    for i, (w, r) in enumerate(pattern.branches):
+        for head, offset in enumerate(pattern.offsets(NUM_KV_HEADS)[i]):
+            for side, keys in halo_keys(pattern, i, offset, span, length, is_causal).items():
+                if not len(keys):
+                    continue
+                held = {u for positions in keys.progressions() for u in positions}
+                near = halo_queries(pattern, keys, side, span)
+                assert near.first == span.first if side == LEFT else near.stop == span.stop
+                assert near.tokens <= w
+                queries = [
+                    x for positions in active_queries(pattern, pattern.branches[i], offset, near) for x in positions
+                ]
+                assert queries == [x for x in range(*near) if not pattern.dilate_queries or x % w % r == offset]
+                for query in range(*span):
+                    reached = branch_reach(pattern, i, head, query, length, is_causal)
+                    assert query in queries or not held & reached.keys()
 
 
 @given(patterns(), slices(), st.booleans())

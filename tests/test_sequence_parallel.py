@@ -282,7 +282,9 @@ def test_imagined_ranks_in_one_process_equal_one_call(device, dtype, backend, pr
         torch.randn(2, heads, 4 * slice_length, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
     )
     dlse = torch.randn(4, 1, generator=generator).to(device).expand(2, 4, 4 * slice_length)  # as autograd hands it
-    found, plans = attend_on_imagined_ranks((query, key, value), (do, dlse), pattern, 4, backend, is_causal)
+    found, plans = attend_on_imagined_ranks(
+        (query, key, value), (do, dlse), pattern, 4, backend, is_causal, fused=backend == "triton"
+    )
     assert all(plan.received_entries > 0 for plan in plans[1:])
     leaves = [x.float().requires_grad_() for x in (query, key, value)]
     out, lse = dilated_attention(*leaves, pattern, is_causal=is_causal, backend="torch", return_lse=True)
