@@ -41,12 +41,16 @@ TILE = 128
 
 
 class HopperTiles(NamedTuple):
-    """Rows that a program owns and rows of a block, depth of the rings, registers of consumers and producer."""
+    """Rows that a program owns and rows of a block, depth of the rings, registers of consumers and producer.
+
+    ``turns``: consumers issue their products in turns.
+    """
 
     block_m: int
     block_n: int
     stages: int
     registers: tuple[int, int]
+    turns: bool = False
 
 
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
@@ -163,8 +167,22 @@ def _plan_launch(
         classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
         periods = together = 1
     runs = periods * heads * batch
-    group = num_heads // num_kv_heads
-    variant = _variant(kernel, launch, pattern, call.is_causal, num_documents > 0, group, num_kv_heads, head_dim)
+    variant = _variant(
+        num_branches=len(launch.rates),
+        group=num_heads // num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        blocked=pattern.head_offsets == "blocked",
+        disjoint=not pattern.count_overlaps,
+        dilate=pattern.dilate_queries,
+        sliding=pattern.window == "sliding",
+        packed=num_documents > 0,
+        side=sides_met(pattern, call.is_causal, from_key)[0],
+        from_key=from_key,
+        first=launch.first,
+        own_tensors=1 if kernel == "fwd" and launch.first else 2,
+        head_dim=head_dim,
+        **tiles._asdict(),
+    )
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
     own_rows = [None if name is None else _rows(name, layouts[name], launch.rate, 64) for name in own]
@@ -182,28 +200,10 @@ def _plan_launch(
     return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4)
 
 
-@functools.cache  # a kernel is compiled for a variant, and tells them apart by identity
-def _variant(
-    kernel: str, launch: Launch, pattern: DilationPattern, is_causal: bool, packed: bool, group: int, num_kv_heads: int,
-    head_dim: int,
-) -> "Variant":  # fmt: skip
-    from_key = kernel == "dkdv"
-    return Variant(
-        num_branches=len(launch.rates),
-        group=group,
-        num_kv_heads=num_kv_heads,
-        blocked=pattern.head_offsets == "blocked",
-        disjoint=not pattern.count_overlaps,
-        dilate=pattern.dilate_queries,
-        sliding=pattern.window == "sliding",
-        packed=packed,
-        side=sides_met(pattern, is_causal, from_key)[0],
-        from_key=from_key,
-        first=launch.first,
-        own_tensors=1 if kernel == "fwd" and launch.first else 2,
-        head_dim=head_dim,
-        **_tiles(kernel, head_dim, pattern.dilate_queries)._asdict(),
-    )
+@functools.cache
+def _variant(**fields) -> "Variant":
+    """Return the one variant of these fields: kernels are compiled for it and tell variants apart by identity."""
+    return Variant(**fields)
 
 
 def _layout(rows: int, head_dim: int, dtype: torch.dtype):

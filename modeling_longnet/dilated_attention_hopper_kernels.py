@@ -52,7 +52,7 @@ class Variant:
 
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
     ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_kernels``.
-    ``registers``: per thread, of consumers and of the producer.
+    ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     """
 
     num_branches: int
@@ -72,6 +72,7 @@ class Variant:
     block_n: int
     stages: int
     registers: tuple[int, int]
+    turns: bool
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -122,6 +123,7 @@ class Rings(NamedTuple):
     v_empty: Any
     records_full: Any
     records_empty: Any
+    turns: Any
 
 
 class Sources(NamedTuple):
@@ -364,6 +366,40 @@ def _produce(sources, rings, work, V: gl.constexpr):
 
 
 @gluon.jit
+def _await_turn(rings, done, consumer: gl.constexpr, V: gl.constexpr):
+    """Wait until the consumer before has issued its products of this block; the first: those of the block before.
+
+    Out of step, one consumer's softmax runs beside another's products; in step, the tensor cores wait for all of them.
+    """
+    if V.turns:
+        mbarrier.wait(rings.turns.index(consumer), (done & 1) ^ (consumer == 0))
+
+
+@gluon.jit
+def _end_turn(rings, consumer: gl.constexpr, V: gl.constexpr):
+    if V.turns:
+        mbarrier.arrive(rings.turns.index((consumer + 1) % V.consumers), count=1)
+
+
+@gluon.jit
+def _pack(x, dtype: gl.constexpr):
+    """Round ``[ROWS, 2 n]`` to words of two neighbours. Halves that a loop carries cost two instructions more a pair."""
+    low, high = gl.split(gl.reshape(x, [ROWS, x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        assembly: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        assembly: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(assembly, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _unpack(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """Undo ``_pack``, as the left side of a product."""
+    halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
+    return gl.convert_layout(gl.reshape(halves, [ROWS, 2 * words.shape[1]]).to(dtype, bitcast=True), layout)
+
+
+@gluon.jit
 def _met(base, rate, first, stop, band_start, band_end, V: gl.constexpr, s_layout: gl.constexpr):
     """Say which terms of a block each row meets: ``[ROWS, BLOCK_N]``."""
     term = first + gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout))
@@ -408,17 +444,19 @@ def _softmax(
 @gluon.jit
 def _attend_block(
     acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end, scale2,
-    MASKED: gl.constexpr, V: gl.constexpr,
+    MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
     stage = done % V.stages
     last = (done - 1) % V.stages
     zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    _await_turn(rings, done, consumer, V)
     mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
-    acc = warpgroup_mma(p, rings.v.index(last), acc, is_async=True)
+    acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
+    _end_turn(rings, consumer, V)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(rings.k_empty.index(stage), count=1)
     new_p, peak, total, decay = _softmax(
@@ -427,8 +465,7 @@ def _attend_block(
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
-    p = gl.convert_layout(new_p.to(rings.k.dtype), p_layout)
-    return acc, p, peak, total, done + 1
+    return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
 
 
 @gluon.jit
@@ -474,8 +511,10 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
             stage = done % V.stages
             zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            _await_turn(rings, done, consumer, V)
             mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
             s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            _end_turn(rings, consumer, V)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(rings.k_empty.index(stage), count=1)
             new_p, peak, total, decay = _softmax(
@@ -484,7 +523,7 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             )  # fmt: skip
             if not V.first:
                 acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
-            p = gl.convert_layout(new_p.to(rings.k.dtype), p_layout)
+            p = _pack(new_p, rings.k.dtype)
             done += 1
             for branch in range(begun, V.num_branches):
                 if branch > begun:
@@ -498,17 +537,17 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     acc, p, peak, total, done = _attend_block(
                         acc, p, peak, total, done, q, rings, base, rate,
                         first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
-                        scale2, True, V, s_layout, o_layout, p_layout,
+                        scale2, True, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     acc, p, peak, total, done = _attend_block(
                         acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end,
-                        scale2, False, V, s_layout, o_layout, p_layout,
+                        scale2, False, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
             mbarrier.arrive(rings.own_empty, count=1)
             last = (done - 1) % V.stages
             mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
-            acc = warpgroup_mma(p, rings.v.index(last), acc, is_async=True)
+            acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.v_empty.index(last), count=1)
         else:
@@ -546,7 +585,7 @@ def _ds_of_queries(
 @gluon.jit
 def _bwd_dq_block(
     dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end, scale2,
-    MASKED: gl.constexpr, V: gl.constexpr,
+    MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Take the gradient of a block's scores while that of the block before goes into dq."""
@@ -554,11 +593,13 @@ def _bwd_dq_block(
     last = (done - 1) % V.stages
     phase = (done // V.stages) & 1
     zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    _await_turn(rings, done, consumer, V)
     mbarrier.wait(rings.k_full.index(stage), phase)
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(rings.v_full.index(stage), phase)
     dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    dq = warpgroup_mma(ds, rings.k.index(last), dq, is_async=True)
+    dq = warpgroup_mma(_unpack(ds, rings.k.dtype, p_layout), rings.k.index(last), dq, is_async=True)
+    _end_turn(rings, consumer, V)
     s, dp = warpgroup_mma_wait(1, deps=(s, dp))
     mbarrier.arrive(rings.v_empty.index(stage), count=1)
     new_ds = _ds_of_queries(
@@ -566,7 +607,7 @@ def _bwd_dq_block(
     )
     dq = warpgroup_mma_wait(0, deps=(dq,))
     mbarrier.arrive(rings.k_empty.index(last), count=1)
-    return dq, gl.convert_layout(new_ds.to(rings.k.dtype), p_layout), done + 1
+    return dq, _pack(new_ds, rings.k.dtype), done + 1
 
 
 @gluon.jit
@@ -606,17 +647,19 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             stage = done % V.stages
             phase = (done // V.stages) & 1
             zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            _await_turn(rings, done, consumer, V)
             mbarrier.wait(rings.k_full.index(stage), phase)
             s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(rings.v_full.index(stage), phase)
             dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            _end_turn(rings, consumer, V)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             mbarrier.arrive(rings.v_empty.index(stage), count=1)
             new_ds = _ds_of_queries(
                 s, dp, lse2, delta, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
                 band_start, band_end, scale2, True, V, s_layout,
             )  # fmt: skip
-            ds = gl.convert_layout(new_ds.to(rings.k.dtype), p_layout)
+            ds = _pack(new_ds, rings.k.dtype)
             done += 1
             for branch in range(begun, V.num_branches):
                 if branch > begun:
@@ -630,16 +673,16 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     dq, ds, done = _bwd_dq_block(
                         dq, ds, done, q, do, lse2, delta, rings, base, rate,
                         first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
-                        scale2, True, V, s_layout, p_layout,
+                        scale2, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     dq, ds, done = _bwd_dq_block(
                         dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end,
-                        scale2, False, V, s_layout, p_layout,
+                        scale2, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
             mbarrier.arrive(rings.own_empty, count=1)
             last = (done - 1) % V.stages
-            dq = warpgroup_mma(ds, rings.k.index(last), dq, is_async=True)
+            dq = warpgroup_mma(_unpack(ds, rings.k.dtype, p_layout), rings.k.index(last), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(rings.k_empty.index(last), count=1)
         else:
@@ -683,7 +726,7 @@ def _bring_stats(stats_ptr, stats, stats_full, stats_empty, work, V: gl.constexp
 @gluon.jit
 def _bwd_dkdv_block(
     dk, dv, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
-    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+    MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Add one block of queries to the gradients of a consumer's keys; scores are transposed: keys are rows."""
     stage = done % V.stages
@@ -692,10 +735,12 @@ def _bwd_dkdv_block(
     zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
     q = rings.k.index(stage)
     do = rings.v.index(stage)
+    _await_turn(rings, done, consumer, V)
     mbarrier.wait(rings.k_full.index(stage), phase)
     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(rings.v_full.index(stage), phase)
     dp = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    _end_turn(rings, consumer, V)
     mbarrier.wait(results.stats_full.index(stage), phase)
     lse2 = results.stats.index(2 * stage).load(columns)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -745,12 +790,12 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 dk, dv, done = _bwd_dkdv_block(
                     dk, dv, done, k, v, rings, results, base, rate,
                     first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end, scale2,
-                    True, V, s_layout, p_layout,
+                    True, consumer, V, s_layout, p_layout,
                 )  # fmt: skip
             for _ in range(edges, blocks):
                 dk, dv, done = _bwd_dkdv_block(
                     dk, dv, done, k, v, rings, results, base, rate, first, stop,
-                    band_start, band_end, scale2, False, V, s_layout, p_layout,
+                    band_start, band_end, scale2, False, consumer, V, s_layout, p_layout,
                 )  # fmt: skip
         mbarrier.arrive(rings.own_empty, count=1)
         filled += 1
@@ -784,13 +829,16 @@ def _allocate(dtype: gl.constexpr, V: gl.constexpr):
     k = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     v = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     records = gl.allocate_shared_memory(gl.int32, [2, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    turns = records
+    if V.turns:
+        turns = _barriers(V.consumers, 1)
     own_full = _barriers(1, 1).index(0)
     own_empty = _barriers(1, V.consumers).index(0)
     return Rings(
         own, other, k, v, records, own_full, own_empty,
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
-        _barriers(2, 1), _barriers(2, V.consumers),
+        _barriers(2, 1), _barriers(2, V.consumers), turns,
     )  # fmt: skip
 
 
