@@ -64,8 +64,8 @@ class Settings:
     corpus_bytes: int = 400_000_000
     pretrain_tokens: int = 200_000_000
     pretrain_seconds: float = math.inf  # after 30 steps, their number is cut to what this time allows
-    pretrain_batch_tokens: int = 131_072
-    pretrain_learning_rate: float = 2e-3
+    pretrain_batch_tokens: int = 65_536
+    pretrain_learning_rate: float = 6e-3
     tune_steps: int = 100
     tune_batch_tokens: int = 65_536
     tune_learning_rate: float = 3e-4
