@@ -13,8 +13,15 @@ from collections import defaultdict
 
 import torch
 
-from modeling_longnet import DecodingGraph, DilationPattern, LongNetCache, LongNetConfig, LongNetForCausalLM
-from modeling_longnet import decoding_triton as launchers
+from modeling_longnet import (
+    DecodingGraph,
+    DilationPattern,
+    LongNetCache,
+    LongNetConfig,
+    LongNetForCausalLM,
+    decoding_hopper,
+    decoding_triton,
+)
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -22,10 +29,10 @@ from modeling_longnet.dilation_pattern import PRESETS
 CHOICES = [
     {},
     {"OVERLAPS_LAUNCHES": False},
-    {"ATTENDING_PROGRAMS": 1},
-    {"ATTENDING_PROGRAMS": 4},
-    {"KEYS_PER_BLOCK": 128, "ATTENDING_PROGRAMS": 1},
-    {"KEYS_PER_BLOCK": 32},
+    {"KEY_BYTES": 2**14},
+    {"KEY_BYTES": 2**16},
+    {"MOST_PROGRAMS": 0},  # not at once
+    {"MOST_PROGRAMS": 0, "KEYS_PER_BLOCK": 128, "ATTENDING_PROGRAMS": 1},
     {"TILE_BYTES": 2**14, "WARPS": 4},
     {"TILE_BYTES": 2**15, "WARPS": 4},
     {"TILE_BYTES": 2**16},
@@ -107,9 +114,10 @@ def main() -> None:
     bound = weight_bytes / (args.bandwidth * 1e9)
     print(f"{torch.cuda.get_device_name()}: {weight_bytes / 1e9:.2f} GB of weights, {bound:.3f} ms at the least")
     for choice in CHOICES:
-        before = {name: getattr(launchers, name) for name in choice}
+        launchers = {name: decoding_hopper if hasattr(decoding_hopper, name) else decoding_triton for name in choice}
+        before = {name: getattr(launchers[name], name) for name in choice}
         for name, value in choice.items():
-            setattr(launchers, name, value)
+            setattr(launchers[name], name, value)
         try:
             step = DecodingGraph(model, cache)
             time = milliseconds(step, token, args.steps)
@@ -119,7 +127,7 @@ def main() -> None:
         except Exception as error:  # another choice may still run
             print(f"failed: {choice}: {error}", file=sys.stderr, flush=True)
         for name, value in before.items():
-            setattr(launchers, name, value)
+            setattr(launchers[name], name, value)
 
 
 if __name__ == "__main__":

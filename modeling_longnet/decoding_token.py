@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from .attention_longnet import LongNetAttention
 from .backbone_llama import LongNetDecoderLayer
 from .cache_longnet import LongNetCache, LongNetCacheLayer
+from .decoding_hopper import at_once_refusal, attend_at_once
 from .decoding_triton import (
     Rotary,
     TokenPlan,
@@ -175,7 +176,8 @@ def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer,
     norms = None
     if attention.config.qk_norm:
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-    attended = attend_token(
+    attend = attend_token if at_once_refusal(query, held.keys) else attend_at_once
+    attended = attend(
         plan, query, key, value, (held.keys, held.values, held.key_positions, held.key_branches),
         (held.seen, held.columns), scale=attention.scaling, norms=norms, rotates=attention.rotates,
     )  # fmt: skip

@@ -150,13 +150,13 @@ def multiply(
     has_bias = biases[0] is not None
     b = (*biases, biases[0], biases[0])[:3] if has_bias else (x, x, x)
     norm_weight, eps = norm or (x, 0.0)
-    overlap = _overlap(x)
+    overlapped = overlap(x)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(out.shape[1], rows),)](
             x, norm_weight, first, second, third, *b, out, eps, *ends, out.shape[1],
             K=x.shape[1], NORM=norm is not None, BIAS=has_bias, RESIDUAL=adds,
             EVEN=x.shape[1] % block_k == 0 and out.shape[1] % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **overlap,
+            num_warps=WARPS, **overlapped,
         )  # fmt: skip
     return out
 
@@ -172,7 +172,7 @@ def multiply_gated(
         gated_kernel[(triton.cdiv(len(gate), rows),)](
             x, norm[0], gate, up, *biases, out, norm[1], len(gate),
             K=x.shape[1], EVEN=x.shape[1] % block_k == 0 and len(gate) % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **_overlap(x),
+            num_warps=WARPS, **overlap(x),
         )  # fmt: skip
     return out
 
@@ -182,7 +182,7 @@ def normalise(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
         norm_rows_kernel[(len(x),)](
-            x, norm[0], out, norm[1], K=x.shape[1], BLOCK_K=_block_k(x.shape[1]), num_warps=WARPS, **_overlap(x)
+            x, norm[0], out, norm[1], K=x.shape[1], BLOCK_K=_block_k(x.shape[1]), num_warps=WARPS, **overlap(x)
         )
     return out
 
@@ -221,7 +221,7 @@ def attend_token(
     num_branches = len(plan.slots.pattern.branches)
     num_rings = plan.rings.shape[1]
     blocks = triton.cdiv(num_keys, KEYS_PER_BLOCK)
-    wanted = triton.cdiv(ATTENDING_PROGRAMS * _num_processors(query.device), batch * num_kv_heads)
+    wanted = triton.cdiv(ATTENDING_PROGRAMS * num_processors(query.device), batch * num_kv_heads)
     keys_per_program = triton.cdiv(blocks, min(wanted, blocks, MOST_PARTS)) * KEYS_PER_BLOCK
     parts = triton.cdiv(num_keys, keys_per_program)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -240,7 +240,7 @@ def attend_token(
             HEAD_DIM=head_dim, ANGLES=plan.angles, BLOCK_D=block_d, BLOCK_M=max(16, block_g), BLOCK_N=KEYS_PER_BLOCK,
             BLOCK_G=block_g, MAX_PARTS=max_parts, BLOCK_P=max(1, min(max_parts, MERGED_AT_ONCE // (block_g * block_d))),
             QK_NORM=norms is not None, ROTATES=rotates, PRECISION="ieee" if query.dtype == torch.float32 else None,
-            num_warps=4, num_stages=3, **_overlap(query),
+            num_warps=4, num_stages=3, **overlap(query),
         )  # fmt: skip
     return out
 
@@ -250,7 +250,7 @@ def _tile(x: Tensor, num_rows: int, *ends: int) -> tuple[int, int]:
     block_k = _block_k(x.shape[1])
     rows = max(1, TILE_BYTES // (block_k * x.element_size()))
     # Enough programs for every multiprocessor; a tile has no more elements than threads can hold.
-    while rows > 1 and (any(end % rows for end in ends) or num_rows < 2 * rows * _num_processors(x.device)):
+    while rows > 1 and (any(end % rows for end in ends) or num_rows < 2 * rows * num_processors(x.device)):
         rows //= 2
     return rows, block_k
 
@@ -262,12 +262,12 @@ def _block_k(k: int) -> int:
     return min(triton.next_power_of_2(k), LONGEST_ROW)
 
 
-def _overlap(x: Tensor) -> dict[str, bool]:
+def overlap(x: Tensor) -> dict[str, bool]:
     """Say whether a kernel on this device is launched before the one that it follows has ended."""
     overlaps = OVERLAPS_LAUNCHES and x.is_cuda and torch.version.hip is None
     overlaps = overlaps and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

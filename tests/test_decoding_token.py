@@ -12,7 +12,7 @@ from tiny_models import left_padding, random_tokens, tiny_model
 from torch import nn
 from triton_interpreter import interpret, needs_interpreter
 
-from modeling_longnet import DilationPattern, LongNetCache, decoding_token, decoding_triton
+from modeling_longnet import DilationPattern, LongNetCache, decoding_hopper, decoding_token, decoding_triton
 from modeling_longnet.cache_slots import plan_slots
 from modeling_longnet.decoding_triton import Rotary, plan_token
 from modeling_longnet.liger_layers import mlp_forward, norm_forward, rotate
@@ -127,6 +127,40 @@ def test_the_fused_step_on_the_gpu_is_the_ordinary_one(preset, shape, batch, dty
         "initializer_range": 0.1, **{k: v for k, v in SHAPES[shape].items() if k != "head_dim"}
     }).to("cuda", dtype)  # fmt: skip
     check_steps(model, batch, 90, 60, 1e-4 if dtype == torch.float32 else 0.06)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", range(3))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_attending_at_once_errs_no_more_than_stretch_by_stretch(preset, shape, head_dim, monkeypatch):
+    """The Hopper kernel, over several programs per head, with rings that fill while it decodes."""
+    pattern = DilationPattern.geometric(256, 1024, preset=preset)
+    model = tiny_model(
+        preset, head_dim=head_dim, initializer_range=0.1, segment_lengths=pattern.segment_lengths,
+        dilation_rates=pattern.dilation_rates, **SHAPES[shape],
+    ).to("cuda")  # fmt: skip
+    tokens, prompt = random_tokens(1, 1300).to("cuda"), 1260
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = mask[0, -3] = 0
+    real = mask.bool()
+    taken = []
+
+    def attend(*call, **options):
+        taken.append(1)
+        return decoding_hopper.attend_at_once(*call, **options)
+
+    monkeypatch.setattr(decoding_token, "attend_at_once", attend)
+    with torch.no_grad():
+        exact = decoded(model, tokens, mask, prompt, False)[real]
+        model = model.to(torch.bfloat16)
+        at_once = decoded(model, tokens, mask, prompt, True)[real]
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert len(taken) == (tokens.shape[1] - prompt) * model.config.num_hidden_layers
+        monkeypatch.setattr(decoding_token, "at_once_refusal", lambda *call: "asked for")
+        by_stretch = decoded(model, tokens, mask, prompt, True)[real]
+    errors = [(x[prompt - 7 :].float() - exact[prompt - 7 :]).norm() for x in (at_once, by_stretch)]
+    assert errors[0] < 1.2 * errors[1]
 
 
 @needs_interpreter
