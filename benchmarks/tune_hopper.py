@@ -67,7 +67,7 @@ CHOSEN = hopper._tiles
 def take(tiles: dict[str, HopperTiles], min_tiles: float = 0) -> None:
     """Let the next calls be cut in this way, kernels that are not named as the package cuts them."""
     hopper._tiles = lambda kernel, head_dim, dilate: tiles.get(kernel) or CHOSEN(kernel, head_dim, dilate)
-    hopper.MIN_TILES_PER_PROCESSOR = min_tiles
+    hopper._fewest_tiles = lambda kernel, head_dim, dilate: min_tiles
     fused._forward_plan.cache_clear()
     fused._backward_plan.cache_clear()
 
@@ -195,12 +195,12 @@ def time_kernel(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor
     return [median_ms(functools.partial(launch.run, **tensors)) for launch in launches(kernel, pattern, tensors)]
 
 
-def crossover(best: dict, head_dims: list[int]) -> None:
+def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
     """Print forward + backward of whole calls, portable beside Hopper kernels, and dense cuDNN; the host's time last."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    for head_dim, length in itertools.product(head_dims, (4096, 8192)):
+    for head_dim, length in itertools.product(head_dims, lengths):
         tensors = random_tensors(length, head_dim)
         do, leaves = tensors["do"], [tensors[name].requires_grad_() for name in ("query", "key", "value")]
 
@@ -238,8 +238,9 @@ def crossover(best: dict, head_dims: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=2**15)
+    parser.add_argument("--crossover", type=int, nargs="+", default=[4096, 8192], help="lengths of whole calls")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--processes", type=int, default=16, help="that compile and check side by side")
     parser.add_argument("--seconds", type=float, default=90.0, help="after which a candidate counts as hung")
     arguments = parser.parse_args()
@@ -272,7 +273,7 @@ def main() -> None:
             fastest[job[:3]], best[job[:3]] = sum(ms), tiles
     for (kernel, head_dim, preset), tiles in best.items():
         print(f"best {kernel:4} D={head_dim:<3} {preset:8} {tuple(tiles)} {fastest[kernel, head_dim, preset]:.3f} ms")
-    crossover(best, arguments.head_dims)
+    crossover(best, arguments.head_dims, arguments.crossover)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The fused backend's own path on Hopper: plans launches of the Gluon kernels for the calls that they serve.
 
-``dilated_attention_triton`` asks ``hopper_refusal`` and takes its portable kernels where there is one; both compute the
-same. Everything the copy engine fetches must be describable: rows in whole rounds of every rate, 16-byte aligned.
+``dilated_attention_triton`` asks ``hopper_refusal`` for each kernel and takes its portable one where there is a refusal;
+both compute the same. Everything the copy engine fetches must be describable: rows in whole rounds of every rate, 16-byte aligned.
 """
 
 import functools
 from collections.abc import Sequence
-from math import gcd
+from math import gcd, inf
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,6 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 # Gluon is experimental: its interface may change with every release. These are the releases that the tests ran with.
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
-MIN_TILES_PER_PROCESSOR = 2  # below, starting and ending take longer than is saved
 TILE = 128
 
 
@@ -54,28 +53,38 @@ class HopperTiles(NamedTuple):
 
 
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
-    """Choose how to cut a kernel; tuned on an H200."""
+    """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100."""
     if head_dim == 128:
         return {
-            "fwd": HopperTiles(128, 64, 4, (224, 56)),
+            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else HopperTiles(128, 64, 4, (224, 56)),
             "dq": HopperTiles(128, 64, 3, (224, 56)),
             "dkdv": HopperTiles(128, 64, 3, (240, 24)),
         }[kernel]
     # Dense queries loop long enough for a third consumer to pay; the shorter tiles of dilated ones waste less at edges.
-    three = HopperTiles(192, 64, 4, (152, 48))
+    three = HopperTiles(192, 64, 4, (160, 32), turns=True)
     return {
-        "fwd": HopperTiles(128, 128, 4, (224, 56)) if dilate else three,
-        "dq": HopperTiles(128, 64, 4, (224, 56)) if dilate else three,
+        "fwd": HopperTiles(128, 128, 4, (240, 24), turns=True) if dilate else three,
+        "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
         "dkdv": HopperTiles(128, 64, 4, (224, 56)),
     }[kernel]
 
 
+def _fewest_tiles(kernel: str, head_dim: int, dilate: bool) -> float:
+    """Choose how many tiles per processor make a kernel faster than the portable one, as measured on an H100."""
+    if dilate:
+        return 2  # below, starting and ending take longer than is saved
+    if head_dim == 64:
+        return inf if kernel == "dkdv" else 20
+    return 16 if kernel == "dkdv" else 2
+
+
 def hopper_refusal(
-    tensors: Sequence[TensorLayout], pattern: DilationPattern, padded: bool, is_causal: bool
+    kernel: str, tensors: Sequence[TensorLayout], pattern: DilationPattern, padded: bool, is_causal: bool
 ) -> str | None:
-    """Say why the Hopper kernels do not serve a call, None if they do.
+    """Say why a Hopper kernel does not serve a call, None if it does.
 
     Args:
+        kernel: ``"fwd"``, ``"dq"`` or ``"dkdv"``.
         tensors: all that the copy engine would read, ``[B, heads, L, D]``; the first has the query heads.
         pattern, is_causal: the call's. padded: whether it has a mask.
     """
@@ -98,13 +107,14 @@ def hopper_refusal(
         return "bidirectional bands have two sides"
     if not pattern.dilate_queries and len(pattern.segment_lengths) > MAX_BRANCHES:
         return f"{len(pattern.segment_lengths)} branches, at most {MAX_BRANCHES} fit one launch"
-    batch, num_heads, length, _ = query.shape
+    batch, num_heads, length, head_dim = query.shape
     if any(w % r for w, r in pattern.branches):
         return "a rate that does not divide its segment length"
     if any(length % r for r in pattern.dilation_rates):
         return f"length {length} is not a multiple of every rate {pattern.dilation_rates}"
-    if batch * num_heads * -(-length // TILE) < MIN_TILES_PER_PROCESSOR * _processors(query.device):
-        return "too few tiles to keep the card busy"
+    tiles = batch * num_heads * _cdiv(length, TILE)
+    if tiles < _fewest_tiles(kernel, head_dim, pattern.dilate_queries) * _processors(query.device):
+        return f"the portable kernel is as fast on {tiles} tiles"
     if not all(x.aligned and all(s > 0 and s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3]) for x in tensors):
         return "rows that are not aligned to 16 bytes"
     return None

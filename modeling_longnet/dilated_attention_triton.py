@@ -297,7 +297,7 @@ def _forward_plan(query: TensorLayout, key: TensorLayout, value: TensorLayout, k
     pattern = kind.call.pattern
     layouts = {"query": query, "key": key, "value": value, "out": _like(query)}
     launches = query_launches(pattern)
-    if hopper_refusal(list(layouts.values()), pattern, kind.padded, kind.call.is_causal) is None:
+    if hopper_refusal("fwd", list(layouts.values()), pattern, kind.padded, kind.call.is_causal) is None:
         return Plan(
             query.device,
             tuple(hopper_fwd_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches),
@@ -338,34 +338,45 @@ def _backward_plan(
     do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, has_dlse: bool,
     kind: Kind,
 ) -> Plan:  # fmt: skip
-    pattern = kind.call.pattern
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
     stats = _plan_stats(layouts, has_dlse)
-    if hopper_refusal([query, key, value, do], pattern, kind.padded, kind.call.is_causal) is None:
-        rest = (layouts, kind.num_documents, kind.call)
-        for_queries = [hopper_dq_launch(launch, *rest) for launch in query_launches(pattern)]
-        for_keys = [hopper_dkdv_launch(launch, *rest) for launch in key_launches(pattern)]
-        return Plan(query.device, (stats, *for_queries, *for_keys))
+    for_queries, for_keys = _dq_launches(layouts, kind), _dkdv_launches(layouts, kind)
+    return Plan(query.device, (stats, *for_queries, *for_keys))
+
+
+def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLaunch]:
+    query, pattern = layouts["query"], kind.call.pattern
+    read = [layouts[name] for name in ("query", "key", "value", "do")]
+    launches = query_launches(pattern)
+    if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
+        return [hopper_dq_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
     tiles = _tiles("dq", query, pattern)
-    for_queries = [
+    return [
         _plan_launch(
             bwd_dq_kernel, tiles, tiles.block_m, launch, query.shape[1],
             ("query", "key", "value", "do", "stats", "dq"), ("query", "key", "value", "do", "dq"), ("key", "value"),
             layouts, kind, NUM_BRANCHES=len(launch.rates),
         )
-        for launch in query_launches(pattern)
+        for launch in launches
     ]  # fmt: skip
+
+
+def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLaunch]:
+    query, pattern = layouts["query"], kind.call.pattern
+    read = [layouts[name] for name in ("query", "key", "value", "do")]
+    launches = key_launches(pattern)
+    if hopper_refusal("dkdv", read, pattern, kind.padded, kind.call.is_causal) is None:
+        return [hopper_dkdv_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
     tiles = _tiles("dkdv", query, pattern)
-    for_keys = [
+    return [
         _plan_launch(
-            bwd_dkdv_kernel, tiles, tiles.block_n, launch, key.shape[1],
+            bwd_dkdv_kernel, tiles, tiles.block_n, launch, layouts["key"].shape[1],
             ("query", "key", "value", "do", "stats", "dk", "dv"), ("query", "key", "value", "do", "dk", "dv"),
             ("query", "do"), layouts, kind,
         )
-        for launch in key_launches(pattern)
+        for launch in launches
     ]  # fmt: skip
-    return Plan(query.device, (stats, *for_queries, *for_keys))
 
 
 def _backward(
