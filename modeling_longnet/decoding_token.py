@@ -67,7 +67,7 @@ def model_refusal(model: nn.Module, options: dict) -> str | None:
         if options.get(name, getattr(config, name, False)):
             return f"{name} wants what the layers compute in between"
     dtype, device = model.norm.weight.dtype, model.norm.weight.device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):  # not on meta
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return "it knows no autocast"
     for layer in model.layers[: config.num_hidden_layers]:
         if type(layer) is not LongNetDecoderLayer:

@@ -106,7 +106,7 @@ def test_what_exceeds_a_devices_memory_goes_to_the_next(converted, tmp_path, dev
     with torch.no_grad():
         torch.testing.assert_close(split(tokens).logits.cpu(), model(tokens).logits, rtol=1e-4, atol=1e-4)
     options = {"max_new_tokens": 10, "do_sample": False}
-    assert split.generate(tokens, **options).tolist() == model.generate(tokens, **options).tolist()
+    assert split.generate(tokens.to(split.device), **options).tolist() == model.generate(tokens, **options).tolist()
 
 
 def test_no_decoder_layer_is_split_between_devices():
