@@ -187,7 +187,7 @@ def number(cell: str) -> float:
 
 
 def test_the_speed_table_is_what_the_measurements_say():
-    rows = measurements("attention_NVIDIA-H100-80GB-HBM3_2026-11-25.csv")
+    rows = measurements("attention_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
     wanted = {"pass": "forward+backward", "heads": "16", "kv_heads": "16", "head_dim": "128", "layout": "plain"}
     measured = {
         (row["attention"], int(row["length"])): (float(row["ms"]), row["extrapolated"])
@@ -195,7 +195,7 @@ def test_the_speed_table_is_what_the_measurements_say():
         if all(row[name] == value for name, value in wanted.items())
     }
     table = re.findall(r"^\| ([\d,]+) \| (.*?) \| (.*?) \| (.*?) \|$", README, flags=re.MULTILINE)
-    assert len(table) == 5
+    assert len(table) == 6
     for tokens, *cells in table:
         for attention, cell in zip(("dense cudnn", "paper", "retrofit"), cells):
             ms, extrapolated = measured[attention, int(number(tokens))]
@@ -224,9 +224,27 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
             assert int(percent) == efficiency[stage, scaling, preset]
 
 
+def test_the_table_of_quality_is_what_the_study_measured():
+    rows = measurements("retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
+    measured = {row["variant"]: row for row in rows if row["length"] == "16384"}
+    section = README.split("### What a retrofit keeps")[1].split("\n## ")[0]
+    table = re.findall(
+        r"^\| (.*?) \| ([\d.]+) \|(.*?)\| (\d+) % \| (.*?) \| (.*?) \| (.*?) \|$", section, flags=re.MULTILINE
+    )
+    names = ("dense", "retrofit_wide", "retrofit", "retrofit_sinks", "retrofit_dense8", "window", "s2", "paper")
+    assert len(table) == len(names)
+    for name, (_, perplexity, above, needles, *times) in zip(names, table):
+        row = measured[name]
+        assert float(perplexity) == pytest.approx(float(row["perplexity"]), abs=0.006)
+        assert float(above.strip(" %") or 0) == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
+        assert int(needles) == pytest.approx(100 * float(row["needle_mean"]), abs=0.6)
+        fewer = [float(row[f"times_fewer_{what}"]) for what in ("flops", "flops_131072", "kv")]
+        assert [float(x) for x in times] == pytest.approx(fewer, abs=0.06)
+
+
 def test_the_table_of_whole_models_is_what_the_measurements_say():
     measured = {}  # (what, tokens, model): value
-    for row in measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-25_0347.csv"):
+    for row in measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-26_0309.csv"):
         if not row["tokens_per_s"]:  # left out
             continue
         key = "training step, tokens/s", int(row["length"]), row["attention"].removesuffix(" cudnn")
@@ -234,7 +252,7 @@ def test_the_table_of_whole_models_is_what_the_measurements_say():
     names = {"prefill tokens/s": "reading a prompt, tokens/s", "decode ms/token": "one generated token, ms",
              "KV bytes": "KV cache, MB"}  # fmt: skip
     batches = {}
-    for row in measurements("generation_NVIDIA-H100-80GB-HBM3_2026-11-25.csv"):
+    for row in measurements("generation_NVIDIA-H100-80GB-HBM3_2026-11-26.csv"):
         if row["measure"] == "decode tokens/s":
             batches[row["model"], row["how"]] = f"{row['batch']}", f"{float(row['value']):,.0f}"
         elif row["batch"] == "1":
