@@ -193,6 +193,10 @@ def _plan_launch(
         head_dim=head_dim,
         **tiles._asdict(),
     )
+    # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
+    strides = [
+        s for name in strided for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
+    ]
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
     own_rows = [None if name is None else _rows(name, layouts[name], launch.rate, 64) for name in own]
@@ -201,7 +205,7 @@ def _plan_launch(
     ]
     arguments = (
         *map(Pointer, pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
-        *(stride for name in strided for stride in layouts[name].strides[:3]), call.scale, length, num_documents,
+        *strides, call.scale, length, num_documents,
         num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
         launch.rates, heads, classes, periods, runs, together, runs * classes,
     )  # fmt: skip

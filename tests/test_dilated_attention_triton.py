@@ -26,7 +26,7 @@ from modeling_longnet.compiled_kernels import DirectLaunch, Pointer, Rows, speci
 from modeling_longnet.dilated_attention_hopper import hopper_refusal
 from modeling_longnet.dilated_attention_launches import key_launches, query_launches
 from modeling_longnet.dilated_attention_triton import triton_attention, triton_refusal
-from modeling_longnet.launch_plans import layout_of
+from modeling_longnet.launch_plans import TensorLayout, layout_of
 
 
 PRESETS = ("paper", "torchscale", "retrofit")
@@ -307,6 +307,33 @@ def test_launches_are_told_apart_wherever_triton_compiles_them_differently():
             compiled = [native_specialize_impl(CUDABackend, x, False, specialize, specialize) for x in (a, b)]
             if compiled[0] != compiled[1]:
                 assert specialization(a) != specialization(b), (a, b, compiled)
+
+
+@pytest.mark.parametrize("preset", ["paper", "retrofit"])
+def test_a_row_of_millions_of_tokens_compiles_no_hopper_kernel_anew(preset, monkeypatch):
+    """Its batch stride is wider than 32 bits, and Triton would compile for that."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if dilated_attention_hopper.triton is None:
+        pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
+    monkeypatch.setattr(dilated_attention_hopper, "_processors", lambda device: 132)
+    pattern = DilationPattern.geometric(2048, 2**18, preset=preset)
+    call = attention_operator.Call(pattern, True, 0.1)
+
+    def compiled_for(length: int) -> list[list]:
+        strides = (32 * length * 64, 64, 32 * 64, 1)
+        layout = TensorLayout((1, 32, length, 64), strides, torch.bfloat16, torch.device("cuda", 0), True)
+        layouts = dict.fromkeys(("query", "key", "value", "out", "do", "dq", "dk", "dv"), layout)
+        hopper = dilated_attention_hopper
+        launches = (
+            hopper.hopper_fwd_launch(query_launches(pattern)[0], layouts, 0, call),
+            hopper.hopper_dq_launch(query_launches(pattern)[0], layouts, 0, call),
+            hopper.hopper_dkdv_launch(key_launches(pattern)[0], layouts, 0, call),
+        )
+        return [
+            [specialization(x) for x in launch.arguments if not isinstance(x, (Pointer, Rows))] for launch in launches
+        ]
+
+    assert compiled_for(2**18) == compiled_for(2**22)
 
 
 class RecordedRelease:
