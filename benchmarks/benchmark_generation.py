@@ -196,7 +196,7 @@ def check(bench: Bench) -> None:
         ours = torch.cat(logits[1:], dim=1)[0]
         error = ((ours - full).norm() / full.norm()).item()
         print(f"checked: logits through the cache are off by {error:.1e} (max_length={max_length})", flush=True)
-        if not error < (5e-2 if bench.dtype == torch.bfloat16 else 1e-4):
+        if not error < (3e-2 if bench.dtype == torch.bfloat16 else 1e-4):
             raise SystemExit("generation through the cache is wrong; not timing it")
 
 

@@ -12,11 +12,10 @@ import argparse
 import functools
 import itertools
 import multiprocessing
-import statistics
 import time
-from collections.abc import Callable
 
 import torch
+from benchmark_attention import median_ms
 from torch import Tensor
 
 from modeling_longnet import DilationPattern, dilated_attention
@@ -28,6 +27,7 @@ from modeling_longnet.launch_plans import Plan
 
 
 HEADS = 16
+BUDGET_MS = 20.0  # of device time per median
 PRESETS = ("paper", "retrofit")
 KERNELS = {"fwd": "hopper_fwd_kernel", "dq": "hopper_bwd_dq_kernel", "dkdv": "hopper_bwd_dkdv_kernel"}
 PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}
@@ -176,23 +176,14 @@ def prove_all(jobs: list[tuple], length: int, processes: int, seconds: float) ->
     return results
 
 
-def median_ms(call: Callable[[], object], repeats: int = 8) -> float:
-    call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-
-
 def time_kernel(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> list[float]:
     """Return the milliseconds of each launch of one kernel, and of the statistics before those of the backward."""
     # A launch that adds to lse or dq changes what it finds, not how long it takes.
     tensors["out"].normal_()
     tensors["lse"].fill_(8.0)
-    return [median_ms(functools.partial(launch.run, **tensors)) for launch in launches(kernel, pattern, tensors)]
+    return [
+        median_ms(functools.partial(launch.run, **tensors), BUDGET_MS) for launch in launches(kernel, pattern, tensors)
+    ]
 
 
 def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
@@ -208,7 +199,7 @@ def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 torch.autograd.grad(scaled_dot_product_attention(*leaves, is_causal=True), leaves, do)
 
-        line = [f"dense cuDNN {median_ms(dense, 20):.3f}"]
+        line = [f"dense cuDNN {median_ms(dense, BUDGET_MS):.3f}"]
         for preset in PRESETS:
             pattern = timed_pattern(length, preset)
             tiles = {
@@ -225,7 +216,7 @@ def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
             for name, min_tiles in (("portable", float("inf")), ("hopper", 0)):
                 take(tiles, min_tiles)
                 step()
-                line.append(f"{preset} {name} {median_ms(step, 20):.3f}")
+                line.append(f"{preset} {name} {median_ms(step, BUDGET_MS):.3f}")
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 for _ in range(10):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .decoding_triton import TokenPlan, overlap
+from .dilated_attention_hopper import gluon_refusal
 
 
 try:
@@ -17,8 +18,6 @@ except ImportError:  # at_once_refusal says so before anything here is needed
     triton = None
 
 
-# Gluon is experimental: its interface may change with every release. These are the releases that the tests ran with.
-TESTED_RELEASES = ((3, 6),)
 KEY_BYTES = 2**15  # of a head's keys, that one program has in shared memory: three programs fit a multiprocessor
 MOST_PROGRAMS = 128  # per KV head
 MOST_QUERIES = 16  # per KV head
@@ -34,10 +33,8 @@ def at_once_refusal(query: Tensor, keys: Tensor) -> str | None:
     batch, num_kv_heads, num_keys, head_dim = keys.shape
     if triton is None:
         return "this triton has no Gluon"
-    if not query.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(query.device) != (9, 0):
-        return "the device is no Hopper"
-    if tuple(map(int, triton.__version__.split(".")[:2])) not in TESTED_RELEASES:
-        return f"not tested with triton {triton.__version__}"
+    if refusal := gluon_refusal(query.device):
+        return refusal
     if query.dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128):
         return f"not written for {query.dtype} with head_dim {head_dim}"
     if batch > 1:

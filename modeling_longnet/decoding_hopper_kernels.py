@@ -33,7 +33,7 @@ def _wait(PDL: gl.constexpr):
 
 
 @gluon.jit
-def _times(x, by):
+def _product(x, by):
     """Multiply in float32 and round to the type of ``x``."""
     return (x.to(gl.float32) * by.to(gl.float32)).to(x.dtype)
 
@@ -162,17 +162,17 @@ def hopper_attend_kernel(
     if QK_NORM:
         norm, norm_other = gl.load(q_norm_ptr + d), gl.load(q_norm_ptr + partner)
         rstd = gl.rsqrt(gl.sum(q.to(gl.float32) * q.to(gl.float32), 1) / HEAD_DIM + eps)[:, None]
-        q = _times(_times(q, rstd), norm[None, :])
-        q_other = _times(_times(q_other, rstd), norm_other[None, :])
+        q = _product(_product(q, rstd), norm[None, :])
+        q_other = _product(_product(q_other, rstd), norm_other[None, :])
         norm, norm_other = gl.load(k_norm_ptr + d), gl.load(k_norm_ptr + partner)
         rstd = gl.rsqrt(gl.sum(k_new.to(gl.float32) * k_new.to(gl.float32), 0) / HEAD_DIM + eps)
-        k_new = _times(_times(k_new, rstd), norm)
-        k_other = _times(_times(k_other, rstd), norm_other)
+        k_new = _product(_product(k_new, rstd), norm)
+        k_other = _product(_product(k_other, rstd), norm_other)
     if ROTATES:
         cos, sin = gl.load(cos_ptr + d), gl.load(sin_ptr + d).to(gl.float32)
         sin = gl.where(d < ANGLES, -sin, sin)
-        q = (_times(q, cos[None, :]).to(gl.float32) + _times(q_other, sin[None, :]).to(gl.float32)).to(dtype)
-        k_new = (_times(k_new, cos).to(gl.float32) + _times(k_other, sin).to(gl.float32)).to(dtype)
+        q = (_product(q, cos[None, :]).to(gl.float32) + _product(q_other, sin[None, :]).to(gl.float32)).to(dtype)
+        k_new = (_product(k_new, cos).to(gl.float32) + _product(k_other, sin).to(gl.float32)).to(dtype)
 
     scale2 = scale * LOG2E
     s_new = gl.sum(q.to(gl.float32) * k_new.to(gl.float32)[None, :], 1) * scale2

@@ -150,13 +150,12 @@ def multiply(
     has_bias = biases[0] is not None
     b = (*biases, biases[0], biases[0])[:3] if has_bias else (x, x, x)
     norm_weight, eps = norm or (x, 0.0)
-    overlapped = overlap(x)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(out.shape[1], rows),)](
             x, norm_weight, first, second, third, *b, out, eps, *ends, out.shape[1],
             K=x.shape[1], NORM=norm is not None, BIAS=has_bias, RESIDUAL=adds,
             EVEN=x.shape[1] % block_k == 0 and out.shape[1] % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **overlapped,
+            num_warps=WARPS, **overlap(x),
         )  # fmt: skip
     return out
 

@@ -1,7 +1,8 @@
 """The fused backend's own path on Hopper: plans launches of the Gluon kernels for the calls that they serve.
 
-``dilated_attention_triton`` asks ``hopper_refusal`` for each kernel and takes its portable one where there is a refusal;
-both compute the same. Everything the copy engine fetches must be describable: rows in whole rounds of every rate, 16-byte aligned.
+``dilated_attention_triton`` asks ``hopper_refusal`` for each kernel and takes its portable one where there is a
+refusal; both compute the same. Everything the copy engine fetches must be describable: rows in whole rounds of every
+rate, 16-byte aligned.
 """
 
 import functools
@@ -78,6 +79,17 @@ def _fewest_tiles(kernel: str, head_dim: int, dilate: bool) -> float:
     return 16 if kernel == "dkdv" else 2
 
 
+def gluon_refusal(device: torch.device) -> str | None:
+    """Say why no Gluon kernel for Hopper serves a device, None if they do."""
+    if triton is None:
+        return "this triton has no Gluon for Hopper"
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "the device is no Hopper"
+    if tuple(map(int, triton.__version__.split(".")[:2])) not in TESTED_RELEASES:
+        return f"not tested with triton {triton.__version__}"
+    return None
+
+
 def hopper_refusal(
     kernel: str, tensors: Sequence[TensorLayout], pattern: DilationPattern, padded: bool, is_causal: bool
 ) -> str | None:
@@ -89,16 +101,8 @@ def hopper_refusal(
         pattern, is_causal: the call's. padded: whether it has a mask.
     """
     query = tensors[0]
-    if triton is None:
-        return "this triton has no Gluon for Hopper"
-    if (
-        query.device.type != "cuda"
-        or torch.version.hip is not None
-        or torch.cuda.get_device_capability(query.device) != (9, 0)
-    ):
-        return "the device is no Hopper"
-    if tuple(map(int, triton.__version__.split(".")[:2])) not in TESTED_RELEASES:
-        return f"not tested with triton {triton.__version__}"
+    if refusal := gluon_refusal(query.device):
+        return refusal
     if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] not in (64, 128):
         return f"not written for {query.dtype} with head_dim {query.shape[-1]}"
     if padded:

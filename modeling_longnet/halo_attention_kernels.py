@@ -195,8 +195,8 @@ def halo_dq_kernel(
     queries_ptr,
     stride_qh, stride_ql, stride_oh, stride_ol, stride_lh, stride_dlh, stride_doh, stride_dol, stride_dqh, stride_dql,
     scale, length, first, num_blocks, query_rate,
-    HAS_DLSE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the gradient of queries through blocks of the halo, and write ``delta = rowsum(do * out) - dlse``."""
     head = tl.program_id(1).to(tl.int64)
