@@ -70,6 +70,8 @@ class GenerationTesterMixin:
         for model, tokens in self.generative_models():
             options = {**OPTIONS, "max_new_tokens": 4, "min_new_tokens": 4}
             first = model.generate(tokens, return_dict_in_generate=True, **options)
+            # Without a mask, `generate` takes every generated token equal to `pad_token_id` for padding.
+            options["attention_mask"] = torch.ones_like(first.sequences)
             second = model.generate(first.sequences, past_key_values=first.past_key_values, **options)
             torch.testing.assert_close(second, self.continuation(model, tokens, steps=8), rtol=0, atol=0)
 
