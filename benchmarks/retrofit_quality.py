@@ -68,7 +68,7 @@ class Settings:
     pretrain_learning_rate: float = 6e-3
     tune_steps: int = 100
     tune_batch_tokens: int = 65_536
-    tune_learning_rate: float = 3e-4
+    tune_learning_rate: float = 2e-3
     probe_share: float = 0.5
     tokens_per_probe: int = 256  # in rows with questions, at least
     answer_weight: float = 0.1
@@ -161,18 +161,16 @@ class Study:
         steps: int,
         learning_rate: float,
         seconds_at_most: float = math.inf,
-        muon: bool = False,
     ) -> dict:
         """Train with bfloat16 autocast and a cosine schedule; go on from a saved state, save one at the limit.
 
-        Args:
-            muon: take Muon (torch's) for the matrices of the layers; AdamW is the optimizer of all else.
+        Torch's Muon is the optimizer of the layers' matrices, AdamW of all else.
 
         Returns:
             What it took: steps, tokens, seconds, losses.
         """
         state_path = self.folder / f"{name}.state.pt"
-        optimizers = self._optimizers(model, learning_rate, muon)
+        optimizers = self._optimizers(model, learning_rate)
         step, seconds, losses, warm_up = 0, 0.0, [], max(1, steps // 20)
         if state_path.exists():
             state = torch.load(state_path, map_location=self.device, weights_only=True)
@@ -232,17 +230,14 @@ class Study:
             "seconds": round(seconds + time.monotonic() - start, 1),
         }  # fmt: skip
 
-    def _optimizers(self, model: PreTrainedModel, learning_rate: float, muon: bool) -> list[torch.optim.Optimizer]:
-        matrices = [x for x in model.model.layers.parameters() if muon and x.ndim == 2]
+    def _optimizers(self, model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+        matrices = [x for x in model.model.layers.parameters() if x.ndim == 2]
         taken = set(matrices)
         rest = [x for x in model.parameters() if x not in taken]
         options = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": self.device.type == "cuda"}
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=learning_rate, **options)]
-        if matrices:  # its steps are made as large as AdamW's: one learning rate serves both
-            optimizers.append(
-                torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-            )
-        return optimizers
+        # Muon's steps are made as large as AdamW's: one learning rate serves both.
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        return [torch.optim.AdamW(rest, lr=learning_rate, **options), muon]
 
     def _batches(self, rows: TrainingRows, first: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches, made ahead by other processes."""
@@ -273,7 +268,7 @@ class Study:
         rows = self.rows("pretrain", settings.context, settings.pretrain_batch_tokens)
         steps = settings.pretrain_tokens // settings.pretrain_batch_tokens
         training = self.train(
-            "pretrain", model, rows, steps, settings.pretrain_learning_rate, settings.pretrain_seconds, muon=True
+            "pretrain", model, rows, steps, settings.pretrain_learning_rate, settings.pretrain_seconds
         )
         llama = LlamaForCausalLM(LlamaConfig(**fields))
         llama.load_state_dict(model.state_dict())
@@ -435,7 +430,7 @@ class Study:
         per_row = 6 * weights * length + 3 * attention
         rows = self.rows("scratch", length, settings.tune_batch_tokens)
         steps = max(1, round(settings.scratch_flops / per_row / rows.batch))
-        training = self.train(path.stem, model, rows, steps, settings.pretrain_learning_rate, muon=True)
+        training = self.train(path.stem, model, rows, steps, settings.pretrain_learning_rate)
         result = self.perplexities(model, length, length) | {
             "variant": name, "length": length, "training": training, "parameters": model.num_parameters(),
             "training_flops": per_row * rows.batch * steps, "attention_share": 3 * attention / per_row,

@@ -415,9 +415,14 @@ def stats_kernel(
         # The lse of a skipped query is a constant: whatever gradient arrives there must not become nan * 0.
         dlse = tl.load(dlse_ptr + at_row, mask=rows < length, other=0.0)
         delta -= tl.where(lse == float("-inf"), 0.0, dlse)
-    lse2 = (lse * LOG2E).to(tl.int32, bitcast=True).to(tl.int64)
-    delta = delta.to(tl.int32, bitcast=True).to(tl.int64)
-    tl.store(stats_ptr + at_row, (lse2 << 32) | (delta & 0xFFFFFFFF), mask=rows < length)
+    tl.store(stats_ptr + at_row, _pack_stats(lse * LOG2E, delta), mask=rows < length)
+
+
+@triton.jit
+def _pack_stats(lse2, delta):
+    high = lse2.to(tl.int32, bitcast=True).to(tl.int64)
+    low = delta.to(tl.int32, bitcast=True).to(tl.int64)
+    return (high << 32) | (low & 0xFFFFFFFF)
 
 
 @triton.jit

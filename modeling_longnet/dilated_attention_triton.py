@@ -146,8 +146,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _tiles(kernel: str, query: TensorLayout, pattern: DilationPattern) -> Tiles:
-    """Choose how to cut a kernel; tuned on an H200, the rest fits the shared memory of Ampere and Ada."""
+def kernel_tiles(kernel: str, query: TensorLayout, pattern: DilationPattern) -> Tiles:
+    """Choose how to cut ``"fwd"``, ``"dq"`` or ``"dkdv"``; tuned on an H200, the rest fits the shared memory of Ampere and Ada."""
     head_dim, dense = query.shape[-1], not pattern.dilate_queries
     if query.dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 4, 1)
@@ -302,7 +302,7 @@ def _forward_plan(query: TensorLayout, key: TensorLayout, value: TensorLayout, k
             query.device,
             tuple(hopper_fwd_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches),
         )
-    tiles = _tiles("fwd", query, pattern)
+    tiles = kernel_tiles("fwd", query, pattern)
     return Plan(
         query.device,
         tuple(
@@ -351,7 +351,7 @@ def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLau
     launches = query_launches(pattern)
     if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
         return [hopper_dq_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
-    tiles = _tiles("dq", query, pattern)
+    tiles = kernel_tiles("dq", query, pattern)
     return [
         _plan_launch(
             bwd_dq_kernel, tiles, tiles.block_m, launch, query.shape[1],
@@ -368,7 +368,7 @@ def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelL
     launches = key_launches(pattern)
     if hopper_refusal("dkdv", read, pattern, kind.padded, kind.call.is_causal) is None:
         return [hopper_dkdv_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
-    tiles = _tiles("dkdv", query, pattern)
+    tiles = kernel_tiles("dkdv", query, pattern)
     return [
         _plan_launch(
             bwd_dkdv_kernel, tiles, tiles.block_n, launch, layouts["key"].shape[1],

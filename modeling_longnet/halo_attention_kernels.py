@@ -1,6 +1,7 @@
 """Attention of a slice's queries to its halo: the Triton kernels, and nothing but kernels.
 
-A halo is made of blocks, each an arithmetic progression of positions, of one branch, KV head and side, whose keys lie
+What a tile does with a progression of keys or queries is the same as inside a slice, and comes from
+``dilated_attention_kernels``; here is which ones it meets. A halo is made of blocks, each an arithmetic progression of positions, of one branch, KV head and side, whose keys lie
 behind one another in a buffer. The queries that attend to blocks are progressions too, of the slice: all of its queries,
 or those that a dilated branch serves. Every query meets a band of key numbers ``[low, high)`` of a block, and every key a
 band of queries; the ends of both never decrease.
@@ -16,13 +17,21 @@ try:
 except ImportError as error:
     raise ImportError("the fused kernels need triton; install it or use another backend") from error
 
+from .dilated_attention_kernels import (
+    LN2,
+    LOG2E,
+    _bwd_dkdv_progression,
+    _bwd_dq_progression,
+    _count_before,
+    _fwd_progression,
+    _pack_stats,
+)
+
 
 FIELDS = tl.constexpr(7)
 QUERY_FIELDS = tl.constexpr(2)
 TILE_FIELDS = tl.constexpr(4)  # and those of a block
 LEFT = tl.constexpr(0)
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 RUNTIME = ("length", "first", "num_blocks", "query_rate")
 
 
@@ -59,8 +68,8 @@ def _band(x, side, window, inner, first, stop, SLIDING: tl.constexpr):
 
 
 @triton.jit
-def _band_of_key(u, side, window, inner, first, stop, SLIDING: tl.constexpr):
-    """Return the queries ``[start, end)`` of the slice that the key at position u meets: windows are symmetric."""
+def _rows_met(u, side, window, inner, first, stop, SLIDING: tl.constexpr):
+    """Return the rows ``[start, end)`` of the slice whose queries the key at position u meets: windows are symmetric."""
     low = tl.where(side == LEFT, first, tl.maximum(_window_start(u, window, SLIDING), first))
     high = tl.where(side == LEFT, tl.minimum(_window_stop(u, window, SLIDING), stop), stop)
     near = tl.maximum(inner, 1)
@@ -68,7 +77,8 @@ def _band_of_key(u, side, window, inner, first, stop, SLIDING: tl.constexpr):
     before = tl.where(side == LEFT, high, _window_start(u, near, SLIDING))
     low = tl.where(inner > 0, tl.maximum(low, after), low)
     high = tl.where(inner > 0, tl.minimum(high, before), high)
-    return low, high
+    # Windows may reach further beyond the slice than 32 bits can say.
+    return (tl.minimum(low, stop) - first).to(tl.int32), (tl.maximum(high, first) - first).to(tl.int32)
 
 
 @triton.jit
@@ -79,8 +89,15 @@ def _number(position, base, rate, count):
 
 
 @triton.jit
+def _numbers_met(x, base, rate, count, side, window, inner, first, stop, SLIDING: tl.constexpr):
+    """Return the band ``[low, high)`` of numbers of a block's keys that query x meets."""
+    start, end = _band(x, side, window, inner, first, stop, SLIDING)
+    return _number(start, base, rate, count), _number(end, base, rate, count)
+
+
+@triton.jit
 def _block(block_ptr):
-    row = tl.load(block_ptr)
+    row = tl.load(block_ptr).to(tl.int32)
     count = tl.load(block_ptr + 1)
     base = tl.load(block_ptr + 2)
     window = tl.load(block_ptr + 3)
@@ -96,9 +113,9 @@ def _keys_met(blocks_ptr, num_blocks, x_first, x_last, first, stop, SLIDING: tl.
     keys = 0
     for block in range(num_blocks):
         row, count, base, window, inner, rate, side = _block(blocks_ptr + block * FIELDS)
-        start, _ = _band(x_first, side, window, inner, first, stop, SLIDING)
-        _, end = _band(x_last, side, window, inner, first, stop, SLIDING)
-        keys += tl.maximum(_number(end, base, rate, count) - _number(start, base, rate, count), 0)
+        low, _ = _numbers_met(x_first, base, rate, count, side, window, inner, first, stop, SLIDING)
+        _, high = _numbers_met(x_last, base, rate, count, side, window, inner, first, stop, SLIDING)
+        keys += tl.maximum(high - low, 0)
     return keys
 
 
@@ -123,10 +140,10 @@ def _row_pointers(ptr, stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def halo_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, queries_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, k_desc, v_desc, blocks_ptr, queries_ptr,
     stride_qh, stride_ql, stride_oh, stride_ol, stride_lh, scale, length, first, num_blocks, query_rate,
-    WIDE: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go on with the softmax of (out, lse), in place, over blocks of the halo."""
     head = tl.program_id(1).to(tl.int64)
@@ -161,27 +178,15 @@ def halo_fwd_kernel(
     scale2 = scale * LOG2E
     for block in range(num_blocks):
         place, keys, base, window, inner, rate, side = _block(blocks_ptr + block * FIELDS)
-        start, end = _band(x, side, window, inner, first, stop, SLIDING)
-        low, high = _number(start, base, rate, keys), _number(end, base, rate, keys)  # [BLOCK_M]
-        start_first, _ = _band(x_first, side, window, inner, first, stop, SLIDING)
-        _, end_last = _band(x_last, side, window, inner, first, stop, SLIDING)
-        for key in range(_number(start_first, base, rate, keys), _number(end_last, base, rate, keys), BLOCK_N):
-            numbers = key + tl.arange(0, BLOCK_N)
-            there = numbers < keys
-            origin = (place + key) * HEAD_DIM
-            k = _load_rows(k_ptr + origin, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)  # [BLOCK_N, D]
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            met = (numbers[None, :] >= low[:, None]) & (numbers[None, :] < high[:, None])
-            s = tl.where(met, s * scale2, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 1))
-            # A row that has met nothing yet has peak -inf, and -inf - -inf is nan.
-            shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            p = tl.exp2(s - shift[:, None])
-            decay = tl.exp2(peak - shift)
-            total = total * decay + tl.sum(p, 1)
-            v = _load_rows(v_ptr + origin, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)
-            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-            peak = new_peak
+        # Keys of a block are counted: number n lies in row place + n of the buffer.
+        low, high = _numbers_met(x, base, rate, keys, side, window, inner, first, stop, SLIDING)  # [BLOCK_M]
+        low_first, high_first = _numbers_met(x_first, base, rate, keys, side, window, inner, first, stop, SLIDING)
+        low_last, high_last = _numbers_met(x_last, base, rate, keys, side, window, inner, first, stop, SLIDING)
+        acc, total, peak = _fwd_progression(
+            acc, total, peak, q, (k_ptr, HEAD_DIM, k_desc, 0, 0), (v_ptr, HEAD_DIM, v_desc, 0, 0), None, place, 0, 1,
+            low_first, low_last, high_first, high_last, low, high, scale2,
+            False, False, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
     skipped = total == 0.0
     total = tl.where(skipped, 1.0, total)
     lse = tl.where(skipped, float("-inf"), (peak + tl.log2(total)) * LN2)
@@ -191,14 +196,16 @@ def halo_fwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def halo_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, do_ptr, dq_ptr, delta_ptr, blocks_ptr,
-    queries_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, do_ptr, dq_ptr, stats_ptr, k_desc, v_desc, blocks_ptr, queries_ptr,
     stride_qh, stride_ql, stride_oh, stride_ol, stride_lh, stride_dlh, stride_doh, stride_dol, stride_dqh, stride_dql,
     scale, length, first, num_blocks, query_rate,
-    HAS_DLSE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr,
+    HAS_DLSE: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient of queries through blocks of the halo, and write ``delta = rowsum(do * out) - dlse``."""
+    """Add the gradient of queries through blocks of the halo, and pack what the gradients of the keys need of each.
+
+    That is lse in base 2 and ``delta = rowsum(do * out) - dlse``, as ``stats_kernel`` packs them.
+    """
     head = tl.program_id(1).to(tl.int64)
     blocks_ptr += head // GROUP * num_blocks * FIELDS
     queries_ptr += (head // GROUP * tl.num_programs(2) + tl.program_id(2)) * QUERY_FIELDS
@@ -230,26 +237,19 @@ def halo_dq_kernel(
     if HAS_DLSE:
         dlse = tl.load(dlse_ptr + head * stride_dlh + rows, mask=inside, other=0.0)
         delta -= tl.where(lse2 == float("-inf"), 0.0, dlse)
-    tl.store(delta_ptr + head * length + rows, delta, mask=inside)
+    tl.store(stats_ptr + head * length + rows, _pack_stats(lse2, delta), mask=inside)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
     for block in range(num_blocks):
         place, keys, base, window, inner, rate, side = _block(blocks_ptr + block * FIELDS)
-        start, end = _band(x, side, window, inner, first, stop, SLIDING)
-        low, high = _number(start, base, rate, keys), _number(end, base, rate, keys)  # [BLOCK_M]
-        start_first, _ = _band(x_first, side, window, inner, first, stop, SLIDING)
-        _, end_last = _band(x_last, side, window, inner, first, stop, SLIDING)
-        for key in range(_number(start_first, base, rate, keys), _number(end_last, base, rate, keys), BLOCK_N):
-            numbers = key + tl.arange(0, BLOCK_N)
-            there = numbers < keys
-            origin = (place + key) * HEAD_DIM
-            k = _load_rows(k_ptr + origin, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)  # [BLOCK_N, D]
-            v = _load_rows(v_ptr + origin, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_M, BLOCK_N]
-            met = (numbers[None, :] >= low[:, None]) & (numbers[None, :] < high[:, None])
-            p = tl.where(met, tl.exp2(s - lse2[:, None]), 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        low, high = _numbers_met(x, base, rate, keys, side, window, inner, first, stop, SLIDING)  # [BLOCK_M]
+        low_first, high_first = _numbers_met(x_first, base, rate, keys, side, window, inner, first, stop, SLIDING)
+        low_last, high_last = _numbers_met(x_last, base, rate, keys, side, window, inner, first, stop, SLIDING)
+        dq = _bwd_dq_progression(
+            dq, q, do, lse2, delta, (k_ptr, HEAD_DIM, k_desc, 0, 0), (v_ptr, HEAD_DIM, v_desc, 0, 0), None, place, 0, 1,
+            low_first, low_last, high_first, high_last, low, high, scale2,
+            False, False, TMA, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     dq_ptr += head * stride_dqh + row * stride_dql
     dq_ptrs = _row_pointers(dq_ptr, _step(query_rate, stride_dql, WIDE), BLOCK_D, BLOCK_M)
@@ -260,16 +260,17 @@ def halo_dq_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def halo_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, queries_ptr,
-    stride_qh, stride_ql, stride_lh, stride_doh, stride_dol, stride_split, scale, length, first,
-    SPLITS: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, SLIDING: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, q_desc, do_desc, tiles_ptr, queries_ptr,
+    stride_qh, stride_ql, stride_doh, stride_dol, stride_split, scale, length, first,
+    SPLITS: tl.constexpr, DILATE: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+    SLIDING: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write one of SPLITS parts of the gradients of a tile of halo keys: every SPLITS-th block of their queries."""
+    """Write one of SPLITS parts of the gradients of a tile of halo keys, from one of as many stretches of queries."""
     tiles_ptr += tl.program_id(0) * (TILE_FIELDS + FIELDS)
     split = tl.program_id(1)
-    kv_head = tl.load(tiles_ptr)
-    query_rate = tl.load(tiles_ptr + 1)
+    kv_head = tl.load(tiles_ptr).to(tl.int32)
+    query_rate = tl.load(tiles_ptr + 1).to(tl.int32) if DILATE else 1
     progression = tl.load(tiles_ptr + 2)
     progressions = tl.load(tiles_ptr + 3)
     row, count, base, window, inner, rate, side = _block(tiles_ptr + TILE_FIELDS)
@@ -277,43 +278,37 @@ def halo_dkdv_kernel(
     there = numbers < count
     first = tl.cast(first, tl.int64)
     stop = first + length
-    place = row * HEAD_DIM
+    place = row.to(tl.int64) * HEAD_DIM
     k = _load_rows(k_ptr + place, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)  # [BLOCK_N, D]
     v = _load_rows(v_ptr + place, HEAD_DIM, there, HEAD_DIM, BLOCK_D, BLOCK_N)
-    low, high = _band_of_key(base + rate * numbers, side, window, inner, first, stop, SLIDING)
-    low, high = (low - first).to(tl.int32), tl.where(there, high - first, 0).to(tl.int32)  # [BLOCK_N]
-    x_start, _ = _band_of_key(base, side, window, inner, first, stop, SLIDING)
-    _, x_stop = _band_of_key(base + rate * (count - 1), side, window, inner, first, stop, SLIDING)
-    step_q, step_do = _step(query_rate, stride_ql, WIDE), _step(query_rate, stride_dol, WIDE)
-    offsets = tl.arange(0, BLOCK_M)
+    # All in rows of the slice, which are narrow.
+    low, high = _rows_met(base + rate * numbers, side, window, inner, first, stop, SLIDING)
+    high = tl.where(there, high, 0)  # [BLOCK_N]
+    low_first, high_first = _rows_met(base, side, window, inner, first, stop, SLIDING)
+    low_last, high_last = _rows_met(base + rate * (count - 1), side, window, inner, first, stop, SLIDING)
+    scale2 = scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     queries_ptr += progression * QUERY_FIELDS
     for _ in range(progressions):
-        query_base = tl.load(queries_ptr)
-        queries = tl.load(queries_ptr + 1)
+        query_base = (tl.load(queries_ptr) - first).to(tl.int32)
+        queries = tl.load(queries_ptr + 1).to(tl.int32)
         queries_ptr += QUERY_FIELDS
-        number_start = _number(x_start, query_base, query_rate, queries)
-        number_stop = _number(x_stop, query_base, query_rate, queries)
-        for number in range(number_start + split * BLOCK_M, number_stop, SPLITS * BLOCK_M):
-            start = query_base - first + query_rate * number
-            inside = offsets < queries - number
-            rows = tl.where(inside, start.to(tl.int32) + query_rate.to(tl.int32) * offsets, -1)
-            met = (rows[None, :] >= low[:, None]) & (rows[None, :] < high[:, None])
-            for member in range(GROUP):
-                head = kv_head * GROUP + member
-                q_rows = q_ptr + head * stride_qh + start * stride_ql
-                do_rows = do_ptr + head * stride_doh + start * stride_dol
-                q = _load_rows(q_rows, step_q, inside, HEAD_DIM, BLOCK_D, BLOCK_M)
-                do = _load_rows(do_rows, step_do, inside, HEAD_DIM, BLOCK_D, BLOCK_M)
-                lse2 = tl.load(lse_ptr + head * stride_lh + rows, mask=inside, other=0.0) * LOG2E
-                delta = tl.load(delta_ptr + head * length + rows, mask=inside, other=0.0)
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_N, BLOCK_M]
-                p = tl.where(met, tl.exp2(s - lse2[None, :]), 0.0)
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        met_first = tl.minimum(_count_before(low_first, query_base, query_rate), queries)
+        met_stop = tl.minimum(_count_before(high_last, query_base, query_rate), queries)
+        share = (tl.maximum(met_stop - met_first, 0) + SPLITS * BLOCK_M - 1) // (SPLITS * BLOCK_M) * BLOCK_M
+        mine_first = met_first + split * share
+        mine_stop = tl.minimum(mine_first + share, met_stop)
+        from_row, to_row = query_base + query_rate * mine_first, query_base + query_rate * mine_stop
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            q_source = (q_ptr + tl.cast(head, tl.int64) * stride_qh, stride_ql, q_desc, 0, head)
+            do_source = (do_ptr + tl.cast(head, tl.int64) * stride_doh, stride_dol, do_desc, 0, head)
+            dk, dv = _bwd_dkdv_progression(
+                dk, dv, k, v, q_source, do_source, stats_ptr + tl.cast(head, tl.int64) * length, None, 0, query_base,
+                query_rate, from_row, low_last, tl.minimum(high_first, to_row), to_row, low, high, scale2,
+                False, WIDE, TMA, HEAD_DIM, BLOCK_D, BLOCK_M, PRECISION,
+            )  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     place += tl.cast(split, tl.int64) * stride_split
     mask = there[:, None] & (columns < HEAD_DIM)[None, :]

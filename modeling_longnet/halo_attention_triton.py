@@ -13,12 +13,15 @@ from torch import Tensor
 
 from .attention_operator import Call
 from .compiled_kernels import launch
+from .dilated_attention_triton import Tiles, kernel_tiles
 from .dilation_pattern import DilationPattern
 from .document_slices import LEFT, HaloBlock, Span, active_queries, halo_queries
+from .launch_plans import layout_of
 
 
 try:
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from .halo_attention_kernels import halo_dkdv_kernel, halo_dq_kernel, halo_fwd_kernel
 except ImportError:  # nobody asks for these kernels without triton
@@ -31,36 +34,24 @@ ENOUGH_PROGRAMS = 1024
 MOST_SPLITS = 8
 
 
-class _Tiles(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def _tiles(kernel: str, query: Tensor) -> _Tiles:
-    """Choose how to cut a kernel: what fits the registers of a compilation for Hopper without spilling in its loop."""
-    if query.dtype == torch.float32:
-        return _Tiles(16, 16, 4, 1) if query.shape[-1] > 128 else _Tiles(32, 32, 4, 1)
-    if query.shape[-1] > 128:
-        return _Tiles(32, 32, 4, 1)
-    return {"fwd": _Tiles(64, 64, 4, 2), "dq": _Tiles(64, 64, 4, 1), "dkdv": _Tiles(32, 64, 4, 2)}[kernel]
-
-
-def _constants(call: Call, query: Tensor, num_kv_heads: int, tiles: _Tiles) -> dict:
+def _constants(call: Call, query: Tensor, num_kv_heads: int, tiles: Tiles) -> dict:
     head_dim = query.shape[-1]
     return {
         "GROUP": query.shape[0] // num_kv_heads,
         "SLIDING": call.pattern.window == "sliding",
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_D": _block_d(head_dim),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if query.dtype == torch.float32 else None,
     }
 
 
-def _is_wide(rate: int, tiles: _Tiles, *strided: Tensor) -> bool:
+def _block_d(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _is_wide(rate: int, tiles: Tiles, *strided: Tensor) -> bool:
     """Whether the rows of a tile of queries lie further apart than 32 bits can say."""
     return rate * tiles.block_m * max(x.stride(1) for x in strided) >= 2**31
 
@@ -167,6 +158,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _descriptors(tiles: Tiles, block: int, *tensors: Tensor) -> list | None:
+    """Describe ``[heads, rows, D]`` for the copy engine, as the kernels address it, blocks of rows at a time.
+
+    None where it is not wanted, or cannot read these tensors: it needs addresses and strides of whole 16 bytes.
+    """
+    if not tiles.tma or any(x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in x.stride()[:2]) for x in tensors):
+        return None
+    return [
+        TensorDescriptor(
+            x, [1, x.shape[0], 1, x.shape[1], x.shape[2]], [x.stride(0), x.stride(0), x.stride(1), x.stride(1), 1],
+            [1, 1, 1, block, _block_d(x.shape[2])],
+        )
+        for x in tensors
+    ]  # fmt: skip
+
+
 def fold_halo_forward(
     call: Call, halo: tuple[HaloBlock, ...], num_kv_heads: int, first: int, query: Tensor, key: Tensor, value: Tensor,
     out: Tensor, lse: Tensor,
@@ -180,18 +187,19 @@ def fold_halo_forward(
         key, value: ``[entries, D]``, the buffer of received keys and values.
     """
     assert out.stride(-1) == lse.stride(-1) == 1, (out.stride(), lse.stride())
-    tiles = _tiles("fwd", query)
+    tiles = kernel_tiles("fwd", layout_of(query), call.pattern)
     query = _rows(query)
     heads, length, _ = query.shape
     span = Span(first, first + length)
     strides = (*query.stride()[:2], *out.stride()[:2], lse.stride(0))
-    constants = _constants(call, query, num_kv_heads, tiles)
+    described = _descriptors(tiles, tiles.block_n, key[None], value[None])
+    constants = {"TMA": described is not None, **_constants(call, query, num_kv_heads, tiles)}
     for part in _query_launches(call.pattern, num_kv_heads, halo, span, query.device):
         launch(
             halo_fwd_kernel,
             (-(-part.most_queries // tiles.block_m), heads, part.queries.shape[1]),
             (
-                query, key, value, out, lse, part.blocks, part.queries,
+                query, key, value, out, lse, *(described or (None, None)), part.blocks, part.queries,
                 *strides, call.scale, length, first, part.blocks.shape[1], part.rate,
             ),
             {"WIDE": _is_wide(part.rate, tiles, query, out), **constants},
@@ -212,26 +220,30 @@ def fold_halo_backward(
     query, grad_out = _rows(query), _rows(grad_out)
     heads, length, _ = query.shape
     span = Span(first, first + length)
-    delta = torch.zeros(heads, length, dtype=torch.float32, device=query.device)
+    stats = torch.zeros(heads, length, dtype=torch.int64, device=query.device)
     dlse = lse if grad_lse is None else _rows(grad_lse)
-    tiles = _tiles("dq", query)
+    tiles = kernel_tiles("dq", layout_of(query), call.pattern)
     strides = (
         *query.stride()[:2], *out.stride()[:2], lse.stride(0), dlse.stride(0), *grad_out.stride()[:2],
         *grad_query.stride()[:2],
     )  # fmt: skip
-    constants = {"HAS_DLSE": grad_lse is not None, **_constants(call, query, num_kv_heads, tiles)}
+    described = _descriptors(tiles, tiles.block_n, key[None], value[None])
+    constants = {
+        "HAS_DLSE": grad_lse is not None, "TMA": described is not None, **_constants(call, query, num_kv_heads, tiles)
+    }  # fmt: skip
     for part in _query_launches(call.pattern, num_kv_heads, halo, span, query.device):
         launch(
             halo_dq_kernel,
             (-(-part.most_queries // tiles.block_m), heads, part.queries.shape[1]),
             (
-                query, key, value, out, lse, dlse, grad_out, grad_query, delta, part.blocks, part.queries,
+                query, key, value, out, lse, dlse, grad_out, grad_query, stats, *(described or (None, None)),
+                part.blocks, part.queries,
                 *strides, call.scale, length, first, part.blocks.shape[1], part.rate,
             ),
             {"WIDE": _is_wide(part.rate, tiles, query, out, grad_out, grad_query), **constants},
             query.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    tiles = _tiles("dkdv", query)
+    tiles = kernel_tiles("dkdv", layout_of(query), call.pattern)
     places, queries = _key_tiles(call.pattern, halo, span, tiles.block_n, query.device)
     splits = MOST_SPLITS
     while splits > 1 and len(places) * splits >= 2 * ENOUGH_PROGRAMS:
@@ -239,16 +251,18 @@ def fold_halo_backward(
     # Shares have blocks of their own in the buffer: what is not this share's stays zero.
     parts = torch.zeros(2, splits, *key.shape, dtype=torch.float32, device=query.device)
     widest = max(_query_rate(call.pattern, x.branch_index) for x in halo)
+    # Dilated queries are few: not worth a descriptor per rate.
+    described = None if call.pattern.dilate_queries else _descriptors(tiles, tiles.block_m, query, grad_out)
     launch(
         halo_dkdv_kernel,
         (len(places), splits, 1),
         (
-            query, key, value, lse, grad_out, delta, parts[0], parts[1], places, queries,
-            *query.stride()[:2], lse.stride(0), *grad_out.stride()[:2], parts.stride(1), call.scale, length, first,
+            query, key, value, grad_out, stats, parts[0], parts[1], *(described or (None, None)), places, queries,
+            *query.stride()[:2], *grad_out.stride()[:2], parts.stride(1), call.scale, length, first,
         ),
         {
-            "SPLITS": splits, "WIDE": _is_wide(widest, tiles, query, grad_out),
-            **_constants(call, query, num_kv_heads, tiles),
+            "SPLITS": splits, "DILATE": call.pattern.dilate_queries, "WIDE": _is_wide(widest, tiles, query, grad_out),
+            "TMA": described is not None, **_constants(call, query, num_kv_heads, tiles),
         },
         query.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

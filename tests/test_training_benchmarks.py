@@ -335,8 +335,7 @@ def test_the_study_of_quality_runs_small_and_goes_on_where_it_stopped(tmp_path):
     assert float(table[1]["times_fewer_flops"]) > 1.1
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, monkeypatch, muon):
+def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, monkeypatch):
     monkeypatch.setattr(Corpus, "tokens", LetterCorpus.tokens)
     monkeypatch.setattr(Corpus, "encode", LetterCorpus.encode)
     settings = replace(Settings.small(), liger=False)
@@ -348,18 +347,18 @@ def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, monkeypatc
 
     rows = study.rows("rows", 512, 1024)
     whole = model()
-    taken = study.train("whole", whole, rows, 6, 1e-3, muon=muon)
+    taken = study.train("whole", whole, rows, 6, 1e-3)
     clock = iter([0.0] * 4 + [1e9] * 9)
     study.deadline = 1.0
     part = model()
     monkeypatch.setattr("retrofit_quality.time.monotonic", lambda: next(clock))
     with pytest.raises(OutOfTime, match="part stands at step 3 of 6"):
-        study.train("part", part, rows, 6, 1e-3, muon=muon)
+        study.train("part", part, rows, 6, 1e-3)
     monkeypatch.undo()
     monkeypatch.setattr(Corpus, "tokens", LetterCorpus.tokens)
     monkeypatch.setattr(Corpus, "encode", LetterCorpus.encode)
     study.deadline, resumed = math.inf, model()
-    again = study.train("part", resumed, rows, 6, 1e-3, muon=muon)
+    again = study.train("part", resumed, rows, 6, 1e-3)
     assert again["losses"] == taken["losses"] and again["tokens"] == taken["tokens"] == 6 * 1024
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
