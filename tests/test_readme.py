@@ -204,24 +204,45 @@ def test_the_speed_table_is_what_the_measurements_say():
 
 
 def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
-    rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-25_040442.csv")
+    rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114348.csv")
     efficiency = {
-        (row["stage"], row["scaling"], row["attention"]): round(100 * float(row["efficiency"]))
+        (row["scaling"], row["attention"], row["stage"]): round(100 * float(row["efficiency"]))
         for row in rows
         if row["ranks"] == "2"
     }
     prose = " ".join(README.split())
-    step, attention, paper = re.search(
-        r"runs at (\d+) % of one GPU's useful FLOPs .*? attention alone at (\d+) % .*? at (\d+) %\. Two GPUs", prose
+    order = [(preset, stage) for preset in ("paper", "retrofit") for stage in ("step", "attention")]
+    for scaling, words in (
+        ("weak", r"runs at (\d+) % of one GPU's .*? attention alone at (\d+) %; `retrofit` at (\d+) % and (\d+) %,"),
+        ("strong", r"run the `paper` step at (\d+) % and the attention at (\d+) %, `retrofit` at (\d+) and (\d+)\."),
+    ):
+        stated = [int(percent) for percent in re.search(words, prose).groups()]
+        assert stated == [efficiency[scaling, *which] for which in order]
+    balances = {
+        row["stage"]: round(100 * float(row["balance"]))
+        for row in rows
+        if row["ranks"] == "2" and (row["scaling"], row["attention"]) == ("weak", "retrofit")
+    }
+    assert re.search(r"contiguous slices allow (\d+) and (\d+)", prose).groups() == (
+        str(balances["step"]), str(balances["attention"])
+    )  # fmt: skip
+    received = max(float(row["received_bytes"]) / float(row["bound_bytes"]) for row in rows)
+    assert re.search(r"receives at most (\d+) %", prose)[1] == f"{100 * received:.0f}"
+    (longest,) = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114714.csv")
+    tokens, seconds = re.search(
+        r"([\d,]+) tokens in one sequence, [\d,]+ per GPU, go through .*? in (\d+) s", prose
     ).groups()
-    weak = {("step", "retrofit"): step, ("attention", "retrofit"): attention, ("attention", "paper"): paper}
-    step, attention, paper = re.search(
-        r"share 131,072 tokens run the step at (\d+) % and the attention at (\d+) %, of `paper` at (\d+)\.", prose
+    assert number(tokens) == float(longest["tokens"]) and seconds == f"{float(longest['ms']) / 1e3:.0f}"
+
+
+def test_the_step_of_the_8b_shape_is_what_was_measured():
+    (row,) = measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-26_1149.csv")
+    seconds, tokens, gib, layers = re.search(
+        r"8B shape .*? takes ([\d.]+) s for one sequence of ([\d,]+) tokens \(([\d.]+) GiB .*? checkpoints of (\d+) of 32",
+        " ".join(README.split()),
     ).groups()
-    strong = {("step", "retrofit"): step, ("attention", "retrofit"): attention, ("attention", "paper"): paper}
-    for scaling, stated in (("weak", weak), ("strong", strong)):
-        for (stage, preset), percent in stated.items():
-            assert int(percent) == efficiency[stage, scaling, preset]
+    assert (float(seconds), number(tokens)) == pytest.approx((float(row["step_s"]), float(row["length"])), rel=0.01)
+    assert (float(gib), layers) == (pytest.approx(float(row["peak_gib"]), abs=0.1), row["offloaded_layers"])
 
 
 def test_the_table_of_quality_is_what_the_study_measured():
