@@ -24,7 +24,7 @@ except ImportError:  # there is nothing to launch, or no CUDA to launch it on: T
 
 # The generated functions are not documented: their arguments were read in these releases. Others take Triton's own way.
 READ_RELEASES = ("3.6.",)
-MAX_DESCRIPTORS = 4096  # that are kept: some 200 bytes each
+MAX_ADDRESSES = 256  # whose descriptors are kept, of each kind: some 200 bytes each
 
 _compiled: dict[tuple, object] = {}
 
@@ -116,7 +116,7 @@ class DirectLaunch:
                 self._pointers.append((len(ready), argument.tensor))
                 ready.append(None)
             elif isinstance(argument, Rows):
-                self._descriptors.append((len(ready), argument.tensor, _geometry(argument, next(described))))
+                self._descriptors.append((len(ready), argument.tensor, _encoder(_geometry(argument, next(described)))))
                 ready += [None, *argument.shape, *argument.strides]
             else:
                 ready.append(argument)
@@ -128,8 +128,8 @@ class DirectLaunch:
         arguments[3] = stream
         for place, tensor in self._pointers:
             arguments[place] = addresses[tensor]
-        for place, tensor, geometry in self._descriptors:
-            arguments[place] = _encoded(addresses[tensor], geometry)
+        for place, tensor, encoded in self._descriptors:
+            arguments[place] = encoded(addresses[tensor])
         self._launch(*arguments)
 
     @staticmethod
@@ -174,7 +174,12 @@ def _geometry(rows: Rows, described: dict) -> tuple:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=MAX_DESCRIPTORS)
-def _encoded(address: int, geometry: tuple):
-    """Encode a descriptor. It is a function of these numbers alone: whose memory lies there does not enter."""
-    return driver.active.utils.fill_tma_descriptor(address, *geometry)
+@functools.cache
+def _encoder(geometry: tuple) -> Callable:
+    """Return what encodes descriptors. Each is a function of numbers alone: whose memory lies there does not enter."""
+
+    @functools.lru_cache(maxsize=MAX_ADDRESSES)  # an address alone is found without hashing the geometry
+    def encoded(address: int):
+        return driver.active.utils.fill_tma_descriptor(address, *geometry)
+
+    return encoded

@@ -48,10 +48,15 @@ class KernelLaunch:
         self._direct: DirectLaunch | None = None
 
     def run(
-        self, tensors: Mapping[str, Tensor], addresses: Mapping[str, int], device: torch.device, stream: int
+        self,
+        tensors: Mapping[str, Tensor],
+        addresses: Mapping[str, int],
+        device: torch.device,
+        stream: int,
+        watched: bool,
     ) -> None:
         """Launch on the current device. The first time, and while launches are watched, it is done by Triton."""
-        if self._direct is not None and not DirectLaunch.is_watched():
+        if self._direct is not None and not watched:
             self._direct(addresses, stream)
             return
         arguments = tuple(x.filled(tensors) if isinstance(x, (Pointer, Rows)) else x for x in self.arguments)
@@ -72,9 +77,9 @@ class Plan(NamedTuple):
         addresses = {name: x.data_ptr() for name, x in given.items()}
         if self.device.type != "cuda":  # Triton's interpreter
             for launch_ in self.launches:
-                launch_.run(given, addresses, self.device, 0)
+                launch_.run(given, addresses, self.device, 0, False)
             return
         with torch.cuda.device(self.device.index):
-            stream = current_stream(self.device)
+            stream, watched = current_stream(self.device), DirectLaunch.is_watched()
             for launch_ in self.launches:
-                launch_.run(given, addresses, self.device, stream)
+                launch_.run(given, addresses, self.device, stream, watched)

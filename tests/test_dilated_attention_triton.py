@@ -355,7 +355,7 @@ class RecordedRelease:
         monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
         monkeypatch.setattr(triton.compiler.compiler, "driver", SimpleNamespace(active=active))
         monkeypatch.setattr(compiled_kernels, "driver", SimpleNamespace(active=active))
-        compiled_kernels._encoded.cache_clear()
+        compiled_kernels._encoder.cache_clear()
         self.given: list[tuple] = []
         meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 16, 32], "fp4_padded": False}
         signature = {"a": "*bf16", "n": "i32", "rates": ("i32",), "D": "constexpr", "missing": "constexpr"}
