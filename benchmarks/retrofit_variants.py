@@ -68,6 +68,7 @@ VARIANTS = {
         Variant("retrofit_staggered", _geometric("retrofit"), "quality_staggered", "quality_staggered"),
         Variant("retrofit_long", _geometric("retrofit"), times_tokens=4, note="four times the tokens to tune on"),
         Variant("dense_long", _dense, times_tokens=4, note="four times the tokens to tune on"),
+        Variant("retrofit_dense8_long", _geometric("retrofit"), dense_every=8, times_tokens=4),
         Variant("retrofit_dense4_long", _geometric("retrofit"), dense_every=4, times_tokens=4),
         Variant("retrofit_longest", _geometric("retrofit"), times_tokens=12, note="twelve times the tokens"),
         Variant("retrofit_wide", _wide, note="a first segment of twice the trained context"),

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -248,7 +249,7 @@ def test_the_step_of_the_8b_shape_is_what_was_measured():
 def test_the_table_of_quality_is_what_the_study_measured():
     rows = measurements("retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
     measured = {row["variant"]: row for row in rows if row["length"] == "16384"}
-    section = README.split("### What a retrofit keeps")[1].split("\n## ")[0]
+    section = README.split("### What a retrofit keeps")[1].split("**Dense layers bring it back**")[0]
     table = re.findall(
         r"^\| (.*?) \| ([\d.]+) \|(.*?)\| (\d+) % \| (.*?) \| (.*?) \| (.*?) \|$", section, flags=re.MULTILINE
     )
@@ -261,6 +262,40 @@ def test_the_table_of_quality_is_what_the_study_measured():
         assert int(needles) == pytest.approx(100 * float(row["needle_mean"]), abs=0.6)
         fewer = [float(row[f"times_fewer_{what}"]) for what in ("flops", "flops_131072", "kv")]
         assert [float(x) for x in times] == pytest.approx(fewer, abs=0.06)
+
+
+def test_the_table_of_dense_layers_is_what_the_study_measured():
+    name = "retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26_muon"
+    measured = {row["variant"]: row for row in measurements(f"{name}.csv")}
+    table = re.findall(
+        r"^\| (.*?) \| ([\d.]+) \|(.*?)\| (\d+) % \| (\d+) % \| (.*?) \| (.*?) \| (.*?) \|$",
+        README,
+        flags=re.MULTILINE,
+    )
+    names = ("dense_long", "retrofit_dense4_long", "retrofit_dense8_long", "retrofit_long")
+    assert len(table) == len(names)
+    for variant, (_, perplexity, above, needles, worst, *times) in zip(names, table):
+        row = measured[variant]
+        assert float(perplexity) == pytest.approx(float(row["perplexity"]), abs=0.006)
+        assert float(above.strip(" %") or 0) == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
+        found = [100 * float(row[column]) for column in ("needle_mean", "needle_worst_depth")]
+        assert [int(needles), int(worst)] == pytest.approx(found, abs=0.6)
+        fewer = [float(row[f"times_fewer_{what}"]) for what in ("flops", "flops_131072", "kv")]
+        assert [float(x) for x in times] == pytest.approx(fewer, abs=0.06)
+    study = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    at_depth = {r["variant"]: r["needle"] for r in study["tuned"]}
+    prose = " ".join(README.split())
+    stated = re.search(
+        r"in (\d+) % of the cases after 6.6M tokens and in all .*? after 79M, (\d+) % of what", prose
+    ).groups()
+    assert [int(x) for x in stated] == [
+        round(100 * at_depth["retrofit"]["0.75"]), int(100 * at_depth["retrofit_longest"]["0.1"])
+    ]  # fmt: skip
+    assert at_depth["retrofit_long"]["0.75"] == 1.0 and at_depth["retrofit_longest"]["0.5"] < 0.1
+    scratch = {r["variant"]: math.exp(r["nll"]) for r in study["scratch"]}
+    stated = re.search(r"has perplexity (\d+), ([\d.]+) and ([\d.]+), and (\d+) with a sliding window", prose).groups()
+    names = ("dense", "paper", "paper_magneto", "window")
+    assert [float(x) for x in stated] == pytest.approx([scratch[name] for name in names], rel=0.005)
 
 
 def test_the_table_of_whole_models_is_what_the_measurements_say():
@@ -297,7 +332,9 @@ def test_the_table_of_whole_models_is_what_the_measurements_say():
                 )
                 checked += 1
     assert checked == 24
-    pairs = re.search(r"(\d+) rows give ([\d,]+) tokens/s where\s+Llama's (\d+) give (\d+)", README).groups()
+    pairs = re.search(
+        r"(\d+)\s+rows\s+give\s+([\d,]+)\s+tokens/s\s+where\s+Llama's\s+(\d+)\s+give\s+(\d+)", README
+    ).groups()
     assert pairs == (*batches["longnet", "CUDA graph"], *batches["llama", "eager"])
     (billion,) = re.findall(r"went through one H200 in (\d+) s", README)
     report = (ROOT / "benchmarks/results/one_billion_tokens_NVIDIA-H200_2026-11-24.csv").read_text()
