@@ -24,7 +24,8 @@ except ImportError:  # there is nothing to launch, or no CUDA to launch it on: T
 
 # The generated functions are not documented: their arguments were read in these releases. Others take Triton's own way.
 READ_RELEASES = ("3.6.",)
-MAX_ADDRESSES = 256  # whose descriptors are kept, of each kind: some 200 bytes each
+MAX_GEOMETRIES = 1024  # that are kept, of each so many descriptors of some 200 bytes
+MAX_ADDRESSES = 128
 
 _compiled: dict[tuple, object] = {}
 
@@ -174,7 +175,7 @@ def _geometry(rows: Rows, described: dict) -> tuple:
     )  # fmt: skip
 
 
-@functools.cache
+@functools.lru_cache(maxsize=MAX_GEOMETRIES)
 def _encoder(geometry: tuple) -> Callable:
     """Return what encodes descriptors. Each is a function of numbers alone: whose memory lies there does not enter."""
 

@@ -170,17 +170,17 @@ def kernel_tiles(kernel: str, query: TensorLayout, pattern: DilationPattern) -> 
     return {"fwd": fwd, "dq": Tiles(64, 64, 4, 3), "dkdv": dkdv}[kernel]
 
 
-def _rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:
+def described_rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:
     """Describe ``[B, heads, L, D]`` as ``[B, heads, residue, term, D]``, where row = rate * term + residue."""
     batch, heads, length, head_dim = x.shape
     stride_b, stride_h, stride_l, _ = x.strides
     return Rows(
         name, TensorDescriptor, (batch, heads, rate, length // rate, head_dim),
-        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, _block_d(head_dim)),
+        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, block_d(head_dim)),
     )  # fmt: skip
 
 
-def _describable(looped: Sequence[TensorLayout], rate: int) -> bool:
+def describable(looped: Sequence[TensorLayout], rate: int) -> bool:
     """Say whether descriptors fit: rows in whole rounds of ``rate``, everything aligned to 16 bytes."""
     return rate > 0 and all(
         x.shape[2] % rate == 0 and x.aligned and all(s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3])
@@ -218,10 +218,10 @@ def _plan_launch(
         s for name in strided for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
     ]
     widest = max(launch.rates) * max(tiles.block_m, tiles.block_n) * max(layouts[name].strides[2] for name in strided)
-    tma = tiles.tma and not kind.padded and _describable([layouts[name] for name in looped], launch.loop_rate)
+    tma = tiles.tma and not kind.padded and describable([layouts[name] for name in looped], launch.loop_rate)
     block = tiles.block_m + tiles.block_n - tile
     arguments = (
-        *map(Pointer, pointers), *(_rows(name, layouts[name], launch.loop_rate, block) if tma else None for name in looped),
+        *map(Pointer, pointers), *(described_rows(name, layouts[name], launch.loop_rate, block) if tma else None for name in looped),
         Pointer("cu_seqlens") if packed else None, *([Pointer("rows"), Pointer("counts")] if kind.padded else [None, None]),
         *strides, scale, length, kind.num_documents, kind.num_documents.bit_length(),
         launch.period, tiles_per_period, launch.windows, launch.previous_windows, launch.rates,
@@ -242,7 +242,7 @@ def _plan_launch(
         "WIDE": widest >= 2**31,
         "TMA": tma,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_D": block_d(head_dim),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if layouts["query"].dtype == torch.float32 else None,
@@ -258,7 +258,7 @@ def _plan_stats(layouts: dict[str, TensorLayout], has_dlse: bool) -> KernelLaunc
         Pointer("out"), Pointer("do"), Pointer("lse"), Pointer("dlse") if has_dlse else None, Pointer("stats"),
         *layouts["out"].strides[:3], *layouts["do"].strides[:3], length,
     )  # fmt: skip
-    constants = {"HAS_DLSE": has_dlse, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim), "BLOCK_M": block}
+    constants = {"HAS_DLSE": has_dlse, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "BLOCK_M": block}
     return KernelLaunch(stats_kernel, (_cdiv(length, block), num_heads, batch), arguments, constants, num_warps=4)
 
 
@@ -266,7 +266,7 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _block_d(head_dim: int) -> int:
+def block_d(head_dim: int) -> int:
     """Return the width of a tile: a power of two, wide enough for the tensor cores."""
     return max(16, 1 << (head_dim - 1).bit_length())
 

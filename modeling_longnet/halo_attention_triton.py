@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention_operator import Call
 from .compiled_kernels import launch
-from .dilated_attention_triton import Tiles, kernel_tiles
+from .dilated_attention_triton import Tiles, block_d, describable, described_rows, kernel_tiles
 from .dilation_pattern import DilationPattern
 from .document_slices import LEFT, HaloBlock, Span, active_queries, halo_queries
 from .launch_plans import layout_of
@@ -21,7 +21,6 @@ from .launch_plans import layout_of
 
 try:
     import triton
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     from .halo_attention_kernels import halo_dkdv_kernel, halo_dq_kernel, halo_fwd_kernel
 except ImportError:  # nobody asks for these kernels without triton
@@ -40,15 +39,11 @@ def _constants(call: Call, query: Tensor, num_kv_heads: int, tiles: Tiles) -> di
         "GROUP": query.shape[0] // num_kv_heads,
         "SLIDING": call.pattern.window == "sliding",
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_D": block_d(head_dim),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if query.dtype == torch.float32 else None,
     }
-
-
-def _block_d(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _is_wide(rate: int, tiles: Tiles, *strided: Tensor) -> bool:
@@ -159,19 +154,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _descriptors(tiles: Tiles, block: int, *tensors: Tensor) -> list | None:
-    """Describe ``[heads, rows, D]`` for the copy engine, as the kernels address it, blocks of rows at a time.
-
-    None where it is not wanted, or cannot read these tensors: it needs addresses and strides of whole 16 bytes.
-    """
-    if not tiles.tma or any(x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in x.stride()[:2]) for x in tensors):
+    """Describe ``[heads, rows, D]`` for the copy engine, blocks of rows at a time; None where it is not to read them."""
+    rows = {str(i): x[None] for i, x in enumerate(tensors)}
+    layouts = {name: layout_of(x) for name, x in rows.items()}
+    if not tiles.tma or not describable(list(layouts.values()), 1):
         return None
-    return [
-        TensorDescriptor(
-            x, [1, x.shape[0], 1, x.shape[1], x.shape[2]], [x.stride(0), x.stride(0), x.stride(1), x.stride(1), 1],
-            [1, 1, 1, block, _block_d(x.shape[2])],
-        )
-        for x in tensors
-    ]  # fmt: skip
+    return [described_rows(name, layout, 1, block).filled(rows) for name, layout in layouts.items()]
 
 
 def fold_halo_forward(

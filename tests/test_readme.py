@@ -227,6 +227,15 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     assert re.search(r"contiguous slices allow (\d+) and (\d+)", prose).groups() == (
         str(balances["step"]), str(balances["attention"])
     )  # fmt: skip
+    one, second = (
+        next(row for row in rows if (row["ranks"], row["attention"], row["stage"], row["scaling"]) == wanted)
+        for wanted in (("1", "retrofit", "attention", "weak"), ("2", "retrofit", "attention", "weak"))
+    )
+    work = [float(row["tflops_per_rank"]) * float(row["ms"]) for row in (one, second)]
+    halo = work[1] / float(second["balance"]) - work[0]  # of the second rank, beyond its own keys
+    assert "its halo is a quarter of the second GPU's attention, at half the speed of the rest" in prose
+    assert 0.2 < halo / (halo + work[0]) < 0.3
+    assert 0.45 < halo / float(second["halo_ms"]) / float(one["tflops_per_rank"]) < 0.55
     received = max(float(row["received_bytes"]) / float(row["bound_bytes"]) for row in rows)
     assert re.search(r"receives at most (\d+) %", prose)[1] == f"{100 * received:.0f}"
     (longest,) = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114714.csv")
@@ -234,6 +243,20 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
         r"([\d,]+) tokens in one sequence, [\d,]+ per GPU, go through .*? in (\d+) s", prose
     ).groups()
     assert number(tokens) == float(longest["tokens"]) and seconds == f"{float(longest['ms']) / 1e3:.0f}"
+
+
+def test_the_number_of_gpu_tests_is_what_the_runs_printed():
+    text = (ROOT / "benchmarks/results/gpu_tests_NVIDIA-H100-80GB-HBM3_2026-11-26.txt").read_text()
+    runs = [
+        "".join(re.findall(r"^([.sFEx]+)(?: +\[ *\d+%\])?$", run, flags=re.MULTILINE))
+        for run in text.split("\n$ ")[1:]
+    ]  # fmt: skip
+    assert not set("".join(runs)) - set(".s")  # none failed
+    first, *later = (run.count(".") for run in runs)
+    stated = re.search(
+        r"(\d+) GPU tests passed on an H100 and none failed, and (\d+) of", " ".join(README.split())
+    ).groups()
+    assert [int(x) for x in stated] == [first, sum(later)]
 
 
 def test_the_step_of_the_8b_shape_is_what_was_measured():
