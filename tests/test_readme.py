@@ -205,7 +205,7 @@ def test_the_speed_table_is_what_the_measurements_say():
 
 
 def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
-    rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114348.csv")
+    rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_152603.csv")
     efficiency = {
         (row["scaling"], row["attention"], row["stage"]): round(100 * float(row["efficiency"]))
         for row in rows
@@ -233,9 +233,9 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     )
     work = [float(row["tflops_per_rank"]) * float(row["ms"]) for row in (one, second)]
     halo = work[1] / float(second["balance"]) - work[0]  # of the second rank, beyond its own keys
-    assert "its halo is a quarter of the second GPU's attention, at half the speed of the rest" in prose
+    assert "its halo is a quarter of the second GPU's attention, at two thirds of the speed of the rest" in prose
     assert 0.2 < halo / (halo + work[0]) < 0.3
-    assert 0.45 < halo / float(second["halo_ms"]) / float(one["tflops_per_rank"]) < 0.55
+    assert 0.62 < halo / float(second["halo_ms"]) / float(one["tflops_per_rank"]) < 0.72
     received = max(float(row["received_bytes"]) / float(row["bound_bytes"]) for row in rows)
     assert re.search(r"receives at most (\d+) %", prose)[1] == f"{100 * received:.0f}"
     (longest,) = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114714.csv")
