@@ -25,15 +25,15 @@ SINKS = 16
 class Variant:
     """A name, the pattern for a first segment and a length, and what else differs.
 
-    ``train_attention`` and ``eval_attention`` name attention functions; ``dense_every`` keeps one layer in so many
-    dense; ``times_tokens`` tunes for so many times as long.
+    ``train_attention`` and ``eval_attention`` name attention functions; ``dense_layers`` stay dense (the study's model
+    has eight layers, counted from 0); ``times_tokens`` tunes for so many times as long.
     """
 
     name: str
     pattern: Callable[[int, int], DilationPattern]
     train_attention: str = "sdpa"
     eval_attention: str = "sdpa"
-    dense_every: int | None = None
+    dense_layers: tuple[int, ...] = ()
     times_tokens: int = 1
     note: str = field(default="", compare=False)
 
@@ -62,14 +62,19 @@ VARIANTS = {
         Variant("retrofit", _geometric("retrofit")),
         Variant("window", _window, note="the first segment alone, sliding"),
         Variant("paper", _geometric("paper")),
-        Variant("retrofit_dense8", _geometric("retrofit"), dense_every=8),
+        Variant("retrofit_dense4", _geometric("retrofit"), dense_layers=(2, 6), note="one layer in four dense"),
+        Variant("retrofit_dense8", _geometric("retrofit"), dense_layers=(4,), note="one layer in eight dense"),
+        Variant("retrofit_dense8_early", _geometric("retrofit"), dense_layers=(2,)),
+        Variant("retrofit_dense8_late", _geometric("retrofit"), dense_layers=(6,)),
         Variant("s2", _dense, train_attention="quality_s2", note="LongLoRA: shifted segments to train, dense to read"),
         Variant("retrofit_sinks", _geometric("retrofit"), "quality_sinks", "quality_sinks"),
         Variant("retrofit_staggered", _geometric("retrofit"), "quality_staggered", "quality_staggered"),
         Variant("retrofit_long", _geometric("retrofit"), times_tokens=4, note="four times the tokens to tune on"),
         Variant("dense_long", _dense, times_tokens=4, note="four times the tokens to tune on"),
-        Variant("retrofit_dense8_long", _geometric("retrofit"), dense_every=8, times_tokens=4),
-        Variant("retrofit_dense4_long", _geometric("retrofit"), dense_every=4, times_tokens=4),
+        Variant("retrofit_dense8_long", _geometric("retrofit"), dense_layers=(4,), times_tokens=4),
+        Variant("retrofit_dense8_early_long", _geometric("retrofit"), dense_layers=(2,), times_tokens=4),
+        Variant("retrofit_dense8_late_long", _geometric("retrofit"), dense_layers=(6,), times_tokens=4),
+        Variant("retrofit_dense4_long", _geometric("retrofit"), dense_layers=(2, 6), times_tokens=4),
         Variant("retrofit_longest", _geometric("retrofit"), times_tokens=12, note="twelve times the tokens"),
         Variant("retrofit_wide", _wide, note="a first segment of twice the trained context"),
     )
@@ -96,10 +101,8 @@ def apply(model: PreTrainedModel, variant: Variant, first_segment: int, length: 
 
 
 def dense_layers(variant: Variant, layers: int) -> tuple[int, ...]:
-    """Name the layers that stay dense: one in so many, from the middle of the first group on."""
-    if variant.dense_every is None:
-        return ()
-    return tuple(range(min(variant.dense_every // 2, layers - 1), layers, variant.dense_every))
+    """Name the layers that stay dense, in a model that has them."""
+    return tuple(sorted({min(layer, layers - 1) for layer in variant.dense_layers}))
 
 
 def attention_flops(variant: Variant, config, first_segment: int, length: int) -> int:
