@@ -54,12 +54,7 @@ CANDIDATES = {
         HopperTiles(192, 64, 4, (160, 32), turns=True),
     ],
     ("dkdv", 128): [HopperTiles(128, 64, 3, (240, 24)), HopperTiles(128, 64, 3, (240, 24), turns=True)],
-    ("dkdv", 64): [
-        HopperTiles(128, 64, 4, (224, 56)),
-        HopperTiles(128, 64, 4, (232, 40), turns=True),
-        HopperTiles(128, 128, 3, (240, 24)),
-        HopperTiles(128, 128, 3, (240, 24), turns=True),
-    ],
+    ("dkdv", 64): [HopperTiles(128, 64, 4, (224, 56)), HopperTiles(128, 64, 4, (232, 40), turns=True)],
 }
 CHOSEN = hopper._tiles
 

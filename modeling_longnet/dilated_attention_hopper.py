@@ -66,7 +66,7 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     return {
         "fwd": HopperTiles(128, 128, 4, (240, 24), turns=True) if dilate else three,
         "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
-        "dkdv": HopperTiles(128, 64, 4, (224, 56)),
+        "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True),
     }[kernel]
 
 
