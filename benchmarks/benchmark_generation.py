@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import DecodingGraph, DilationPattern, LongNetCache, LongNetConfig, LongNetForCausalLM
-from modeling_longnet.cache_longnet import LongNetCacheLayer
+from modeling_longnet.cache_layer import LongNetCacheLayer
 from modeling_longnet.dilation_pattern import PRESETS
 
 

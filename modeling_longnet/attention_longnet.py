@@ -8,7 +8,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
 )
 
-from .cache_longnet import LongNetCache, LongNetCacheLayer
+from .cache_layer import LongNetCacheLayer
+from .cache_longnet import LongNetCache
 from .cached_attention import CachedKeys, cached_attention
 from .configuration_longnet import LongNetConfig
 from .dilated_attention import dilated_attention

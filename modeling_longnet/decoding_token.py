@@ -8,7 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from .attention_longnet import LongNetAttention
 from .backbone_llama import LongNetDecoderLayer
-from .cache_longnet import LongNetCache, LongNetCacheLayer
+from .cache_layer import LongNetCacheLayer
+from .cache_longnet import LongNetCache
 from .decoding_hopper import at_once_refusal, attend_at_once
 from .decoding_triton import (
     Rotary,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import left_padding, random_tokens, tiny_model
 
 from modeling_longnet import DilationPattern, LongNetCache, cached_attention
-from modeling_longnet.cache_longnet import LongNetCacheLayer
+from modeling_longnet.cache_layer import LongNetCacheLayer
 from modeling_longnet.dilation_pattern import PRESETS
 
 

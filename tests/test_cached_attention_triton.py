@@ -15,7 +15,7 @@ from triton_interpreter import interpret, needs_interpreter
 
 from modeling_longnet import DilationPattern, LongNetCache
 from modeling_longnet import cached_attention as attention
-from modeling_longnet.cache_longnet import LongNetCacheLayer
+from modeling_longnet.cache_layer import LongNetCacheLayer
 from modeling_longnet.cached_attention import CachedKeys, cached_attention
 from modeling_longnet.cached_attention_triton import (
     attend_decoding,

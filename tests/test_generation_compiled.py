@@ -9,7 +9,7 @@ from tiny_models import left_padding, random_tokens, tiny_model
 from torch._inductor.utils import run_and_get_code
 
 from modeling_longnet import DilationPattern, LongNetCache
-from modeling_longnet.cache_longnet import LongNetCacheLayer
+from modeling_longnet.cache_layer import LongNetCacheLayer
 
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -23,6 +23,7 @@ TRANSFORMERS_FILES = {
     "attention_longnet",
     "backbone_llama",
     "backbone_magneto",
+    "cache_layer",
     "cache_longnet",
     "configuration_longnet",
     "decoding_graph",

@@ -9,7 +9,7 @@ from strategies import patterns
 from tiny_models import left_padding
 
 from modeling_longnet import DilationPattern
-from modeling_longnet.cache_longnet import LongNetCacheLayer
+from modeling_longnet.cache_layer import LongNetCacheLayer
 from modeling_longnet.reach_ranges import plan_ranges
 
 

@@ -82,7 +82,7 @@ def test_each_variant_attends_in_its_own_way():
     for name, variant in VARIANTS.items():
         if variant.times_tokens > 1:  # as another attends, for longer
             continue
-        model = tiny_model("retrofit", num_hidden_layers=3)
+        model = tiny_model("retrofit", num_hidden_layers=8)
         apply(model, variant, 8, 64, training=True)
         logits[name] = model(tokens, use_cache=False).logits
     for a, b in itertools.combinations(logits, 2):
