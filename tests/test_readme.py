@@ -319,6 +319,28 @@ def test_the_table_of_dense_layers_is_what_the_study_measured():
     assert [float(x) for x in stated] == pytest.approx([scratch[name] for name in names], rel=0.005)
 
 
+def test_the_table_of_places_is_what_the_study_measured():
+    rows = measurements("retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26_places.csv")
+    measured = {(row["variant"], int(row["length"])): row for row in rows}
+    section = README.split("**It is the place that counts")[1].split("## Backends")[0]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    names = ("dense", "retrofit_dense4", "retrofit_dense8_late", "retrofit_dense8_early", "retrofit")
+    assert [cells[0] for cells in table] == ["all", "layers 2 and 6", "layer 6", "layer 2", "none"]
+    for name, (_, *cells, fewer, far_fewer) in zip(names, table, strict=True):
+        for length, (quality, *found) in zip((16384, 32768), (cells[:3], cells[3:]), strict=True):
+            row = measured[name, length]
+            stated = float(quality.strip(" %"))
+            if name == "dense":
+                assert stated == pytest.approx(float(row["perplexity"]), abs=0.006)
+            else:
+                assert stated == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
+            for cell, column in zip(found, ("needle_mean", "needle_worst_depth"), strict=True):
+                assert int(cell.removesuffix(" %")) == pytest.approx(100 * float(row[column]), abs=0.6)
+        row = measured[name, 32768]
+        for cell, column in ((fewer, "times_fewer_flops"), (far_fewer, "times_fewer_flops_131072")):
+            assert float(cell) == pytest.approx(float(row[column]), abs=0.06)
+
+
 def test_the_table_of_whole_models_is_what_the_measurements_say():
     measured = {}  # (what, tokens, model): value
     for row in measurements("training_NVIDIA-H100-80GB-HBM3_2026-11-26_0309.csv"):
