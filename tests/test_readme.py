@@ -255,6 +255,11 @@ def test_the_number_of_gpu_tests_is_what_the_run_printed():
         " ".join(README.split()),
     ).groups()
     assert stated == passed and ["no", "one", "two"].index(files) == int(errors)
+    later = "".join(re.findall(r"^([.sFEx]+)(?: +\[ *\d+%\])?$", text, flags=re.MULTILINE))
+    (attention,) = re.search(
+        r"After the last change of a kernel (\d+) of the attention's passed", " ".join(README.split())
+    ).groups()
+    assert not set(later) - set(".s") and later.count(".") == int(attention)
 
 
 def test_the_step_of_the_8b_shape_is_what_was_measured():
