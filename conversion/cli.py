@@ -113,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=_integers,
         default=(),
         metavar="I,I,...",
-        help="layers, counted from 0, that keep ordinary attention (default: none)",
+        help="layers, counted from 0, that keep ordinary attention and all keys (default: none); for retrieval, one at "
+        "three quarters of the depth",
     )
 
     other = parser.add_argument_group("other conversions")
