@@ -17,9 +17,10 @@ def gpu_model(preset: str = "retrofit", **fields):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])
-def test_replayed_steps_have_the_logits_of_the_full_forward(preset, rows):
-    model, tokens = gpu_model(preset), random_tokens(rows, 100).cuda()
+def test_replayed_steps_have_the_logits_of_the_full_forward(preset, dense_layers, rows):
+    model, tokens = gpu_model(preset, dense_layers=dense_layers), random_tokens(rows, 100).cuda()
     cache = LongNetCache(model.config, max_length=100)
     with torch.no_grad():
         logits = [model(tokens[:, :40], past_key_values=cache).logits]
@@ -33,8 +34,9 @@ def test_replayed_steps_have_the_logits_of_the_full_forward(preset, rows):
 
 
 @pytest.mark.gpu
-def test_a_graph_follows_a_cache_that_is_reset_or_enlarged_and_refuses_one_that_is_full():
-    model, tokens = gpu_model(), random_tokens(1, 31).cuda()
+@pytest.mark.parametrize("dense_layers", [(), (0,)])
+def test_a_graph_follows_a_cache_that_is_reset_or_enlarged_and_refuses_one_that_is_full(dense_layers):
+    model, tokens = gpu_model(dense_layers=dense_layers), random_tokens(1, 31).cuda()
     full = LongNetCache(model.config, max_length=20)
     step = DecodingGraph(model, full)
     first = [step(tokens[:, t : t + 1]).clone() for t in range(20)]
@@ -108,15 +110,18 @@ def test_what_is_no_single_token_goes_the_ordinary_way(monkeypatch):
     assert not isinstance(tiny_model(hidden_act="gelu").float().get_compiled_call(None), GraphedCall)
 
 
-def test_a_cache_that_enlarges_keeps_what_it_held():
-    model, tokens = tiny_model("retrofit"), random_tokens(2, 60)
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_a_cache_that_enlarges_keeps_what_it_held(dense_layers):
+    model, tokens = tiny_model("retrofit", dense_layers=dense_layers), random_tokens(2, 60)
     cache = LongNetCache(model.config, max_length=10, enlarges=True)
     with torch.no_grad():
         parts = [9, 1, 1, 20, 1, 1, 27]
         logits = [model(part, past_key_values=cache).logits for part in tokens.split(parts, dim=1)]
         full = model(tokens, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=1e-6, atol=1e-6)
-    assert cache.get_max_length() == -1
+    # Layers with windows go on for ever once the longest is whole; a dense one holds what came, and grows on.
+    assert [layer.get_max_length() == -1 for layer in cache.layers] == [i not in dense_layers for i in range(2)]
+    assert all(layer.max_length >= 60 for i, layer in enumerate(cache.layers) if i in dense_layers)
     state = LongNetCache(model.config, max_length=12, enlarges=True)
     state.load_state_dict(cache.state_dict())
     assert int(state.get_seq_length()) == 60
