@@ -344,6 +344,12 @@ def test_the_table_of_places_is_what_the_study_measured():
         row = measured[name, 32768]
         for cell, column in ((fewer, "times_fewer_flops"), (far_fewer, "times_fewer_flops_131072")):
             assert float(cell) == pytest.approx(float(row[column]), abs=0.06)
+    stated = re.search(
+        r"followed in (\d+) % of the cases with dense .*? it follows (\d+) %, the two (\d+)\.",
+        " ".join(section.split()),
+    ).groups()
+    chains = [measured[name, 16384]["variable_tracking"] for name in ("dense", names[2], names[1])]
+    assert [int(x) for x in stated] == pytest.approx([100 * float(x) for x in chains], abs=0.6)
 
 
 def test_the_table_of_whole_models_is_what_the_measurements_say():
