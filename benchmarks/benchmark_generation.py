@@ -184,7 +184,8 @@ class Bench:
 def check(bench: Bench) -> None:
     """Stop unless prefill by chunks and decoding are as near to the full forward in float32 as one in bfloat16 is.
 
-    A bfloat16 forward of random weights is off by some per cent itself, more or less so with the layers that serve.
+    A bfloat16 forward of random weights is off by 3 % itself, more or less so with the layers that serve. What the cache
+    adds to that counts alone: a tenth more is an error of its own of less than half of it.
     """
     length = 2 * bench.args.first_segment + 100
     tokens = bench.tokens(1, length)
@@ -200,7 +201,10 @@ def check(bench: Bench) -> None:
         return ((logits.float() - exact).norm() / exact.norm()).item()
 
     full = error(model(tokens, use_cache=False, logits_to_keep=4).logits[0])
-    most = 1.5 * full if bench.dtype == torch.bfloat16 else 1e-4
+    is_narrow = bench.dtype == torch.bfloat16
+    if not full < (5e-2 if is_narrow else 1e-4):
+        raise SystemExit(f"a full forward is off by {full:.2e} from one in float32; not timing it")
+    most = 1.1 * full if is_narrow else 1e-4
     for max_length in (None, bench.args.last_segment):
         cache = LongNetCache(model.config, max_length=max_length)
         parts = [bench.args.first_segment, length - bench.args.first_segment - 3, 1, 1, 1]

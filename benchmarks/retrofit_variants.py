@@ -72,7 +72,6 @@ VARIANTS = {
         Variant("retrofit_long", _geometric("retrofit"), times_tokens=4, note="four times the tokens to tune on"),
         Variant("dense_long", _dense, times_tokens=4, note="four times the tokens to tune on"),
         Variant("retrofit_dense8_long", _geometric("retrofit"), dense_layers=(4,), times_tokens=4),
-        Variant("retrofit_dense8_early_long", _geometric("retrofit"), dense_layers=(2,), times_tokens=4),
         Variant("retrofit_dense8_late_long", _geometric("retrofit"), dense_layers=(6,), times_tokens=4),
         Variant("retrofit_dense4_long", _geometric("retrofit"), dense_layers=(2, 6), times_tokens=4),
         Variant("retrofit_longest", _geometric("retrofit"), times_tokens=12, note="twelve times the tokens"),
@@ -101,7 +100,7 @@ def apply(model: PreTrainedModel, variant: Variant, first_segment: int, length: 
 
 
 def dense_layers(variant: Variant, layers: int) -> tuple[int, ...]:
-    """Name the layers that stay dense, in a model that has them."""
+    """Name the layers that stay dense: the variant's, in a model of fewer the last one for those that it lacks."""
     return tuple(sorted({min(layer, layers - 1) for layer in variant.dense_layers}))
 
 

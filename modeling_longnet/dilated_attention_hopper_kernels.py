@@ -7,9 +7,7 @@ tile's own rows and then, block by block, the rows that they meet. Two or three 
 *consumers*, multiply: the products of the next block run on the tensor cores beside the softmax of this one.
 
 The gradients of the scores are computed twice, for the queries and for the keys: seven products instead of five. Writing
-them down once, and one product for the queries, was measured with ``paper`` on an H100 (32k tokens, 16 heads of 128): the
-keys' kernel went from 2.19 to 2.49 ms, the queries' from 1.44 to 1.03, the backward gained 3 %, and nothing with groups of
-four queries.
+them down in the keys' kernel leaves one product for the queries, but slows that kernel by most of what it saves.
 
 Everything goes through rings in shared memory, guarded by pairs of barriers: ``full`` when something has arrived,
 ``empty`` when all consumers are done with it. The n-th use of a ring of size R lies in place ``n % R`` and has the
@@ -737,7 +735,8 @@ def _bwd_dkdv_block(
     """Add a block of queries to the gradients of a consumer's keys; scores are transposed: keys are rows.
 
     Unless it is the tile's FIRST, the products of the block before still run at the start, and its own at the end. ``s``
-    and ``dp`` are what the block before has left in the registers that the first two products fill.
+    and ``dp`` are what the block before has left in the registers that the first two products fill: setting them to
+    zero while products run would make ptxas run every product by itself.
     """
     stage = done % V.stages
     last = (done - 1) % V.stages

@@ -8,9 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from modeling_longnet.cache_layer import LongNetCacheLayer
 
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import benchmark_generation  # noqa: E402
 
 
 def run(script: str, *options: str) -> str:
@@ -67,3 +73,19 @@ def test_the_generation_benchmark_runs_small(tmp_path):
     # A prompt of 256 tokens is one chunk of 512, too.
     assert read == {("chunks of 256", "256"), ("chunks of 256", "1024"), ("chunks of 512", "1024")}
     assert kv_bytes["longnet", "1024"] == kv_bytes["longnet", "4096"] < kv_bytes["llama", "1024"] / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmark_refuses_a_cache_that_forgets(dtype, tmp_path, monkeypatch, capsys):
+    """What it allows in bfloat16 is measured; a slot that is never written exceeds it."""
+    monkeypatch.setattr(sys, "argv", ["benchmark_generation.py", "--small", "--results", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench = benchmark_generation.Bench(benchmark_generation.arguments())
+    bench.dtype = dtype
+    bench.longnet.to(dtype)
+    with torch.no_grad():
+        benchmark_generation.check(bench)
+        assert capsys.readouterr().out.count("checked against float32") == 2
+        monkeypatch.setattr(LongNetCacheLayer, "_write_one", lambda *arguments: None)
+        with pytest.raises(SystemExit, match="generation through the cache is wrong"):
+            benchmark_generation.check(bench)

@@ -204,6 +204,54 @@ def test_the_speed_table_is_what_the_measurements_say():
             assert bool(re.fullmatch(r"\*[^*]+\*", cell)) == (extrapolated == "1")
 
 
+def test_what_it_says_of_speed_is_what_the_measurements_say():
+    rows = measurements("attention_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
+    prose = " ".join(README.split())
+
+    def plain(which: str, head_dim: int, passes: str = "forward+backward") -> list[dict[str, str]]:
+        alike = {"heads": "16", "kv_heads": "16", "layout": "plain", "head_dim": str(head_dim), "pass": passes}
+        return [row for row in rows if row["attention"] == which and alike.items() <= row.items()]
+
+    def milliseconds(which: str, length: int, head_dim: int) -> float:
+        (row,) = (row for row in plain(which, head_dim) if row["length"] == str(length))
+        return float(row["ms"])
+
+    def rates(head_dim: int, passes: str) -> list[float]:
+        long = [
+            r for which in ("paper", "retrofit") for r in plain(which, head_dim, passes) if int(r["length"]) >= 2**15
+        ]
+        found = [float(row["tflops"]) for row in long]
+        return [min(found), max(found)]
+
+    for pattern, head_dim in (
+        (r"reach (\d+) to (\d+) TFLOP/s forward and backward from 32k tokens on \((\d+) to (\d+) forward\)", 128),
+        (r"with D=64 (\d+) to (\d+) \((\d+) to (\d+)\)", 64),
+    ):
+        stated = [int(x) for x in re.search(pattern, prose).groups()]
+        assert stated == pytest.approx([*rates(head_dim, "forward+backward"), *rates(head_dim, "forward")], abs=0.6)
+    (cudnn,) = (row for row in plain("dense cudnn", 128) if row["length"] == str(2**15))
+    assert re.search(r"cuDNN (\d+) on the same card at 32k", prose)[1] == f"{float(cudnn['tflops']):.0f}"
+    for pattern, length, head_dim, names in (
+        (r"by a third \(([\d.]+) ms against ([\d.]+) and ([\d.]+); FlashAttention ([\d.]+)\)", 1024, 128,
+         ("dense cudnn", "paper", "retrofit", "dense flash")),
+        (r"the faster one, too \(([\d.]+) ms against ([\d.]+) and ([\d.]+)\)", 4096, 64,
+         ("dense cudnn", "paper", "retrofit")),
+    ):  # fmt: skip
+        stated = [float(x) for x in re.search(pattern, prose).groups()]
+        assert stated == pytest.approx([milliseconds(name, length, head_dim) for name in names], abs=0.006)
+    (auto,) = (
+        r
+        for r in rows
+        if (r["attention"], r["length"], r["head_dim"], r["pass"]) == ("auto", "2048", "64", "forward+backward")
+    )
+    ratio, *stated = re.search(
+        r"for up to ([\d.]+) times its time \(([\d.]+) ms against ([\d.]+), at 2,048 with D=64\)", prose
+    ).groups()
+    both = float(auto["ms"]), milliseconds("dense cudnn", 2048, 64)
+    assert [float(x) for x in stated] == pytest.approx(both, abs=0.006)
+    assert float(ratio) == pytest.approx(both[0] / both[1], abs=0.06)
+
+
 def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_152603.csv")
     efficiency = {
@@ -236,6 +284,22 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     assert "its halo is a quarter of the second GPU's attention, at two thirds of the speed of the rest" in prose
     assert 0.2 < halo / (halo + work[0]) < 0.3
     assert 0.62 < halo / float(second["halo_ms"]) / float(one["tflops_per_rank"]) < 0.72
+    other = {
+        row["scaling"]: round(100 * float(row["efficiency"]))
+        for row in measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114348.csv")
+        if (row["ranks"], row["attention"], row["stage"]) == ("2", "paper", "attention")
+    }
+    calls = {
+        row["scaling"]: row["ms"]
+        for row in rows
+        if (row["attention"], row["stage"], row["ranks"]) == ("paper", "attention", "2")
+    }
+    stated = re.search(
+        r"Another run had `paper`'s attention at (\d+) and (\d+) %; the calls take (\d+) and (\d+) ms", prose
+    )
+    assert [int(x) for x in stated.groups()] == [
+        other["weak"], other["strong"], round(float(calls["weak"])), round(float(calls["strong"]))
+    ]  # fmt: skip
     received = max(float(row["received_bytes"]) / float(row["bound_bytes"]) for row in rows)
     assert re.search(r"receives at most (\d+) %", prose)[1] == f"{100 * received:.0f}"
     (longest,) = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_114714.csv")
@@ -344,6 +408,19 @@ def test_the_table_of_places_is_what_the_study_measured():
         row = measured[name, 32768]
         for cell, column in ((fewer, "times_fewer_flops"), (far_fewer, "times_fewer_flops_131072")):
             assert float(cell) == pytest.approx(float(row[column]), abs=0.06)
+    short = " ".join(README.split("### What a retrofit keeps")[1].split("\n\n")[1].split())
+    late, none, dense = ([measured[name, n] for n in (16384, 32768)] for name in (names[2], names[4], names[0]))
+    stated = re.search(
+        r"costs 1 to ([\d.]+) % .*? for ([\d.]+) times .*? costs ([\d.]+) to ([\d.]+) % and finds (\d+) % of the needles at "
+        r"16,384 tokens \((\d+) at 32,768\), where dense attention finds (\d+) \((\d+)\), for ([\d.]+) times fewer",
+        short,
+    ).groups()
+    above, far = "above_dense_percent", "times_fewer_flops_131072"
+    assert [float(x) for x in stated[:4]] == pytest.approx(
+        [float(none[1][above]), float(none[0][far]), float(late[0][above]), float(late[1][above])], abs=0.06
+    )
+    needles = [100 * float(row["needle_mean"]) for row in (*late, *dense)]
+    assert [float(x) for x in stated[4:]] == pytest.approx([*needles, float(late[0][far])], abs=0.6)
     stated = re.search(
         r"followed in (\d+) % of the cases with dense .*? it follows (\d+) %, the two (\d+)\.",
         " ".join(section.split()),
