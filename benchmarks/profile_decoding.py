@@ -32,6 +32,11 @@ CHOICES = [
     {"KEY_BYTES": 2**14},
     {"KEY_BYTES": 2**16},
     {"MOST_PROGRAMS": 0},  # not at once
+    {"MOST_PROGRAMS": 48},  # long caches not at once
+    {"ATTENDING_PROGRAMS": 3},
+    {"ATTENDING_PROGRAMS": 4},
+    {"KEYS_PER_BLOCK": 32, "ATTENDING_PROGRAMS": 4},
+    {"KEYS_PER_BLOCK": 128, "ATTENDING_PROGRAMS": 2},
     {"MOST_PROGRAMS": 0, "KEYS_PER_BLOCK": 128, "ATTENDING_PROGRAMS": 1},
     {"TILE_BYTES": 2**14, "WARPS": 4},
     {"TILE_BYTES": 2**15, "WARPS": 4},
@@ -45,18 +50,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2**20)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dense-layers", type=int, nargs="*", default=[])
+    parser.add_argument("--room", type=int, default=2**20, help="tokens that the cache of a dense layer has room for")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s")
     return parser.parse_args()
 
 
-def make_model(layers: int) -> LongNetForCausalLM:
+def make_model(layers: int, dense_layers: list[int]) -> LongNetForCausalLM:
     pattern = DilationPattern.geometric(2048, 2**20, preset="retrofit")
     config = LongNetConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, max_position_embeddings=2**20, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None, segment_lengths=pattern.segment_lengths,
-        dilation_rates=pattern.dilation_rates, **PRESETS["retrofit"],
+        dilation_rates=pattern.dilation_rates, dense_layers=dense_layers, **PRESETS["retrofit"],
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -66,8 +73,8 @@ def make_model(layers: int) -> LongNetForCausalLM:
     return model
 
 
-def filled_cache(model: LongNetForCausalLM, batch: int, context: int) -> LongNetCache:
-    cache = LongNetCache(model.config, max_length=2**20)
+def filled_cache(model: LongNetForCausalLM, batch: int, context: int, room: int) -> LongNetCache:
+    cache = LongNetCache(model.config, max_length=room)
     for first in range(0, context, 2**18):
         positions = torch.arange(first, min(first + 2**18, context), device="cuda").expand(batch, -1)
         keys = torch.randn(batch, 8, positions.shape[1], 64, device="cuda", dtype=torch.bfloat16)
@@ -107,8 +114,8 @@ def kernels(step: DecodingGraph, token: torch.Tensor) -> None:
 @torch.no_grad()
 def main() -> None:
     args = arguments()
-    model = make_model(args.layers)
-    cache = filled_cache(model, args.batch, args.context)
+    model = make_model(args.layers, args.dense_layers)
+    cache = filled_cache(model, args.batch, args.context, args.room)
     token = torch.zeros(args.batch, 1, dtype=torch.long, device="cuda")
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     bound = weight_bytes / (args.bandwidth * 1e9)

@@ -66,6 +66,10 @@ VARIANTS = {
         Variant("retrofit_dense8", _geometric("retrofit"), dense_layers=(4,), note="one layer in eight dense"),
         Variant("retrofit_dense8_early", _geometric("retrofit"), dense_layers=(2,)),
         Variant("retrofit_dense8_late", _geometric("retrofit"), dense_layers=(6,)),
+        Variant(
+            "window_dense8_late", _window, dense_layers=(6,), note="does dilation still pay beside a dense layer?"
+        ),
+        Variant("retrofit_dense4_late", _geometric("retrofit"), dense_layers=(5, 6)),
         Variant("s2", _dense, train_attention="quality_s2", note="LongLoRA: shifted segments to train, dense to read"),
         Variant("retrofit_sinks", _geometric("retrofit"), "quality_sinks", "quality_sinks"),
         Variant("retrofit_staggered", _geometric("retrofit"), "quality_staggered", "quality_staggered"),

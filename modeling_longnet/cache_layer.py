@@ -49,7 +49,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     Args:
         pattern: the branches and their rules.
         max_length: the most tokens that will come, or None if nobody knows. Patterns whose longest window it covers go
-            on beyond it.
+            on beyond it, and need no more slots than for that window.
         once: shared by the layers of a model.
         enlarges: move to larger slots where more than ``max_length`` tokens come, instead of refusing them.
     """
@@ -73,7 +73,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     ):
         super().__init__()
         self.pattern = pattern
-        self.max_length = max_length
+        self.max_length = None if max_length is None else min(max_length, max(pattern.segment_lengths))
         self.enlarges = enlarges
         self.record_past = False
         self.once = OncePerPass() if once is None else once

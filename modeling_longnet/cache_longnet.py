@@ -20,8 +20,9 @@ class LongNetCache(Cache):
     Args:
         config: a ``LongNetConfig``; the patterns of its layers count.
         offloading: keep the layers in CPU memory and fetch them one ahead (CUDA only).
-        max_length: allocate once for sequences of up to so many tokens, at fixed addresses: decoding a token is then
-            one graph at every length, which ``generate`` captures on CUDA. None: grow as tokens come.
+        max_length: allocate once for sequences of up to so many tokens (``dense_layers`` a slot for each), at fixed
+            addresses: decoding a token is then one graph at every length, which ``generate`` captures on CUDA. None: grow
+            as tokens come.
         enlarges: allocate anew where more than ``max_length`` tokens come, instead of refusing them.
 
     Raises:

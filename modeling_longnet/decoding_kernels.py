@@ -344,11 +344,11 @@ def _merge(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=("num_keys", "keys_per_program"))
+@triton.jit(do_not_specialize=("num_keys",))
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, positions_ptr, branches_ptr, seen_ptr, columns_ptr,
     plan_ptr, rings_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, part_ptr, part_lse_ptr, arrivals_ptr, out_ptr,
-    stride_q, stride_k, stride_v, scale, eps, num_keys, keys_per_program,
+    stride_q, stride_k, stride_v, scale, eps, num_keys,
     NUM_BRANCHES: tl.constexpr, NUM_RINGS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     COUNT_OVERLAPS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ANGLES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -357,6 +357,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Take the new token into the cache; attend from it, for all query heads of a KV head, to a stretch of the slots.
 
+    Stretches are of equal length, and end where the filled slots do: a cache with room for much more is no slower.
     ``q [B, H * D]``, ``k`` and ``v [B, G * D]`` as projected, their rows ``stride`` apart. The program whose stretch
     holds the token's slot adds the token's own key, and writes it; what stood there is out of reach. The last program
     of a KV head to arrive merges all stretches' parts, in their order, into ``out [B, H * D]``. ``seen`` and
@@ -368,8 +369,6 @@ def attend_kernel(
     row = tl.program_id(2).to(tl.int64)
     at_head = row * num_kv_heads + kv_head
     num_parts = tl.num_programs(0)
-    start = stretch * keys_per_program
-    stop = tl.minimum(start + keys_per_program, num_keys)
 
     # What the plan says was written two kernels ago at least.
     plan_ptr += at_head * (3 + NUM_RINGS + NUM_BRANCHES)
@@ -382,6 +381,10 @@ def attend_kernel(
     end = tl.load(plan_ptr + 3 + ring, mask=is_ring, other=0, cache_modifier=".cg").to(tl.int32)
     i = tl.arange(0, BLOCK_K)
     oldest = tl.load(plan_ptr + 3 + NUM_RINGS + i, mask=i < NUM_BRANCHES, other=NEVER, cache_modifier=".cg")
+    used = tl.maximum(tl.max(tl.where(is_ring & (end > base), end, 0), 0), slot + 1)
+    length = tl.cdiv(tl.cdiv(used, BLOCK_N), num_parts) * BLOCK_N
+    start = stretch * length
+    stop = start + length
     # The slots of this stretch between its first and its last filled one.
     some = is_ring & (end > base) & (base < stop) & (end > start)
     low = tl.min(tl.where(some, tl.maximum(base, start), FAR), 0)

@@ -221,8 +221,7 @@ def attend_token(
     num_rings = plan.rings.shape[1]
     blocks = triton.cdiv(num_keys, KEYS_PER_BLOCK)
     wanted = triton.cdiv(ATTENDING_PROGRAMS * num_processors(query.device), batch * num_kv_heads)
-    keys_per_program = triton.cdiv(blocks, min(wanted, blocks, MOST_PARTS)) * KEYS_PER_BLOCK
-    parts = triton.cdiv(num_keys, keys_per_program)
+    parts = min(wanted, blocks, MOST_PARTS)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     part = query.new_empty(batch, num_kv_heads, group, parts, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(batch, num_kv_heads, group, parts, dtype=torch.float32)
@@ -233,7 +232,6 @@ def attend_token(
         attend_kernel[(parts, num_kv_heads, batch)](
             query, key, value, *held, *counts, plan.numbers, plan.rings, plan.cos, plan.sin, q_norm, k_norm, part,
             part_lse, plan.arrivals, out, query.stride(0), key.stride(0), value.stride(0), scale, eps, num_keys,
-            keys_per_program,
             NUM_BRANCHES=num_branches, NUM_RINGS=num_rings, BLOCK_K=triton.next_power_of_2(num_branches),
             BLOCK_R=triton.next_power_of_2(num_rings), COUNT_OVERLAPS=plan.slots.pattern.count_overlaps, GROUP=group,
             HEAD_DIM=head_dim, ANGLES=plan.angles, BLOCK_D=block_d, BLOCK_M=max(16, block_g), BLOCK_N=KEYS_PER_BLOCK,

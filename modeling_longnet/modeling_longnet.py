@@ -292,13 +292,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
     def _decodes_by_graph(self, generation_config: GenerationConfig, generation_mode: GenerationMode) -> bool:
-        """Whether ``generate`` makes a cache of fixed size by itself: where its steps are a graph, and it is bounded."""
+        """Whether ``generate`` makes a cache of fixed size by itself: where its steps are a graph."""
         return (
             generation_config.cache_implementation is None
             and not generation_config.is_assistant
             and not generation_config.disable_compile
             and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            and not self.config.dense_layers
             and self._fused_refusal() is None
         )
 
@@ -330,8 +329,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
                     'out (a bounded LongNetCache) or use "offloaded"'
                 )
             if self._decodes_by_graph(generation_config, generation_mode):
-                longest = max(self.config.segment_lengths)
-                cache = LongNetCache(self.config, max_length=min(max_cache_length + 1, longest), enlarges=True)
+                cache = LongNetCache(self.config, max_length=max_cache_length + 1, enlarges=True)
             else:
                 cache = LongNetCache(self.config, offloading=implementation == "offloaded")
             if generation_config.is_assistant:

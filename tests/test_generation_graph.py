@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import left_padding, random_tokens, tiny_model
+from transformers.generation.configuration_utils import GenerationMode
 
 from modeling_longnet import DecodingGraph, LongNetCache, decoding_graph, decoding_token
 from modeling_longnet.decoding_graph import GraphedCall
@@ -52,12 +53,13 @@ def test_a_graph_follows_a_cache_that_is_reset_or_enlarged_and_refuses_one_that_
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"do_sample": True}], ids=str)
-def test_generate_replays_a_graph_by_itself(how, monkeypatch):
+def test_generate_replays_a_graph_by_itself(how, dense_layers, monkeypatch):
     captured = []
     capture = torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: captured.append(graph) or capture(graph))
-    model = gpu_model()
+    model = gpu_model(dense_layers=dense_layers)
     tokens, mask = random_tokens(2, 30).cuda(), left_padding(0, 17, length=30).cuda()
     kwargs = {"attention_mask": mask, "max_new_tokens": 45, **GENERATE, **how}
     outputs = []
@@ -70,13 +72,24 @@ def test_generate_replays_a_graph_by_itself(how, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_generation_continues_from_the_cache_that_generate_made():
-    model, tokens = gpu_model(), random_tokens(2, 30).cuda()
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_generation_continues_from_the_cache_that_generate_made(dense_layers):
+    model, tokens = gpu_model(dense_layers=dense_layers), random_tokens(2, 30).cuda()
     kwargs = {**GENERATE, "return_dict_in_generate": True}
     whole = model.generate(tokens, max_new_tokens=60, **kwargs).sequences
     first = model.generate(tokens, max_new_tokens=10, **kwargs)
     rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=50, **kwargs)
     assert torch.equal(rest.sequences, whole)
+
+
+def test_generate_makes_room_in_dense_layers_for_all_that_may_come(monkeypatch):
+    monkeypatch.setattr(decoding_token, "slots_refusal", lambda *call: None)
+    model, kwargs = tiny_model("retrofit", dense_layers=(1,)).float(), {}
+    model._prepare_cache_for_generation(model.generation_config, kwargs, GenerationMode.GREEDY_SEARCH, 1, 199)
+    cache = kwargs["past_key_values"]
+    assert [layer.max_length for layer in cache.layers] == [max(model.config.segment_lengths), 200]
+    assert [layer.get_max_length() for layer in cache.layers] == [-1, 200]
+    assert cache.layers[1].enlarges
 
 
 def test_a_graph_without_a_gpu_says_so():
