@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -117,19 +117,24 @@ class Study:
             raise SystemExit(f"error: {saved} has other settings than asked for now; choose another --work")
 
     def jobs(self, stages: list[str], names: list[str]) -> list[Job]:
-        """List what is to do, the most telling first."""
+        """List what is to do, the most telling first.
+
+        Args:
+            stages: some of ``STAGES``.
+            names: of variants, at all lengths or at one (``NAME@LENGTH``).
+        """
         settings, corpus, dense = self.settings, self.folder / "held_out.npy", self.folder / "dense"
         first, *further = settings.lengths
-        others = [name for name in names if name not in CORE]
+        core = [(name, length) for length in settings.lengths for name in CORE if _asked(name, length, names)]
+        others = {name: None for name in (name.partition("@")[0] for name in names) if name not in CORE}
+        rest = [(name, first) for name in others if _asked(name, first, names)]
+        last = [(name, length) for length in further for name in others if _asked(name, length, names)]
         jobs = {"corpus": [Job(corpus, self.build_corpus)], "pretrain": [Job(dense, self.pretrain, (corpus,))]}
         base = [Job(self.folder / "base.json", self.base, (dense,))]
-        core = [self._tuning(name, length) for length in settings.lengths for name in CORE if name in names]
-        rest = [self._tuning(name, first) for name in others]
-        last = [self._tuning(name, length) for length in further for name in others]
-        jobs["tune"] = [job for job in [*base, *core, *rest] if job]
+        jobs["tune"] = [*base, *self._tunings([*core, *rest])]
         jobs["scratch"] = [self._scratch(name, corpus) for name in ("dense", "paper", "window", "paper_magneto")]
         order = [jobs[stage] for stage in STAGES if stage in stages and stage in jobs]
-        return [*(job for stage in order for job in stage), *(job for job in last if job and "tune" in stages)]
+        return [*(job for stage in order for job in stage), *(self._tunings(last) if "tune" in stages else ())]
 
     def work(self, jobs: list[Job]) -> None:
         """Do the jobs, and report after each."""
@@ -374,12 +379,14 @@ class Study:
         result["training"] = json.loads((self.folder / "dense" / "training.json").read_text())
         self._save(self.folder / "base.json", result)
 
-    def _tuning(self, name: str, length: int) -> Job | None:
-        variant, settings = VARIANTS[name], self.settings
-        if not is_distinct(variant, LlamaConfig(**dict(settings.shape)), settings.context, length):
-            return None
-        path = self.folder / f"tuned_{name}_{length}.json"
-        return Job(path, lambda: self.tune(variant, length, path), (self.folder / "dense",))
+    def _tunings(self, asked: list[tuple[str, int]]) -> list[Job]:
+        config, settings = LlamaConfig(**dict(self.settings.shape)), self.settings
+        jobs = []
+        for name, length in asked:
+            variant, path = VARIANTS[name], self.folder / f"tuned_{name}_{length}.json"
+            if is_distinct(variant, config, settings.context, length):
+                jobs.append(Job(path, partial(self.tune, variant, length, path), (self.folder / "dense",)))
+        return jobs
 
     def tune(self, variant: Variant, length: int, path: Path) -> None:
         """Tune a variant for a length and measure it."""
@@ -459,6 +466,17 @@ def affordable_steps(after_10: float, after_30: float, seconds: float) -> int:
     return max(30, 30 + int((seconds - after_30) / ((after_30 - after_10) / 20)))
 
 
+def _asked(name: str, length: int, names: list[str]) -> bool:
+    return name in names or f"{name}@{length}" in names
+
+
+def _variant_name(text: str) -> str:
+    name, at, length = text.partition("@")
+    if name not in VARIANTS or (at and not length.isdecimal()):
+        raise argparse.ArgumentTypeError(f"no NAME or NAME@LENGTH: {text!r}; names are {', '.join(VARIANTS)}")
+    return text
+
+
 def _pattern_fields(pattern: DilationPattern) -> dict:
     return {rule: getattr(pattern, rule) for rule in RULES}
 
@@ -473,7 +491,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", type=_variant_name, default=list(VARIANTS), metavar="NAME[@LENGTH]",
+        help="at all lengths or at one, the most wanted first: " + ", ".join(VARIANTS),
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, default=math.inf, help="stop and save after so many seconds")
     parser.add_argument("--small", action="store_true", help="tiny sizes: tests the path on any machine")
     parser.add_argument("--lengths", type=int, nargs="+", help="contexts to tune for, ascending")
@@ -490,6 +511,9 @@ def main() -> None:
     if "lengths" in given:
         given["lengths"] = tuple(given["lengths"])
     settings = Settings(**{**asdict(Settings.small() if arguments.small else Settings()), **given})
+    for name, _, length in (text.partition("@") for text in arguments.variants):
+        if length and int(length) not in settings.lengths:
+            parser.error(f"{name} at {length}: the lengths are {', '.join(map(str, settings.lengths))} (--lengths)")
     study = Study(arguments.work, settings, arguments.limit, arguments.output, arguments.workers)
     try:
         study.work(study.jobs(arguments.stages, arguments.variants))

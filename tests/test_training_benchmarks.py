@@ -335,6 +335,16 @@ def test_the_study_of_quality_runs_small_and_goes_on_where_it_stopped(tmp_path):
     assert float(table[1]["times_fewer_flops"]) > 1.1
 
 
+def test_a_variant_is_tuned_at_the_lengths_that_it_is_asked_for(tmp_path):
+    study = Study(tmp_path, Settings.small(), 1e9, tmp_path)
+    names = ["retrofit", "paper@1024", "dense@512", "window_dense8_late"]
+    jobs = [job.result.stem for job in study.jobs(["tune"], names)]
+    assert jobs == [
+        "base", "tuned_dense_512", "tuned_retrofit_512", "tuned_retrofit_1024", "tuned_window_dense8_late_512",
+        "tuned_paper_1024", "tuned_window_dense8_late_1024",
+    ]  # fmt: skip
+
+
 def test_training_stopped_and_resumed_is_training_in_one_go(tmp_path, monkeypatch):
     monkeypatch.setattr(Corpus, "tokens", LetterCorpus.tokens)
     monkeypatch.setattr(Corpus, "encode", LetterCorpus.encode)
