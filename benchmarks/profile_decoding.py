@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[])
-    parser.add_argument("--room", type=int, default=2**20, help="tokens that the cache of a dense layer has room for")
+    parser.add_argument("--room", type=int, help="tokens that the cache is made for (default: as many as come)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s")
     return parser.parse_args()
@@ -115,7 +115,8 @@ def kernels(step: DecodingGraph, token: torch.Tensor) -> None:
 def main() -> None:
     args = arguments()
     model = make_model(args.layers, args.dense_layers)
-    cache = filled_cache(model, args.batch, args.context, args.room)
+    steps = (args.steps + 10) * len(CHOICES)
+    cache = filled_cache(model, args.batch, args.context, args.room or args.context + steps)
     token = torch.zeros(args.batch, 1, dtype=torch.long, device="cuda")
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     bound = weight_bytes / (args.bandwidth * 1e9)

@@ -31,7 +31,8 @@ trust_remote_code=True where this package is not installed.
 EPILOG = """\
 examples:
   longnet-convert TinyLlama/TinyLlama-1.1B-Chat-v1.0 tinyllama-longnet
-  longnet-convert ./llama ./llama-32k --context 32768 --rope yarn
+  longnet-convert ./llama ./llama-32k --context 32768 --rope yarn \\
+      --dense-layers late
   longnet-convert ./llama ./llama-16k --segment-lengths 2048,8192,16384 \\
       --dilation-rates 1,4,8 --dense-layers 0,16
   longnet-convert ./llama-32k-tuned ./llama-dense --to-dense
@@ -110,11 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pattern.add_argument(
         "--dense-layers",
-        type=_integers,
+        type=_layers,
         default=(),
-        metavar="I,I,...",
-        help="layers, counted from 0, that keep ordinary attention and all keys (default: none); for retrieval, one at "
-        "three quarters of the depth",
+        metavar="late|I,I,...",
+        help="layers, counted from 0, that keep ordinary attention and all keys (default: none); late: the one at three "
+        "quarters of the depth, which retrieval of far tokens wants",
     )
 
     other = parser.add_argument_group("other conversions")
@@ -219,6 +220,10 @@ def _integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 2048,4096,8192") from None
+
+
+def _layers(text: str) -> list[int] | str:
+    return text if text.isalpha() else _integers(text)
 
 
 def _rope(text: str) -> dict | str:

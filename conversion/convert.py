@@ -14,7 +14,7 @@ def convert_checkpoint(
     preset: str = "retrofit",
     segment_lengths: list[int] | tuple[int, ...] | None = None,
     dilation_rates: list[int] | tuple[int, ...] | None = None,
-    dense_layers: list[int] | tuple[int, ...] = (),
+    dense_layers: list[int] | tuple[int, ...] | str = (),
     rope_parameters: dict | str | None = None,
     max_position_embeddings: int | None = None,
     local: int | None = None,
@@ -44,7 +44,8 @@ def convert_checkpoint(
         preset: ``"retrofit"``, ``"paper"`` or ``"torchscale"``.
         segment_lengths: tokens per branch.
         dilation_rates: one per branch; ``w_i / w_0`` if None.
-        dense_layers: indices of layers that keep ordinary attention, and an unbounded KV cache.
+        dense_layers: indices of layers that keep ordinary attention, and an unbounded KV cache; ``"late"`` for the one
+            at three quarters of the depth, which brings retrieval back.
         rope_parameters: new RoPE settings in transformers' form, such as ``{"rope_type": "yarn", "factor": 4.0}``;
             what they leave out (theta, original length) comes from the source. Or a word: ``"yarn"``, ``"linear"`` or
             ``"llama3"`` with the factor ``max_position_embeddings`` / trained context; ``"ntk"``, plain RoPE with theta

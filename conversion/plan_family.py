@@ -23,6 +23,9 @@ from .weights import DTYPES, dtype_name, match_weights, read_json, shard_layout,
 LONGEST_LOCAL_SEGMENT = 4096
 DEFAULT_STRETCH = 4
 
+# How deep the one layer lies whose ordinary attention found far tokens (benchmarks/retrofit_quality.py).
+LATE = 3 / 4
+
 ROPE_WORDS = ("yarn", "linear", "ntk", "llama3", "none")
 
 
@@ -32,7 +35,7 @@ def plan_conversion(
     preset: str = "retrofit",
     segment_lengths: list[int] | tuple[int, ...] | None = None,
     dilation_rates: list[int] | tuple[int, ...] | None = None,
-    dense_layers: list[int] | tuple[int, ...] = (),
+    dense_layers: list[int] | tuple[int, ...] | str = (),
     rope_parameters: dict | str | None = None,
     max_position_embeddings: int | None = None,
     local: int | None = None,
@@ -92,6 +95,8 @@ def plan_conversion(
     for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.num_bytes
     own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
+    if isinstance(dense_layers, str):
+        dense_layers = _dense_layers_from_word(dense_layers, source_config.num_hidden_layers)
     longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": rope,
         "max_position_embeddings": position_embeddings,
@@ -237,6 +242,12 @@ def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: 
         return {"rope_type": "default", "rope_theta": theta}
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
     return {"rope_type": word, "factor": factor, **bands}
+
+
+def _dense_layers_from_word(word: str, num_layers: int) -> tuple[int, ...]:
+    if word != "late":
+        raise ValueError(f"dense_layers must be indices of layers or 'late', got {word!r}")
+    return (int(LATE * num_layers),)
 
 
 def frozen_rope(config: PreTrainedConfig) -> dict:

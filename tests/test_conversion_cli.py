@@ -150,6 +150,7 @@ FAILURES = {
     "unknown option": (["{source}", "{target}", "--fast"], "unrecognized arguments: --fast"),
     "not integers": (["{source}", "{target}", "--segment-lengths", "32;64"], "'32;64' is not a list of integers"),
     "no such RoPE": (["{source}", "{target}", "--rope", "spiral"], "one of yarn, linear, ntk, llama3, none, got 'spiral'"),
+    "no such layers": (["{source}", "{target}", "--dense-layers", "early"], "indices of layers or 'late', got 'early'"),
     "not JSON": (["{source}", "{target}", "--rope", "[yarn"], "'[yarn' is not JSON"),
     "not a JSON object": (["{source}", "{target}", "--rope", "[4]"], "'[4]' is not a JSON object"),
     "bad preset": (["{source}", "{target}", "--preset", "sparse"], "preset must be one of"),

@@ -79,6 +79,12 @@ def test_the_trained_context_is_kept_in_the_config(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.trained_context == 16
 
 
+@pytest.mark.parametrize(("layers", "late"), [(1, 0), (2, 1), (4, 3), (6, 4)])
+def test_late_is_the_layer_at_three_quarters_of_the_depth(tmp_path, layers, late):
+    make_checkpoint(tmp_path / "source", num_hidden_layers=layers)
+    assert plan_conversion(tmp_path / "source", dense_layers="late").config.dense_layers == (late,)
+
+
 def test_dense_layers_are_ordinary_attention_and_cost_as_much(source, tmp_path):
     options = {"local": 16, "max_position_embeddings": 256}
     report = convert_checkpoint(source, tmp_path / "target", dense_layers=[1], **options, **QUIET)

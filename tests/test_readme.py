@@ -18,6 +18,9 @@ from checkpoints import make_checkpoint
 from PIL import Image, ImageChops, ImageStat
 from torchscale_decoder import random_weights
 
+from modeling_longnet import LongNetConfig
+from modeling_longnet.dilation_pattern import PRESETS
+
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -324,6 +327,25 @@ def test_the_number_of_gpu_tests_is_what_the_run_printed():
         r"After the last change of a kernel (\d+) of the attention's passed", " ".join(README.split())
     ).groups()
     assert not set(later) - set(".s") and later.count(".") == int(attention)
+    (decoding,) = re.search(
+        r"After the last change of decoding the (\d+) tests of its steps and graphs passed", " ".join(README.split())
+    ).groups()
+    assert (
+        re.search(r"test_generation_graph.py tests/test_decoding_token.py .*\n\n(\d+) passed in", text)[1] == decoding
+    )
+
+
+def test_a_step_with_a_dense_layer_takes_what_was_measured():
+    text = (ROOT / "benchmarks/results/profile_decoding_NVIDIA-H100-80GB-HBM3_2026-11-26.txt").read_text()
+    measured = re.findall(r"--context (\d+) .*--dense-layers 12\n.*\n([\d.]+) ms/step, [\d.]+ x  defaults", text)
+    stated = re.search(
+        r"With one of the 16 layers dense it takes ([\d.]+) ms at ([\d,]+) tokens of context, ([\d.]+) at ([\d,]+) and "
+        r"([\d.]+) at ([\d,]+) ",
+        " ".join(README.split()),
+    ).groups()
+    assert [(number(n), float(ms)) for ms, n in zip(stated[::2], stated[1::2])] == [
+        (float(n), pytest.approx(float(ms), abs=0.006)) for n, ms in measured
+    ]
 
 
 def test_the_step_of_the_8b_shape_is_what_was_measured():
@@ -336,97 +358,126 @@ def test_the_step_of_the_8b_shape_is_what_was_measured():
     assert (float(gib), layers) == (pytest.approx(float(row["peak_gib"]), abs=0.1), row["offloaded_layers"])
 
 
+QUALITY = "retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26"
+WAYS = {  # rows of the table: variant
+    "dense (perplexity)": "dense",
+    "`retrofit`, layer 6 of 8 dense": "retrofit_dense8_late",
+    "`retrofit`, layers 5 and 6 dense": "retrofit_dense4_late",
+    "`retrofit`": "retrofit",
+    "`retrofit`, and the first 16 tokens": "retrofit_sinks",
+    "`retrofit`, offsets staggered by layer": "retrofit_staggered",
+    "the first segment, sliding; layer 6 dense": "window_dense8_late",
+    "the first segment alone, sliding": "window",
+    "LongLoRA's S2, dense to read": "s2",
+    "`paper`": "paper",
+}
+
+
+def quality(study: str = "") -> dict[tuple[str, int], dict[str, str]]:
+    return {(row["variant"], int(row["length"])): row for row in measurements(f"{QUALITY}{study}.csv")}
+
+
+def section_on_quality() -> str:
+    return README.split("### What a retrofit keeps")[1].split("## Backends")[0]
+
+
 def test_the_table_of_quality_is_what_the_study_measured():
-    rows = measurements("retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
-    measured = {row["variant"]: row for row in rows if row["length"] == "16384"}
-    section = README.split("### What a retrofit keeps")[1].split("**Dense layers bring it back**")[0]
-    table = re.findall(
-        r"^\| (.*?) \| ([\d.]+) \|(.*?)\| (\d+) % \| (.*?) \| (.*?) \| (.*?) \|$", section, flags=re.MULTILINE
-    )
-    names = ("dense", "retrofit_wide", "retrofit", "retrofit_sinks", "retrofit_dense8", "window", "s2", "paper")
-    assert len(table) == len(names)
-    for name, (_, perplexity, above, needles, *times) in zip(names, table):
-        row = measured[name]
-        assert float(perplexity) == pytest.approx(float(row["perplexity"]), abs=0.006)
-        assert float(above.strip(" %") or 0) == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
-        assert int(needles) == pytest.approx(100 * float(row["needle_mean"]), abs=0.6)
-        fewer = [float(row[f"times_fewer_{what}"]) for what in ("flops", "flops_131072", "kv")]
-        assert [float(x) for x in times] == pytest.approx(fewer, abs=0.06)
+    measured, seen, suffix = quality("_late"), set(), ""
+    lines = [line for line in section_on_quality().splitlines() if line.startswith("|")][2:]
+    for name, *cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines):
+        if name.startswith("*with 26M tokens:* "):
+            name, suffix = name.removeprefix("*with 26M tokens:* "), "_long"
+        variant = WAYS[name] + suffix
+        for length, (to_dense, *found) in ((16384, cells[:3]), (32768, cells[3:6])):
+            if (variant, length) not in measured:
+                assert not any((to_dense, *found))
+                continue
+            row = measured[variant, length]
+            seen.add((variant, length))
+            column = "perplexity" if name.startswith("dense") else "above_dense_percent"
+            assert float(to_dense.strip("+ %")) == pytest.approx(float(row[column]), abs=0.051)
+            for cell, column in zip(found, ("needle_mean", "needle_worst_depth"), strict=True):
+                assert int(cell.removesuffix(" %")) == pytest.approx(100 * float(row[column]), abs=0.6)
+        at_131k, far = cells[7], measured.get((variant, 32768))
+        assert float(at_131k) == pytest.approx(float(row["times_fewer_flops_131072"]), abs=0.06)
+        for cell, column in ((cells[6], "times_fewer_flops"), (cells[8], "times_fewer_kv")):
+            assert (cell == "") if far is None else float(cell) == pytest.approx(float(far[column]), abs=0.06)
+    assert seen == measured.keys()
 
 
-def test_the_table_of_dense_layers_is_what_the_study_measured():
-    name = "retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26_muon"
-    measured = {row["variant"]: row for row in measurements(f"{name}.csv")}
-    table = re.findall(
-        r"^\| (.*?) \| ([\d.]+) \|(.*?)\| (\d+) % \| (\d+) % \| (.*?) \| (.*?) \| (.*?) \|$",
-        README,
-        flags=re.MULTILINE,
+def stated(pattern: str) -> list[float]:
+    return [float(x) for x in re.search(pattern, " ".join(section_on_quality().split())).groups()]
+
+
+def percent(row: dict[str, str], column: str) -> int:
+    return int(100 * float(row[column]) + 0.5)
+
+
+def test_the_short_summary_of_quality_was_measured_or_counted():
+    studies = [quality(study) for study in ("", "_muon", "_places", "_late")]
+    costs: dict[str, list[float]] = {}
+    for study in studies:
+        for (variant, _), row in study.items():
+            if row["above_dense_percent"]:
+                costs.setdefault(variant.removesuffix("_long"), []).append(float(row["above_dense_percent"]))
+    late, none = (studies[-1][name, 32768] for name in ("retrofit_dense8_late", "retrofit"))
+    for pattern, variant in (
+        (r"within ([\d.]+) to ([\d.]+) % of dense", "retrofit_dense8_late"),
+        (r"small cache, costs ([\d.]+) to ([\d.]+) %", "retrofit"),
+    ):
+        assert stated(pattern) == pytest.approx([min(costs[variant]), max(costs[variant])], abs=0.05)
+    assert "found every needle at 16,384" in " ".join(section_on_quality().split())
+    assert studies[-1]["retrofit_dense8_late_long", 16384]["needle_worst_depth"] == "1.0"
+    assert stated(r"takes ([\d.]+) times fewer attention FLOPs at 32k and ([\d.]+) times at 131k") == pytest.approx(
+        [float(late[f"times_fewer_flops{at}"]) for at in ("", "_131072")], abs=0.05
     )
-    names = ("dense_long", "retrofit_dense4_long", "retrofit_dense8_long", "retrofit_long")
-    assert len(table) == len(names)
-    for variant, (_, perplexity, above, needles, worst, *times) in zip(names, table):
-        row = measured[variant]
-        assert float(perplexity) == pytest.approx(float(row["perplexity"]), abs=0.006)
-        assert float(above.strip(" %") or 0) == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
-        found = [100 * float(row[column]) for column in ("needle_mean", "needle_worst_depth")]
-        assert [int(needles), int(worst)] == pytest.approx(found, abs=0.6)
-        fewer = [float(row[f"times_fewer_{what}"]) for what in ("flops", "flops_131072", "kv")]
-        assert [float(x) for x in times] == pytest.approx(fewer, abs=0.06)
-    study = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert stated(r"in all layers takes ([\d.]+) times") == [
+        pytest.approx(float(none["times_fewer_flops_131072"]), abs=0.05)
+    ]
+    counted = []
+    for layers in (16, 32):
+        config = LongNetConfig(
+            num_hidden_layers=layers, dense_layers=[3 * layers // 4], segment_lengths=[2**i for i in range(11, 18)],
+            dilation_rates=[2**i for i in range(7)], **PRESETS["retrofit"],
+        )  # fmt: skip
+        flops = [config.layer_pattern(i).attention_flops(2**17, 32, 64, num_kv_heads=8) for i in range(layers)]
+        counted.append(layers * max(flops) / sum(flops))
+    assert stated(r"([\d.]+) times at 131k with 16 layers, ([\d.]+) with 32") == pytest.approx(counted, abs=0.05)
+
+
+def test_what_the_section_on_quality_adds_in_words_was_measured():
+    first, _, places, late = studies = [quality(study) for study in ("", "_muon", "_places", "_late")]
+    window = [
+        float(late["window_dense8_late", n]["perplexity"]) / float(late["retrofit_dense8_late", n]["perplexity"])
+        for n in (16384, 32768)
+    ]
+    more = stated(r"costs ([\d.]+) % more perplexity at 16,384, ([\d.]+) at 32,768")
+    assert more == pytest.approx([100 * (ratio - 1) for ratio in window], abs=0.051)
+    elsewhere = ("retrofit_dense8", "retrofit_dense8_long", "retrofit_dense8_early")
+    found = [percent(row, "needle_mean") for study in studies for (name, _), row in study.items() if name in elsewhere]
+    assert len(found) == 4 and stated(r"2 or 4 of 8 found (\d+) % at most") == [max(found)]
+    both, six = (float(places[name, 16384]["needle_mean"]) for name in ("retrofit_dense4", "retrofit_dense8_late"))
+    assert both <= six
+    long = [late[name, 16384] for name in ("retrofit_dense8_late_long", "dense_long")]
+    chains = stated(r"followed in (\d+) % of the cases .*?, in (\d+) with dense attention")
+    assert chains == [percent(row, "variable_tracking") for row in long]
+    assert stated(r"counted right in (\d+) and (\d+) %") == [percent(row, "aggregation") for row in long]
+    wide = first["retrofit_wide", 16384]
+    assert stated(r"twice the trained context costs ([\d.]+) %, at ([\d.]+) times .*? found (\d+) %") == pytest.approx(
+        [float(wide["above_dense_percent"]), float(wide["times_fewer_flops_131072"]), percent(wide, "needle_mean")],
+        abs=0.06,
+    )
+    study = json.loads((ROOT / "benchmarks" / "results" / f"{QUALITY}_muon.json").read_text())
     at_depth = {r["variant"]: r["needle"] for r in study["tuned"]}
-    prose = " ".join(README.split())
-    stated = re.search(
-        r"in (\d+) % of the cases after 6.6M tokens and in all .*? after 79M, (\d+) % of what", prose
-    ).groups()
-    assert [int(x) for x in stated] == [
+    assert stated(r"found in (\d+) % of the cases after 6.6M tokens and in all .*? after 79M, (\d+) % of what") == [
         round(100 * at_depth["retrofit"]["0.75"]), int(100 * at_depth["retrofit_longest"]["0.1"])
     ]  # fmt: skip
     assert at_depth["retrofit_long"]["0.75"] == 1.0 and at_depth["retrofit_longest"]["0.5"] < 0.1
     scratch = {r["variant"]: math.exp(r["nll"]) for r in study["scratch"]}
-    stated = re.search(r"has perplexity (\d+), ([\d.]+) and ([\d.]+), and (\d+) with a sliding window", prose).groups()
     names = ("dense", "paper", "paper_magneto", "window")
-    assert [float(x) for x in stated] == pytest.approx([scratch[name] for name in names], rel=0.005)
-
-
-def test_the_table_of_places_is_what_the_study_measured():
-    rows = measurements("retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-26_places.csv")
-    measured = {(row["variant"], int(row["length"])): row for row in rows}
-    section = README.split("**It is the place that counts")[1].split("## Backends")[0]
-    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
-    names = ("dense", "retrofit_dense4", "retrofit_dense8_late", "retrofit_dense8_early", "retrofit")
-    assert [cells[0] for cells in table] == ["all", "layers 2 and 6", "layer 6", "layer 2", "none"]
-    for name, (_, *cells, fewer, far_fewer) in zip(names, table, strict=True):
-        for length, (quality, *found) in zip((16384, 32768), (cells[:3], cells[3:]), strict=True):
-            row = measured[name, length]
-            stated = float(quality.strip(" %"))
-            if name == "dense":
-                assert stated == pytest.approx(float(row["perplexity"]), abs=0.006)
-            else:
-                assert stated == pytest.approx(float(row["above_dense_percent"]), abs=0.06)
-            for cell, column in zip(found, ("needle_mean", "needle_worst_depth"), strict=True):
-                assert int(cell.removesuffix(" %")) == pytest.approx(100 * float(row[column]), abs=0.6)
-        row = measured[name, 32768]
-        for cell, column in ((fewer, "times_fewer_flops"), (far_fewer, "times_fewer_flops_131072")):
-            assert float(cell) == pytest.approx(float(row[column]), abs=0.06)
-    short = " ".join(README.split("### What a retrofit keeps")[1].split("\n\n")[1].split())
-    late, none, dense = ([measured[name, n] for n in (16384, 32768)] for name in (names[2], names[4], names[0]))
-    stated = re.search(
-        r"costs 1 to ([\d.]+) % .*? for ([\d.]+) times .*? costs ([\d.]+) to ([\d.]+) % and finds (\d+) % of the needles at "
-        r"16,384 tokens \((\d+) at 32,768\), where dense attention finds (\d+) \((\d+)\), for ([\d.]+) times fewer",
-        short,
-    ).groups()
-    above, far = "above_dense_percent", "times_fewer_flops_131072"
-    assert [float(x) for x in stated[:4]] == pytest.approx(
-        [float(none[1][above]), float(none[0][far]), float(late[0][above]), float(late[1][above])], abs=0.06
+    assert stated(r"has perplexity (\d+), ([\d.]+) and ([\d.]+), and (\d+) with a sliding window") == pytest.approx(
+        [scratch[name] for name in names], rel=0.005
     )
-    needles = [100 * float(row["needle_mean"]) for row in (*late, *dense)]
-    assert [float(x) for x in stated[4:]] == pytest.approx([*needles, float(late[0][far])], abs=0.6)
-    stated = re.search(
-        r"followed in (\d+) % of the cases with dense .*? it follows (\d+) %, the two (\d+)\.",
-        " ".join(section.split()),
-    ).groups()
-    chains = [measured[name, 16384]["variable_tracking"] for name in ("dense", names[2], names[1])]
-    assert [int(x) for x in stated] == pytest.approx([100 * float(x) for x in chains], abs=0.6)
 
 
 def test_the_table_of_whole_models_is_what_the_measurements_say():
