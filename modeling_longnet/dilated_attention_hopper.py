@@ -24,12 +24,9 @@ try:
     from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .dilated_attention_hopper_kernels import (
-        Variant,
-        hopper_bwd_dkdv_kernel,
-        hopper_bwd_dq_kernel,
-        hopper_fwd_kernel,
-    )
+    from .dilated_attention_hopper_bwd_kernels import hopper_bwd_dkdv_kernel, hopper_bwd_dq_kernel
+    from .dilated_attention_hopper_fwd_kernels import hopper_fwd_kernel
+    from .dilated_attention_hopper_pipeline_kernels import Variant
 except ImportError:  # hopper_refusal says so before anything here is needed
     triton = None
 

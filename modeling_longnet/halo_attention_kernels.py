@@ -1,10 +1,10 @@
 """Attention of a slice's queries to its halo: the Triton kernels, and nothing but kernels.
 
 What a tile does with a progression of keys or queries is the same as inside a slice, and comes from
-``dilated_attention_kernels``; here is which ones it meets. A halo is made of blocks, each an arithmetic progression of positions, of one branch, KV head and side, whose keys lie
-behind one another in a buffer. The queries that attend to blocks are progressions too, of the slice: all of its queries,
-or those that a dilated branch serves. Every query meets a band of key numbers ``[low, high)`` of a block, and every key a
-band of queries; the ends of both never decrease.
+``dilated_attention_kernels``; here is which ones it meets. A halo is made of blocks, each an arithmetic progression of
+positions, of one branch, KV head and side, whose keys lie behind one another in a buffer. The queries that attend to
+blocks are progressions too, of the slice: all of its queries, or those that a dilated branch serves. Every query meets a
+band of key numbers ``[low, high)`` of a block, and every key a band of queries; the ends of both never decrease.
 
 Tables describe the blocks, ``(row in the buffer, keys, position of the first key, window, previous window, rate, side)``;
 the progressions of queries, ``(position of the first, queries)``; and, for the gradients of the keys, tiles of the
@@ -22,10 +22,10 @@ from .dilated_attention_kernels import (
     LOG2E,
     _bwd_dkdv_progression,
     _bwd_dq_progression,
-    _count_before,
     _fwd_progression,
     _pack_stats,
 )
+from .dilated_attention_tile_kernels import _count_before
 
 
 FIELDS = tl.constexpr(7)

@@ -1,0 +1,219 @@
+"""The forward kernel of dilated attention on Hopper: what its consumers do with the blocks that the producer brings."""
+
+from .dilated_attention_hopper_pipeline_kernels import (
+    BATCH,
+    COUNT,
+    GOES_ON,
+    HEAD,
+    LN2,
+    LOG2E,
+    ROWS,
+    START,
+    TOKENS,
+    X_FIRST,
+    Results,
+    Sources,
+    Work,
+    _allocate,
+    _await_turn,
+    _branch_of,
+    _end_turn,
+    _field,
+    _in_order,
+    _met,
+    _pack,
+    _produce,
+    _read_record,
+    _store_rows,
+    _unpack,
+)
+from .dilated_attention_tile_kernels import RUNTIME, _band
+
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+except ImportError as error:
+    raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
+
+
+@gluon.jit
+def _softmax(
+    s, peak, total, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
+    if MASKED:
+        s = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), s, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
+    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
+    decay = gl.exp2(peak - shift)
+    return p, new_peak, total * decay + gl.sum(p, 1), decay
+
+
+@gluon.jit
+def _attend_block(
+    acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end, scale2,
+    MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
+    stage = done % V.stages
+    last = (done - 1) % V.stages
+    zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    _await_turn(rings, done, consumer, V)
+    mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+    s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+    acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
+    _end_turn(rings, consumer, V)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    mbarrier.arrive(rings.k_empty.index(stage), count=1)
+    new_p, peak, total, decay = _softmax(
+        s, peak, total, base, rate, first, stop, band_start, band_end, scale2, MASKED, V, s_layout
+    )
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(rings.v_empty.index(last), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+    return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
+
+
+@gluon.jit
+def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
+    """Attend a consumer's rows of each tile."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    scale2 = results.scale * LOG2E
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
+    q = rings.own.index(consumer)
+    done = 0
+    filled = 0
+    seen = 1
+    record = _read_record(rings, 0)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        start, x_first = _field(record, START), _field(record, X_FIRST)
+        count, tokens = _field(record, COUNT), _field(record, TOKENS)
+        base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        x = x_first + results.own_rate * index
+        at_row = (batch.to(gl.int64) * results.heads + head) * results.length + start
+        begun = 0
+        if V.num_branches > 1:  # pass over branches in which the tile meets nothing
+            while (blocks == 0) & (begun < V.num_branches - 1):
+                record = _read_record(rings, seen)
+                seen += 1
+                begun += 1
+                base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        if V.first:
+            peak = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
+            total = gl.zeros([ROWS], gl.float32, rows_layout)
+        else:
+            peak = gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=float("-inf")) * LOG2E
+            total = gl.where(peak == float("-inf"), 0.0, 1.0)
+        mbarrier.wait(rings.own_full, filled & 1)
+        if V.first:
+            acc = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
+        else:
+            acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
+        if blocks > 0:
+            band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+            stage = done % V.stages
+            zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            _await_turn(rings, done, consumer, V)
+            mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+            s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            _end_turn(rings, consumer, V)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(rings.k_empty.index(stage), count=1)
+            new_p, peak, total, decay = _softmax(
+                s, peak, total, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
+                band_start, band_end, scale2, True, V, s_layout,
+            )  # fmt: skip
+            if not V.first:
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+            p = _pack(new_p, rings.k.dtype)
+            done += 1
+            for branch in range(begun, V.num_branches):
+                if branch > begun:
+                    record = _read_record(rings, seen)
+                    seen += 1
+                    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                visited = gl.where(branch == begun, 1, 0)
+                edges = head_edge + blocks - tail_edge
+                for n in range(visited, edges):
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings, base, rate,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        scale2, True, consumer, V, s_layout, o_layout, p_layout,
+                    )  # fmt: skip
+                for _ in range(gl.maximum(edges, visited), blocks):
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end,
+                        scale2, False, consumer, V, s_layout, o_layout, p_layout,
+                    )  # fmt: skip
+            mbarrier.arrive(rings.own_empty, count=1)
+            last = (done - 1) % V.stages
+            mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+            acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(rings.v_empty.index(last), count=1)
+        else:
+            mbarrier.arrive(rings.own_empty, count=1)
+        filled += 1
+
+        skipped = total == 0.0
+        total = gl.where(skipped, 1.0, total)
+        out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)
+        lse = gl.where(skipped, float("-inf"), (peak + gl.log2(total)) * LN2)
+        out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+        _store_rows(out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V)
+        gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
+        record = _read_record(rings, seen)
+        seen += 1
+
+
+@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+def hopper_fwd_kernel(
+    out_ptr, lse_ptr, own_desc, other_desc,
+    k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
+    v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
+    cu_seqlens_ptr, stride_ob, stride_oh, stride_ol, scale, length, num_documents, search_steps,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    V: gl.constexpr,
+):  # fmt: skip
+    """Attend tiles of queries to the keys of all branches of the launch."""
+    k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
+    v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
+    rings = _allocate(own_desc.dtype, V)
+    fence_async_shared()
+    work = Work(
+        heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+    )  # fmt: skip
+    own_rate = rates[0] if V.dilate else 1
+    results = Results(out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads, length, own_rate)
+    sources = Sources(own_desc, other_desc, k_descs, v_descs)
+    CONSUMER: gl.constexpr = V.registers[0]
+    PRODUCER: gl.constexpr = V.registers[1]
+    if V.consumers == 3:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
+            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_produce, (sources, rings, work, V))],
+            [4, 1], [CONSUMER, PRODUCER],
+        )  # fmt: skip

@@ -1,0 +1,434 @@
+"""How the Hopper kernels of dilated attention work together, in Gluon: tiles, rings, the producer, what all consumers do.
+
+The mathematics is that of ``dilated_attention_tile_kernels``: tiles are strided rows where they lie, bands replace masks,
+launches go on from one another's (out, lse). What differs is who works. A program stays on its processor and takes one
+tile after the other. One of its warps, the *producer*, does the integer arithmetic and has the copy engine fetch the
+tile's own rows and then, block by block, the rows that they meet. Two or three warpgroups of 64 rows each, the
+*consumers*, multiply: the products of the next block run on the tensor cores beside the softmax of this one.
+
+Everything goes through rings in shared memory, guarded by pairs of barriers: ``full`` when something has arrived,
+``empty`` when all consumers are done with it. The n-th use of a ring of size R lies in place ``n % R`` and has the
+phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are pairs of tensors, called k and v here
+(queries and output gradients in the kernel that owns keys).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .dilated_attention_tile_kernels import _band, _block_range, _document, _offset, _pick, _tile
+
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+except ImportError as error:
+    raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
+
+
+BEFORE = gl.constexpr(0)
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)  # of a consumer: what one warpgroup multiplies at once
+AHEAD = gl.constexpr(2)  # blocks of the next tile that are fetched before its own rows, whose place is free later
+
+# A record: what the producer tells the consumers about one branch of one tile.
+HEAD, BATCH, START, X_FIRST, GOES_ON, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
+    gl.constexpr(i) for i in range(14)
+)
+WINDOW, PREVIOUS_WINDOW = gl.constexpr(14), gl.constexpr(15)
+FIELDS = gl.constexpr(16)
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity: the launcher makes one of each
+class Variant:
+    """What a kernel is compiled for.
+
+    ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
+    ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
+    ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
+    """
+
+    num_branches: int
+    group: int
+    num_kv_heads: int
+    blocked: bool
+    disjoint: bool
+    dilate: bool
+    sliding: bool
+    packed: bool
+    side: int
+    from_key: bool
+    first: bool
+    own_tensors: int
+    head_dim: int
+    block_m: int
+    block_n: int
+    stages: int
+    registers: tuple[int, int]
+    turns: bool
+
+    def __post_init__(self):
+        for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
+            object.__setattr__(self, name, gl.constexpr(value))
+
+    @property
+    def consumers(self) -> int:
+        return self.block_m // 64
+
+
+class Work(NamedTuple):
+    """All tiles of a launch, and their order.
+
+    A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
+    one tile in each class. ``together`` runs are worked off at a time, longest class first.
+    """
+
+    heads: Any
+    cu_seqlens_ptr: Any
+    length: Any
+    num_documents: Any
+    search_steps: Any
+    period: Any
+    tiles_per_period: Any
+    windows: Any
+    previous_windows: Any
+    rates: Any
+    classes: Any
+    periods: Any
+    runs: Any
+    together: Any
+    tiles: Any
+
+
+class Rings(NamedTuple):
+    """Shared memory of a program: rows, records and their barriers."""
+
+    own: Any
+    other: Any
+    k: Any
+    v: Any
+    records: Any
+    own_full: Any
+    own_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    records_full: Any
+    records_empty: Any
+    turns: Any
+
+
+class Sources(NamedTuple):
+    """Descriptors of what the producer copies: own rows, and per branch what these meet."""
+
+    own: Any
+    other: Any
+    k: Any
+    v: Any
+
+
+class Results(NamedTuple):
+    """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats)."""
+
+    rows_ptr: Any
+    numbers_ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_l: Any
+    scale: Any
+    heads: Any
+    length: Any
+    own_rate: Any
+
+
+@gluon.jit
+def _place(turn, work):
+    """Return the index of this program's tile of a turn, its slot, head and batch row.
+
+    Long tiles come first and every other turn runs backwards: all programs get nearly equal sums.
+    """
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    index = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+    at_once = work.together * work.classes
+    before = index // at_once * work.together
+    rest = index % at_once
+    size = gl.maximum(gl.minimum(work.together, work.runs - before), 1)
+    run = before + rest % size
+    slot = run % work.periods * work.classes + rest // size
+    run = run // work.periods
+    return index, slot, run % work.heads, run // work.heads
+
+
+@gluon.jit
+def _locate(turn, work, V: gl.constexpr):
+    """Find a tile: its head, KV head, batch row, document, and its rows."""
+    index, slot, head, batch = _place(turn, work)
+    kv_head = head if V.from_key else head // V.group
+    rate = work.rates[0] if V.dilate or V.from_key else 1
+    start, tokens, tile = _document(
+        work.cu_seqlens_ptr, work.cu_seqlens_ptr, slot, batch, work.length, work.num_documents, work.search_steps,
+        work.period, work.tiles_per_period, rate * V.block_m, V.packed, False,
+    )  # fmt: skip
+    offset = _offset(kv_head, rate, V.num_kv_heads, V.blocked) if V.dilate or V.from_key else 0
+    base, x_first, x_last, count = _tile(
+        tile, offset, rate, tokens, work.period, work.tiles_per_period,
+        V.dilate and V.side == BEFORE and not V.from_key, V.block_m,
+    )  # fmt: skip
+    return head, kv_head, batch, start, tokens, base, x_first, x_last, gl.where(index < work.tiles, count, 0)
+
+
+@gluon.jit
+def _walk(branch, x_first, x_last, tokens, kv_head, tile_base, work, V: gl.constexpr):
+    """Return the progression that a tile walks through in a branch, and its blocks."""
+    window = _pick(work.windows, branch, V.num_branches)
+    previous_window = _pick(work.previous_windows, branch, V.num_branches)
+    rate = _pick(work.rates, branch, V.num_branches)
+    if V.dilate:
+        base = tile_base
+    elif V.from_key:
+        base = 0
+        rate = 1
+    else:
+        base = _offset(kv_head, rate, V.num_kv_heads, V.blocked)
+    start_first, end_first = _band(
+        x_first, window, previous_window, tokens, V.from_key, V.side, V.sliding, V.disjoint
+    )  # fmt: skip
+    start_last, end_last = _band(
+        x_last, window, previous_window, tokens, V.from_key, V.side, V.sliding, V.disjoint
+    )  # fmt: skip
+    first, stop, blocks, head, tail = _block_range(
+        start_first, start_last, end_first, end_last, base, rate, V.block_n
+    )  # fmt: skip
+    return window, previous_window, rate, base, first, stop, blocks, head, tail
+
+
+@gluon.jit
+def _in_order(n, blocks, head, tail):
+    """Return the n-th block to visit: the masked ones at the edges first, then those that every row meets whole."""
+    edges = head + blocks - tail
+    return gl.where(n < head, n, gl.where(n < edges, n - head + tail, n - edges + head))
+
+
+@gluon.jit
+def _write_record(
+    rings, written, head, batch, start, x_first, goes_on, count, tokens,
+    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
+):  # fmt: skip
+    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    record = gl.where(field == HEAD, head, 0)
+    record = gl.where(field == BATCH, batch, record)
+    record = gl.where(field == START, start, record)
+    record = gl.where(field == X_FIRST, x_first, record)
+    record = gl.where(field == GOES_ON, goes_on, record)
+    record = gl.where(field == COUNT, count, record)
+    record = gl.where(field == TOKENS, tokens, record)
+    record = gl.where(field == BASE, base, record)
+    record = gl.where(field == RATE, rate, record)
+    record = gl.where(field == FIRST, first, record)
+    record = gl.where(field == STOP, stop, record)
+    record = gl.where(field == BLOCKS, blocks, record)
+    record = gl.where(field == HEAD_EDGE, head_edge, record)
+    record = gl.where(field == TAIL_EDGE, tail_edge, record)
+    record = gl.where(field == WINDOW, window, record)
+    record = gl.where(field == PREVIOUS_WINDOW, previous_window, record)
+    place = written % 2
+    mbarrier.wait(rings.records_empty.index(place), ((written // 2) & 1) ^ 1)
+    rings.records.index(place).store(record)
+    mbarrier.arrive(rings.records_full.index(place), count=1)
+
+
+@gluon.jit
+def _read_record(rings, seen):
+    place = seen % 2
+    mbarrier.wait(rings.records_full.index(place), (seen // 2) & 1)
+    record = rings.records.index(place).load(gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    mbarrier.arrive(rings.records_empty.index(place), count=1)
+    return record
+
+
+@gluon.jit
+def _field(record, which: gl.constexpr):
+    # Every thread holds the whole record: this is a choice of register.
+    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    return gl.sum(gl.where(field == which, record, 0), 0)
+
+
+@gluon.jit
+def _branch_of(record):
+    return (
+        _field(record, BASE), _field(record, RATE), _field(record, FIRST), _field(record, STOP),
+        _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE),
+        _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_ROWS: gl.constexpr, V: gl.constexpr):
+    # The descriptor sees a tensor as [B, heads, residue, term, D], where row = rate * term + residue.
+    tma.async_copy_global_to_shared(
+        descriptor, [batch, head, residue, term, 0], barrier,
+        destination._reinterpret(descriptor.dtype, [1, 1, 1, COUNT_ROWS, V.head_dim], descriptor.layout),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _copy_own(sources, rings, filled, batch, head, first_row, rate, V: gl.constexpr):
+    mbarrier.wait(rings.own_empty, (filled & 1) ^ 1)
+    mbarrier.expect(rings.own_full, V.own_tensors * V.block_m * V.head_dim * 2)
+    residue = first_row % rate
+    term = first_row // rate
+    for consumer in gl.static_range(V.consumers):
+        place = term + consumer * ROWS
+        _copy(sources.own, batch, head, residue, place, rings.own_full, rings.own.index(consumer), ROWS, V)
+        if V.own_tensors == 2:
+            _copy(sources.other, batch, head, residue, place, rings.own_full, rings.other.index(consumer), ROWS, V)
+
+
+@gluon.jit
+def _produce(sources, rings, work, V: gl.constexpr):
+    """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet."""
+    fetched = 0
+    filled = 0
+    written = 0
+    turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
+    for turn in range(turns):
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(turn, work, V)
+        if count > 0:
+            own_rate = work.rates[0] if V.dilate or V.from_key else 1
+            blocks_of_tile = 0
+            for inner in range(V.group if V.from_key else 1):
+                head_met = kv_head * V.group + inner if V.from_key else kv_head
+                for branch in gl.static_range(V.num_branches):
+                    window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
+                        branch, x_first, x_last, tokens, kv_head, tile_base, work, V
+                    )
+                    if inner == 0:
+                        _write_record(
+                            rings, written, head, batch, start, x_first, 1, count, tokens,
+                            base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
+                        )  # fmt: skip
+                        written += 1
+                    residue = (start + base) % rate
+                    term = (start + base) // rate + first
+                    for n in range(blocks):
+                        if blocks_of_tile == AHEAD:
+                            _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile += 1
+                        row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                        stage = fetched % V.stages
+                        phase = ((fetched // V.stages) & 1) ^ 1
+                        mbarrier.wait(rings.k_empty.index(stage), phase)
+                        mbarrier.expect(rings.k_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.k[branch], batch, head_met, residue, row, rings.k_full.index(stage),
+                            rings.k.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        mbarrier.wait(rings.v_empty.index(stage), phase)
+                        mbarrier.expect(rings.v_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.v[branch], batch, head_met, residue, row, rings.v_full.index(stage),
+                            rings.v.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        fetched += 1
+                    # Not later than here: the consumers take no further record before they have their own rows.
+                    if blocks_of_tile <= AHEAD:
+                        _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile = AHEAD + 1
+            filled += 1
+    _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
+
+
+@gluon.jit
+def _await_turn(rings, done, consumer: gl.constexpr, V: gl.constexpr):
+    """Wait until the consumer before has issued its products of this block; the first: those of the block before.
+
+    Out of step, one consumer's softmax runs beside another's products; in step, the tensor cores wait for all of them.
+    """
+    if V.turns:
+        mbarrier.wait(rings.turns.index(consumer), (done & 1) ^ (consumer == 0))
+
+
+@gluon.jit
+def _end_turn(rings, consumer: gl.constexpr, V: gl.constexpr):
+    if V.turns:
+        mbarrier.arrive(rings.turns.index((consumer + 1) % V.consumers), count=1)
+
+
+@gluon.jit
+def _pack(x, dtype: gl.constexpr):
+    """Round ``[ROWS, 2 n]`` to words of two neighbours. Halves that a loop carries cost two instructions more a pair."""
+    low, high = gl.split(gl.reshape(x, [ROWS, x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        assembly: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+    else:
+        assembly: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(assembly, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _unpack(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """Undo ``_pack``, as the left side of a product."""
+    halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
+    return gl.convert_layout(gl.reshape(halves, [ROWS, 2 * words.shape[1]]).to(dtype, bitcast=True), layout)
+
+
+@gluon.jit
+def _met(base, rate, first, stop, band_start, band_end, V: gl.constexpr, s_layout: gl.constexpr):
+    """Say which terms of a block each row meets: ``[ROWS, BLOCK_N]``."""
+    term = first + gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout))
+    position = gl.expand_dims(gl.where(term < stop, base + rate * term, -1), 0)
+    return (position >= gl.expand_dims(band_start, 1)) & (position < gl.expand_dims(band_end, 1))
+
+
+@gluon.jit
+def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.constexpr, ADD: gl.constexpr,
+                V: gl.constexpr):  # fmt: skip
+    """Write a consumer's ``[ROWS, D]`` float32 rows where they lie; ADD: to what stands there."""
+    WIDTH: gl.constexpr = V.head_dim // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = start + x_first + rate * index.to(gl.int64)
+    columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
+    pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
+    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.head_dim, 0)
+    if ADD:
+        x = gl.convert_layout(x, layout) + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+        x = x.to(ptr.dtype.element_ty)
+    else:
+        x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
+    gl.store(pointers, x, mask=mask)
+
+
+@gluon.jit
+def _barriers(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [SIZE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SIZE):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def _allocate(dtype: gl.constexpr, V: gl.constexpr):
+    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
+    block_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([V.block_n, V.head_dim], dtype)
+    own = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+    other = own
+    if V.own_tensors == 2:
+        other = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+    k = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
+    v = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
+    records = gl.allocate_shared_memory(gl.int32, [2, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    turns = records
+    if V.turns:
+        turns = _barriers(V.consumers, 1)
+    own_full = _barriers(1, 1).index(0)
+    own_empty = _barriers(1, V.consumers).index(0)
+    return Rings(
+        own, other, k, v, records, own_full, own_empty,
+        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
+        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
+        _barriers(2, 1), _barriers(2, V.consumers), turns,
+    )  # fmt: skip
