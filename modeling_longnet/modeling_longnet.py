@@ -329,7 +329,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
                     'out (a bounded LongNetCache) or use "offloaded"'
                 )
             if self._decodes_by_graph(generation_config, generation_mode):
-                cache = LongNetCache(self.config, max_length=max_cache_length + 1, enlarges=True)
+                # Dense layers enlarge beyond the context, should so many tokens really come.
+                context = max(*self.config.segment_lengths, self.config.max_position_embeddings)
+                cache = LongNetCache(self.config, max_length=min(max_cache_length + 1, context), enlarges=True)
             else:
                 cache = LongNetCache(self.config, offloading=implementation == "offloaded")
             if generation_config.is_assistant:

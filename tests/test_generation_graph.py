@@ -13,7 +13,7 @@ GENERATE = {"do_sample": False, "eos_token_id": None}
 
 
 def gpu_model(preset: str = "retrofit", **fields):
-    return tiny_model(preset, head_dim=16, **fields).float().cuda()
+    return tiny_model(preset, head_dim=16, max_position_embeddings=128, **fields).float().cuda()
 
 
 @pytest.mark.gpu
@@ -84,12 +84,15 @@ def test_generation_continues_from_the_cache_that_generate_made(dense_layers):
 
 def test_generate_makes_room_in_dense_layers_for_all_that_may_come(monkeypatch):
     monkeypatch.setattr(decoding_token, "slots_refusal", lambda *call: None)
-    model, kwargs = tiny_model("retrofit", dense_layers=(1,)).float(), {}
-    model._prepare_cache_for_generation(model.generation_config, kwargs, GenerationMode.GREEDY_SEARCH, 1, 199)
-    cache = kwargs["past_key_values"]
-    assert [layer.max_length for layer in cache.layers] == [max(model.config.segment_lengths), 200]
-    assert [layer.get_max_length() for layer in cache.layers] == [-1, 200]
-    assert cache.layers[1].enlarges
+    model = tiny_model("retrofit", dense_layers=(1,), max_position_embeddings=300).float()
+    longest = max(model.config.segment_lengths)
+    for asked, made in ((199, 200), (10**9, 300)):
+        kwargs: dict = {}
+        model._prepare_cache_for_generation(model.generation_config, kwargs, GenerationMode.GREEDY_SEARCH, 1, asked)
+        cache = kwargs["past_key_values"]
+        assert [layer.max_length for layer in cache.layers] == [longest, made]
+        assert [layer.get_max_length() for layer in cache.layers] == [-1, made]
+        assert cache.layers[1].enlarges
 
 
 def test_a_graph_without_a_gpu_says_so():
