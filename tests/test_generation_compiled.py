@@ -135,6 +135,8 @@ def test_more_tokens_than_fit_are_refused_and_leave_the_cache_as_it_was():
     assert int(cache.get_seq_length()) == 18
     assert cache.get_max_length() == 20
     assert LongNetCache(model.config, max_length=32).get_max_length() == -1  # the longest window is whole
+    more = LongNetCache(model.config, max_length=10**12)
+    assert [layer.max_length for layer in more.layers] == [32, 32]  # and more room would serve nothing
 
 
 def test_bad_arguments_of_the_cache_are_refused():
