@@ -124,17 +124,20 @@ class Study:
             names: of variants, at all lengths or at one (``NAME@LENGTH``).
         """
         settings, corpus, dense = self.settings, self.folder / "held_out.npy", self.folder / "dense"
-        first, *further = settings.lengths
-        core = [(name, length) for length in settings.lengths for name in CORE if _asked(name, length, names)]
-        others = {name: None for name in (name.partition("@")[0] for name in names) if name not in CORE}
-        rest = [(name, first) for name in others if _asked(name, first, names)]
-        last = [(name, length) for length in further for name in others if _asked(name, length, names)]
+        order = dict.fromkeys((*CORE, *(name.partition("@")[0] for name in names)))
+        asked = [
+            (name, length) for length in settings.lengths for name in order if {name, f"{name}@{length}"} & set(names)
+        ]
+        core = [tuning for tuning in asked if tuning[0] in CORE]
+        others = [tuning for tuning in asked if tuning not in core]
+        soon = [(name, length) for name, length in others if length == settings.lengths[0]]
+        late = [tuning for tuning in others if tuning not in soon]
         jobs = {"corpus": [Job(corpus, self.build_corpus)], "pretrain": [Job(dense, self.pretrain, (corpus,))]}
         base = [Job(self.folder / "base.json", self.base, (dense,))]
-        jobs["tune"] = [*base, *self._tunings([*core, *rest])]
+        jobs["tune"] = [*base, *self._tunings([*core, *soon])]
         jobs["scratch"] = [self._scratch(name, corpus) for name in ("dense", "paper", "window", "paper_magneto")]
-        order = [jobs[stage] for stage in STAGES if stage in stages and stage in jobs]
-        return [*(job for stage in order for job in stage), *(self._tunings(last) if "tune" in stages else ())]
+        chosen = [jobs[stage] for stage in STAGES if stage in stages and stage in jobs]
+        return [*(job for stage in chosen for job in stage), *(self._tunings(late) if "tune" in stages else ())]
 
     def work(self, jobs: list[Job]) -> None:
         """Do the jobs, and report after each."""
@@ -464,10 +467,6 @@ class Study:
 def affordable_steps(after_10: float, after_30: float, seconds: float) -> int:
     """Say how many steps end ``seconds`` after the first began, from the seconds spent after 10 and after 30."""
     return max(30, 30 + int((seconds - after_30) / ((after_30 - after_10) / 20)))
-
-
-def _asked(name: str, length: int, names: list[str]) -> bool:
-    return name in names or f"{name}@{length}" in names
 
 
 def _variant_name(text: str) -> str:

@@ -328,7 +328,8 @@ def test_the_number_of_gpu_tests_is_what_the_run_printed():
     ).groups()
     assert not set(later) - set(".s") and later.count(".") == int(attention)
     (decoding,) = re.search(
-        r"After the last change of decoding the (\d+) tests of its steps and graphs passed", " ".join(README.split())
+        r"After the last change of decoding's kernels the (\d+) tests of its steps and graphs passed",
+        " ".join(README.split()),
     ).groups()
     assert (
         re.search(r"test_generation_graph.py tests/test_decoding_token.py .*\n\n(\d+) passed in", text)[1] == decoding
@@ -340,7 +341,7 @@ def test_a_step_with_a_dense_layer_takes_what_was_measured():
     measured = re.findall(r"--context (\d+) .*--dense-layers 12\n.*\n([\d.]+) ms/step, [\d.]+ x  defaults", text)
     stated = re.search(
         r"With one of the 16 layers dense it takes ([\d.]+) ms at ([\d,]+) tokens of context, ([\d.]+) at ([\d,]+) and "
-        r"([\d.]+) at ([\d,]+) ",
+        r"([\d.]+) at ([\d,]+), and ([\d.]+) at ([\d,]+) with room for 1,000,000 ",
         " ".join(README.split()),
     ).groups()
     assert [(number(n), float(ms)) for ms, n in zip(stated[::2], stated[1::2])] == [
@@ -403,10 +404,23 @@ def test_the_table_of_quality_is_what_the_study_measured():
         for cell, column in ((cells[6], "times_fewer_flops"), (cells[8], "times_fewer_kv")):
             assert (cell == "") if far is None else float(cell) == pytest.approx(float(far[column]), abs=0.06)
     assert seen == measured.keys()
+    assert stated(r"was trained on (\d+)M tokens") == [pretraining_in_millions("_late")]
+    wide = ("window", "s2", "paper")
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for (variant, _), row in measured.items():
+        if not variant.startswith("dense"):
+            errors[variant in wide].append(float(row["paired_standard_error"]))
+    bounds = stated(r"are ([\d.]+) to ([\d.]+), of the window alone, S2 and `paper` ([\d.]+) to ([\d.]+):")
+    assert bounds == [round(bound(errors[kind]), 1) for kind in (False, True) for bound in (min, max)]
 
 
 def stated(pattern: str) -> list[float]:
     return [float(x) for x in re.search(pattern, " ".join(section_on_quality().split())).groups()]
+
+
+def pretraining_in_millions(study: str) -> int:
+    text = (ROOT / "benchmarks" / "results" / f"{QUALITY}{study}.json").read_text()
+    return round(json.loads(text)["base"]["training"]["tokens"] / 1e6)
 
 
 def percent(row: dict[str, str], column: str) -> int:
@@ -446,18 +460,31 @@ def test_the_short_summary_of_quality_was_measured_or_counted():
 
 
 def test_what_the_section_on_quality_adds_in_words_was_measured():
-    first, _, places, late = studies = [quality(study) for study in ("", "_muon", "_places", "_late")]
+    first, muon, places, late = studies = [quality(study) for study in ("", "_muon", "_places", "_late")]
     window = [
         float(late["window_dense8_late", n]["perplexity"]) / float(late["retrofit_dense8_late", n]["perplexity"])
         for n in (16384, 32768)
     ]
     more = stated(r"costs ([\d.]+) % more perplexity at 16,384, ([\d.]+) at 32,768")
     assert more == pytest.approx([100 * (ratio - 1) for ratio in window], abs=0.051)
+    pretrained = [pretraining_in_millions(study) for study in ("", "_muon", "_places")]
+    assert stated(r"\((\d+)M to (\d+)M tokens of pretraining\)") == [min(pretrained), max(pretrained)]
     elsewhere = ("retrofit_dense8", "retrofit_dense8_long", "retrofit_dense8_early")
     found = [percent(row, "needle_mean") for study in studies for (name, _), row in study.items() if name in elsewhere]
-    assert len(found) == 4 and stated(r"2 or 4 of 8 found (\d+) % at most") == [max(found)]
-    both, six = (float(places[name, 16384]["needle_mean"]) for name in ("retrofit_dense4", "retrofit_dense8_late"))
-    assert both <= six
+    alone = (
+        first["retrofit", 16384], muon["retrofit_long", 16384], places["retrofit", 16384], places["retrofit", 32768]
+    )  # fmt: skip
+    without = [percent(row, "needle_mean") for row in alone]
+    shares = stated(
+        r"2 or 4 of 8 found (\d+), (\d+), (\d+) and (\d+) % where none found (\d+), (\d+), (\d+) and (\d+) "
+    )
+    assert shares == [*found, *without]
+    several = stated(r"layers 2 and 6 together found (\d+) and (\d+) %, layer 6 alone (\d+) and (\d+)\.")
+    pairs = ("retrofit_dense4", "retrofit_dense8_late")
+    assert several == [percent(places[name, n], "needle_mean") for name in pairs for n in (16384, 32768)]
+    assert stated(r"its perplexity, ([\d.]+) % higher") == [
+        pytest.approx(float(late["paper", 32768]["above_dense_percent"]), abs=0.05)
+    ]
     long = [late[name, 16384] for name in ("retrofit_dense8_late_long", "dense_long")]
     chains = stated(r"followed in (\d+) % of the cases .*?, in (\d+) with dense attention")
     assert chains == [percent(row, "variable_tracking") for row in long]
