@@ -495,6 +495,8 @@ class LongNetCacheLayer(CacheLayerMixin):
             self._forget()
             return
         self.key_positions.fill_(PADDING)  # fixed addresses stay
+        self.keys.zero_()  # a step may read slots that nothing stands in: they hold no nan
+        self.values.zero_()
         self.key_branches.zero_()
         self.seen.zero_()
         assert isinstance(self.columns, Tensor)

@@ -19,6 +19,7 @@ except ImportError:  # at_once_refusal says so before anything here is needed
 
 
 KEY_BYTES = 2**15  # of a head's keys, that one program has in shared memory: three programs fit a multiprocessor
+REGISTERS = 168  # per thread: likewise
 MOST_PROGRAMS = 128  # per KV head
 MOST_QUERIES = 16  # per KV head
 
@@ -65,8 +66,8 @@ def attend_at_once(
             NUM_BRANCHES=len(plan.slots.pattern.branches), NUM_RINGS=plan.rings.shape[1],
             COUNT_OVERLAPS=plan.slots.pattern.count_overlaps, GROUP=group, BLOCK_G=triton.next_power_of_2(group),
             HEAD_DIM=head_dim, ANGLES=plan.angles, KEYS=_keys_per_program(head_dim),
-            MAX_PARTS=triton.next_power_of_2(parts), QK_NORM=norms is not None, ROTATES=rotates, num_warps=4,
-            **overlap(query),
+            MAX_PARTS=triton.next_power_of_2(parts), LINEAR=plan.slots.is_linear, QK_NORM=norms is not None,
+            ROTATES=rotates, num_warps=4, maxnreg=REGISTERS, **overlap(query),
         )  # fmt: skip
     return out
 

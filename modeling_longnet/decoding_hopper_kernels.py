@@ -17,7 +17,6 @@ except ImportError as error:
 
 
 ROWS = gl.constexpr(16)  # of queries, that the tensor cores multiply at once
-FAR = gl.constexpr(2**30)
 
 
 @gluon.jit
@@ -44,7 +43,7 @@ def _merge(
     MAX_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Merge ``part [GROUP, num_parts, D]`` by their lse into one softmax ``out [GROUP, D]``."""
-    MERGED: gl.constexpr = 2048 // HEAD_DIM  # parts at once
+    MERGED: gl.constexpr = 4096 // HEAD_DIM  # parts at once
     # A row of D in 16 lanes; each warp has parts of its own.
     lanes: gl.constexpr = gl.BlockedLayout([1, 1, HEAD_DIM // 16], [1, 2, 16], [4, 1, 1], [2, 1, 0])
     rows: gl.constexpr = gl.SliceLayout(2, lanes)
@@ -86,7 +85,7 @@ def hopper_attend_kernel(
     scale, eps, num_keys,
     NUM_BRANCHES: gl.constexpr, NUM_RINGS: gl.constexpr, COUNT_OVERLAPS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_G: gl.constexpr, HEAD_DIM: gl.constexpr, ANGLES: gl.constexpr, KEYS: gl.constexpr,
-    MAX_PARTS: gl.constexpr, QK_NORM: gl.constexpr, ROTATES: gl.constexpr, PDL: gl.constexpr,
+    MAX_PARTS: gl.constexpr, LINEAR: gl.constexpr, QK_NORM: gl.constexpr, ROTATES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As ``attend_kernel``, for one row; each program attends to KEYS slots, all at once."""
     stretch = gl.program_id(0)
@@ -106,15 +105,11 @@ def hopper_attend_kernel(
     bits_new = gl.load(plan_ptr + 2, cache_modifier=".cg")
     start = stretch * KEYS
     stop = gl.minimum(start + KEYS, num_keys)
-    # The slots of this stretch between its first and its last filled one.
-    low, high = start * 0 + FAR, start * 0
-    for ring in gl.static_range(NUM_RINGS):
-        base = gl.load(rings_ptr + (kv_head * NUM_RINGS + ring) * 7).to(gl.int32)
-        end = gl.load(plan_ptr + 3 + ring, cache_modifier=".cg").to(gl.int32)
-        some = (end > base) & (base < stop) & (end > start)
-        low = gl.where(some, gl.minimum(low, gl.maximum(base, start)), low)
-        high = gl.where(some, gl.maximum(high, gl.minimum(end, stop)), high)
-    low = gl.minimum(low, high)
+    low, high = start, stop
+    if LINEAR:  # which may be nearly empty: the slots of this stretch up to the last filled one
+        high = gl.minimum(stop, gl.load(plan_ptr + 3, cache_modifier=".cg").to(gl.int32))
+        low = gl.minimum(low, high)
+    # Rings soon are full for good. Not to ask first how far they are makes up for reading empty slots until then.
 
     # Slots hold earlier tokens: the kernel before has no part in them.
     keys_ptr += kv_head.to(gl.int64) * num_keys * HEAD_DIM

@@ -37,7 +37,7 @@ def plan_kernel(
     stride_real, stride_rope, capacity, length, as_source_below, attention_scaling,
     NUM_BRANCHES: tl.constexpr, NUM_RINGS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     LINEAR: tl.constexpr, NESTED: tl.constexpr, SEGMENTS: tl.constexpr, DILATED: tl.constexpr, ANGLES: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Work out what does not depend on the layer, for one row and KV head.
 
@@ -46,6 +46,8 @@ def plan_kernel(
     position, slot, branch bits; the end of each ring's filled slots; the oldest position reached in each branch.
     ``cos``, ``sin [B, D]``: of the rotary embedding, whose first 2 * ANGLES dimensions turn.
     """
+    if PDL:  # the next kernel waits for this one before it lets another start
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     at_head = row * tl.num_programs(0) + kv_head
@@ -152,18 +154,16 @@ def _load_rows(w_ptr, rows, num_rows, start, K: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _load_input(
-    x_ptr, norm_ptr, rstd, start, NORM: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Load a stretch of the input in float32, normalised and rounded as ``LlamaRMSNorm`` does."""
+def _load_stretch(ptr, start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load a stretch of a vector ``[K]`` that all programs read."""
     column = start + tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + column, mask=column < K, other=0.0, eviction_policy="evict_last")
-    if NORM:
-        dtype = x.dtype
-        weight = tl.load(norm_ptr + column, mask=column < K, other=0.0, eviction_policy="evict_last")
-        x = (x.to(tl.float32) * rstd).to(dtype)
-        x = (x.to(tl.float32) * weight.to(tl.float32)).to(dtype)
-    return x.to(tl.float32)
+    return tl.load(ptr + column, mask=column < K, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _normalised(x, rstd, norm):
+    """Normalise a stretch and round as ``LlamaRMSNorm`` does."""
+    return ((x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32) * norm.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -175,7 +175,8 @@ def linear_kernel(
     """Multiply one vector ``x [K]`` by the rows of up to three weights that follow one another.
 
     The first weight gives ``out[:end0]``, the second the elements up to ``end1``, the third the rest; ROWS divides
-    both ends. NORM: ``x`` is normalised first. RESIDUAL: the result is added to what ``out`` holds.
+    both ends. NORM: ``x`` is normalised first. RESIDUAL: the result is added to what ``out`` holds, which was written
+    two kernels ago at least.
     """
     first = tl.program_id(0) * ROWS
     out_rows = first + tl.arange(0, ROWS)
@@ -187,25 +188,34 @@ def linear_kernel(
             w_ptr, b_ptr, start_row = w1_ptr, b1_ptr, end0
     w_ptr = tl.multiple_of(w_ptr, 16)
     rows = out_rows - start_row
+    valid = out_rows < num_rows
     w = _load_rows(w_ptr, rows, num_rows - start_row, 0, K, BLOCK_K, EVEN)
+    # Once the next kernel asks for its weights, a load takes as long as all that is asked for: few are left for then.
+    if NORM:
+        norm = _load_stretch(norm_ptr, 0, K, BLOCK_K)
+    if BIAS:
+        bias = tl.load(b_ptr + rows, mask=valid, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        residual = tl.load(out_ptr + out_rows, mask=valid, other=0.0).to(tl.float32)
     _wait(PDL)
     rstd = 1.0
     if NORM:
         rstd = _rstd(x_ptr, eps, K, BLOCK_K)
     total = tl.zeros([ROWS], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        x = _load_input(x_ptr, norm_ptr, rstd, start, NORM, K, BLOCK_K)
+        x = _load_stretch(x_ptr, start, K, BLOCK_K)
         if start > 0:
             w = _load_rows(w_ptr, rows, num_rows - start_row, start, K, BLOCK_K, EVEN)
-        total += tl.sum(w.to(tl.float32) * x[None, :], 1)
-    valid = out_rows < num_rows
+            if NORM:
+                norm = _load_stretch(norm_ptr, start, K, BLOCK_K)
+        if NORM:
+            x = _normalised(x, rstd, norm)
+        total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
     if BIAS:
-        total += tl.load(b_ptr + rows, mask=valid, other=0.0).to(tl.float32)
+        total += bias
     result = total.to(out_ptr.dtype.element_ty)
     if RESIDUAL:
-        result = (tl.load(out_ptr + out_rows, mask=valid, other=0.0).to(tl.float32) + result.to(tl.float32)).to(
-            result.dtype
-        )
+        result = (residual + result.to(tl.float32)).to(result.dtype)
     tl.store(out_ptr + out_rows, result, mask=valid)
 
 
@@ -216,23 +226,29 @@ def gated_kernel(
 ):  # fmt: skip
     """Compute ``silu(gate x) * (up x)`` of the normalised vector ``x [K]``, for some rows of both weights."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < num_rows
     gate_w = _load_rows(gate_ptr, rows, num_rows, 0, K, BLOCK_K, EVEN)
     up_w = _load_rows(up_ptr, rows, num_rows, 0, K, BLOCK_K, EVEN)
+    norm = _load_stretch(norm_ptr, 0, K, BLOCK_K)
+    if gate_bias_ptr is not None:
+        gate_bias = tl.load(gate_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)
+        up_bias = tl.load(up_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)
     _wait(PDL)
     rstd = _rstd(x_ptr, eps, K, BLOCK_K)
     gate = tl.zeros([ROWS], tl.float32)
     up = tl.zeros([ROWS], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
-        x = _load_input(x_ptr, norm_ptr, rstd, start, True, K, BLOCK_K)
+        x = _load_stretch(x_ptr, start, K, BLOCK_K)
         if start > 0:
             gate_w = _load_rows(gate_ptr, rows, num_rows, start, K, BLOCK_K, EVEN)
             up_w = _load_rows(up_ptr, rows, num_rows, start, K, BLOCK_K, EVEN)
+            norm = _load_stretch(norm_ptr, start, K, BLOCK_K)
+        x = _normalised(x, rstd, norm).to(tl.float32)
         gate += tl.sum(gate_w.to(tl.float32) * x[None, :], 1)
         up += tl.sum(up_w.to(tl.float32) * x[None, :], 1)
-    valid = rows < num_rows
     if gate_bias_ptr is not None:
-        gate += tl.load(gate_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)
-        up += tl.load(up_bias_ptr + rows, mask=valid, other=0.0).to(tl.float32)
+        gate += gate_bias
+        up += up_bias
     dtype = out_ptr.dtype.element_ty
     tl.store(out_ptr + rows, _gated(gate.to(dtype), up.to(dtype)), mask=valid)
 
@@ -263,7 +279,9 @@ def norm_rows_kernel(x_ptr, norm_ptr, out_ptr, eps, K: tl.constexpr, BLOCK_K: tl
     _wait(PDL)
     rstd = _rstd(x_ptr + row, eps, K, BLOCK_K)
     for start in tl.static_range(0, K, BLOCK_K):
-        x = _load_input(x_ptr + row, norm_ptr, rstd, start, True, K, BLOCK_K)
+        x = _normalised(
+            _load_stretch(x_ptr + row, start, K, BLOCK_K), rstd, _load_stretch(norm_ptr, start, K, BLOCK_K)
+        )
         column = start + tl.arange(0, BLOCK_K)
         tl.store(out_ptr + row + column, x.to(out_ptr.dtype.element_ty), mask=column < K)
 

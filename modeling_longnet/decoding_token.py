@@ -15,6 +15,7 @@ from .decoding_triton import (
     Rotary,
     TokenPlan,
     attend_token,
+    device_refusal,
     gate_rows,
     multiply,
     multiply_gated,
@@ -117,6 +118,37 @@ def cache_refusal(cache: LongNetCache) -> str | None:
         if layer.record_past or layer.pending is not None:
             return "the cache records tokens that may be taken back"
     return None
+
+
+def head_refusal(head: nn.Module, hidden: Tensor, attn_implementation: str) -> str | None:
+    """Say why the fused product does not serve the head of a language model, None if it does.
+
+    Args:
+        head: what makes logits of ``hidden``.
+        hidden: ``[B, T, hidden_size]``.
+        attn_implementation: of the model; one that was asked for by name serves without fused kernels.
+    """
+    if torch.compiler.is_compiling():
+        return "a compiler traces the step"
+    if hidden.shape[:2] != (1, 1):
+        return "it takes one token of one row"
+    if torch.is_grad_enabled():
+        return "it has no gradients; decode under torch.no_grad()"
+    if attn_implementation not in FUSED_ATTENTION:
+        return f"attn_implementation={attn_implementation!r} was asked for"
+    if type(head) is not nn.Linear:
+        return f"it knows no {type(head).__name__}"
+    if hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
+        return "it knows no autocast"
+    if nn_module._has_any_global_hook():
+        return "modules have global hooks"
+    return _module_refusal(head, hidden.dtype, hidden.device) or device_refusal(hidden.dtype, hidden.device)
+
+
+def token_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Compute the logits ``[1, 1, vocab_size]`` of one token, ``hidden [1, 1, hidden_size]``."""
+    logits = hidden.new_empty(1, head.out_features)
+    return multiply(hidden[0], (head.weight,), logits, biases=(head.bias,))[None]
 
 
 def decode_token(

@@ -30,8 +30,8 @@ except ImportError:  # decoding_refusal says so before anything here is needed
 
 # Whether a kernel may start while the one before it still runs (programmatic dependent launch, Hopper and later).
 OVERLAPS_LAUNCHES = True
-TILE_BYTES = 2**15  # of a weight, that one program asks for at once
-WARPS = 8
+TILE_BYTES = 2**14  # of a weight, that one program asks for at once, and two rows at least
+COLUMNS_PER_WARP = 512
 LONGEST_ROW = 8192  # elements of a weight's row in a tile
 ATTENDING_PROGRAMS = 2  # per multiprocessor
 MAX_HEAD_DIM = 256
@@ -60,20 +60,27 @@ class Rotary(NamedTuple):
     as_source_below: int
 
 
-def slots_refusal(dtype: torch.dtype, device: torch.device, head_dim: int, pattern: DilationPattern) -> str | None:
-    """Say why the kernels do not serve such tensors or such a pattern, None if they do."""
+def device_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Say why the kernels do not serve tensors of a dtype on a device, None if they do."""
     if device.type != "cuda":
         return f"it needs a CUDA device, the model is on {device}"
     if triton is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, {device} is older"
+    return None
+
+
+def slots_refusal(dtype: torch.dtype, device: torch.device, head_dim: int, pattern: DilationPattern) -> str | None:
+    """Say why the kernels do not serve such tensors or such a pattern, None if they do."""
+    if refusal := device_refusal(dtype, device):
+        return refusal
     if head_dim > MAX_HEAD_DIM:
         return f"it supports head_dim up to {MAX_HEAD_DIM}, got {head_dim}"
     if len(pattern.branches) > MAX_BRANCHES:
         return f"it supports up to {MAX_BRANCHES} branches, got {len(pattern.branches)}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, {device} is older"
     return None
 
 
@@ -125,7 +132,7 @@ def plan_token(
             NUM_BRANCHES=num_branches, NUM_RINGS=num_rings, BLOCK_K=triton.next_power_of_2(num_branches),
             BLOCK_R=triton.next_power_of_2(num_rings), LINEAR=slots.is_linear, NESTED=slots.pattern.is_nested,
             SEGMENTS=slots.pattern.window == "segment", DILATED=slots.pattern.dilate_queries, ANGLES=angles,
-            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=1,
+            HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PDL=overlap(seen)["PDL"], num_warps=1,
         )  # fmt: skip
     return TokenPlan(slots, numbers, rings, cos, sin, arrivals, angles)
 
@@ -155,7 +162,7 @@ def multiply(
             x, norm_weight, first, second, third, *b, out, eps, *ends, out.shape[1],
             K=x.shape[1], NORM=norm is not None, BIAS=has_bias, RESIDUAL=adds,
             EVEN=x.shape[1] % block_k == 0 and out.shape[1] % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **overlap(x),
+            num_warps=_num_warps(block_k), **overlap(x),
         )  # fmt: skip
     return out
 
@@ -171,7 +178,7 @@ def multiply_gated(
         gated_kernel[(triton.cdiv(len(gate), rows),)](
             x, norm[0], gate, up, *biases, out, norm[1], len(gate),
             K=x.shape[1], EVEN=x.shape[1] % block_k == 0 and len(gate) % rows == 0, ROWS=rows, BLOCK_K=block_k,
-            num_warps=WARPS, **overlap(x),
+            num_warps=_num_warps(block_k), **overlap(x),
         )  # fmt: skip
     return out
 
@@ -179,9 +186,10 @@ def multiply_gated(
 def normalise(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
     """Normalise the rows of ``[B, K]`` as ``LlamaRMSNorm`` does."""
     out = torch.empty_like(x)
+    block_k = _block_k(x.shape[1])
     with torch.cuda.device_of(x):
         norm_rows_kernel[(len(x),)](
-            x, norm[0], out, norm[1], K=x.shape[1], BLOCK_K=_block_k(x.shape[1]), num_warps=WARPS, **overlap(x)
+            x, norm[0], out, norm[1], K=x.shape[1], BLOCK_K=block_k, num_warps=_num_warps(block_k), **overlap(x)
         )
     return out
 
@@ -245,11 +253,15 @@ def attend_token(
 def _tile(x: Tensor, num_rows: int, *ends: int) -> tuple[int, int]:
     """Choose how many rows of a weight a program takes, which divide ``ends``, and how much of a row at once."""
     block_k = _block_k(x.shape[1])
-    rows = max(1, TILE_BYTES // (block_k * x.element_size()))
+    rows = max(2, TILE_BYTES // (block_k * x.element_size()))
     # Enough programs for every multiprocessor; a tile has no more elements than threads can hold.
     while rows > 1 and (any(end % rows for end in ends) or num_rows < 2 * rows * num_processors(x.device)):
         rows //= 2
     return rows, block_k
+
+
+def _num_warps(block_k: int) -> int:
+    return min(max(4, block_k // COLUMNS_PER_WARP), 16)
 
 
 def _block_k(k: int) -> int:

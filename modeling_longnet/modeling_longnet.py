@@ -29,7 +29,7 @@ from .backbone_magneto import MagnetoDecoderLayer, ScaledEmbedding
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .decoding_graph import GraphedCall
-from .decoding_token import decode_token, decoding_refusal, model_refusal
+from .decoding_token import decode_token, decoding_refusal, head_refusal, model_refusal, token_logits
 from .head_loss import head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
@@ -264,7 +264,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         if skip_logits is None:
             skip_logits = self.training and self.config.loss_implementation != "logits"
         if not (with_loss and skip_logits) or own_loss:
-            logits = self.lm_head(hidden_states)
+            fused = head_refusal(self.lm_head, hidden_states, self.config._attn_implementation) is None
+            logits = token_logits(self.lm_head, hidden_states) if fused else self.lm_head(hidden_states)
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,

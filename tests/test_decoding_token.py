@@ -268,7 +268,8 @@ def test_the_ordinary_step_says_why_it_served(caplog):
 if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own
     torch.set_num_threads(1)
     check_plans("cpu", int(sys.argv[1]) if len(sys.argv) > 1 else 6)
-    decoding_token.slots_refusal = lambda *call: None  # the interpreter takes CPU tensors
+    # The interpreter takes CPU tensors.
+    decoding_token.slots_refusal = decoding_token.device_refusal = lambda *call: None
     # Several blocks, and parts to merge in several goes.
     decoding_triton.KEYS_PER_BLOCK, decoding_triton.ATTENDING_PROGRAMS, decoding_triton.MERGED_AT_ONCE = 8, 12, 64
     for k, shape in enumerate(SHAPES):
