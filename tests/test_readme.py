@@ -207,6 +207,22 @@ def test_the_speed_table_is_what_the_measurements_say():
             assert bool(re.fullmatch(r"\*[^*]+\*", cell)) == (extrapolated == "1")
 
 
+def test_the_speed_table_was_measured_again():
+    def table(date: str) -> dict[tuple[str, ...], float]:
+        rows = measurements(f"attention_NVIDIA-H100-80GB-HBM3_{date}.csv")
+        names = ("attention", "pass", "length", "head_dim", "layout", "heads", "kv_heads")
+        return {tuple(row[name] for name in names): float(row["ms"]) for row in rows}
+
+    first, again = table("2026-11-26"), table("2026-11-27")
+    (percent,) = re.search(
+        r"times of the table are within (\d+) % from 4,096 tokens on", " ".join(README.split())
+    ).groups()
+    for attention in ("dense cudnn", "paper", "retrofit"):
+        for length in (2**12, 2**13, 2**15, 2**17, 2**20):
+            key = (attention, "forward+backward", str(length), "128", "plain", "16", "16")
+            assert again[key] == pytest.approx(first[key], rel=int(percent) / 100)
+
+
 def test_what_it_says_of_speed_is_what_the_measurements_say():
     rows = measurements("attention_NVIDIA-H100-80GB-HBM3_2026-11-26.csv")
     prose = " ".join(README.split())
@@ -340,7 +356,7 @@ def test_a_step_with_a_dense_layer_takes_what_was_measured():
     text = (ROOT / "benchmarks/results/profile_decoding_NVIDIA-H100-80GB-HBM3_2026-11-26.txt").read_text()
     measured = re.findall(r"--context (\d+) .*--dense-layers 12\n.*\n([\d.]+) ms/step, [\d.]+ x  defaults", text)
     stated = re.search(
-        r"With one of the 16 layers dense it takes ([\d.]+) ms at ([\d,]+) tokens of context, ([\d.]+) at ([\d,]+) and "
+        r"Before that it took, with one of the 16 layers dense, ([\d.]+) ms at ([\d,]+) tokens of context, ([\d.]+) at ([\d,]+) and "
         r"([\d.]+) at ([\d,]+), and ([\d.]+) at ([\d,]+) with room for 1,000,000 ",
         " ".join(README.split()),
     ).groups()
@@ -500,11 +516,46 @@ def test_what_the_section_on_quality_adds_in_words_was_measured():
         round(100 * at_depth["retrofit"]["0.75"]), int(100 * at_depth["retrofit_longest"]["0.1"])
     ]  # fmt: skip
     assert at_depth["retrofit_long"]["0.75"] == 1.0 and at_depth["retrofit_longest"]["0.5"] < 0.1
-    scratch = {r["variant"]: math.exp(r["nll"]) for r in study["scratch"]}
-    names = ("dense", "paper", "paper_magneto", "window")
-    assert stated(r"has perplexity (\d+), ([\d.]+) and ([\d.]+), and (\d+) with a sliding window") == pytest.approx(
-        [scratch[name] for name in names], rel=0.005
+
+
+def test_what_it_says_of_training_from_scratch_is_what_was_measured():
+    study = json.loads(
+        (ROOT / "benchmarks/results/retrofit_quality_NVIDIA-H100-80GB-HBM3_2026-11-27_scratch.json").read_text()
     )
+    models = {r["variant"]: r for r in study["scratch"]}
+    prose = " ".join(README.split())
+    flops, *tokens = re.search(
+        r"equal training FLOPs \(([\de.]+): (\d+)M tokens of 32,768 for dense attention, (\d+)M for `paper`, (\d+)M for it "
+        r".*?, and [\d.]+ with a sliding window of (\d+)M tokens",
+        prose,
+    ).groups()
+    stated = re.search(
+        r"has perplexity (\d+), ([\d.]+) and ([\d.]+), and ([\d.]+) with a sliding window", prose
+    ).groups()
+    for name, million, perplexity in zip(("dense", "paper", "paper_magneto", "window"), tokens, stated):
+        training = models[name]["training"]
+        assert float(million) == pytest.approx(training["tokens"] / 1e6, abs=0.5)
+        assert float(perplexity) == pytest.approx(math.exp(models[name]["nll"]), rel=0.005)
+        assert float(flops) == pytest.approx(models[name]["training_flops"], rel=0.01)
+    assert models["dense"]["attention_share"] == pytest.approx(4 / 5, abs=0.01)
+    (behind,) = re.search(r"`paper` is (\d+) % behind a window", prose).groups()
+    assert float(behind) == pytest.approx(100 * math.expm1(models["paper"]["nll"] - models["window"]["nll"]), abs=0.5)
+    near = [float(x) for x in re.search(r"than at 8,192 \(([\d.]+) and ([\d.]+)\)", prose).groups()]
+    assert near == pytest.approx([math.exp(models["paper"]["nll_at"][n]) for n in ("32768", "8192")], abs=0.06)
+    millions = [float(x) for x in re.search(r"(\d+)M to (\d+)M parameters \(", prose).groups()]
+    parameters = [r["parameters"] / 1e6 for r in models.values()]
+    assert millions == pytest.approx([min(parameters), max(parameters)], abs=0.5)
+
+
+def test_a_replayed_step_takes_what_was_measured_at_every_context():
+    text = (ROOT / "benchmarks/results/profile_decoding_NVIDIA-H100-80GB-HBM3_2026-11-27.txt").read_text()
+    measured = dict(re.findall(r"--context (\d+) .*\n.*\n([\d.]+) ms/step, [\d.]+ x  defaults", text))
+    milliseconds, *contexts = re.search(
+        r"back to back a step takes ([\d.]+) ms, at ([\d,]+) tokens of context as at ([\d,]+) ",
+        " ".join(README.split()),
+    ).groups()
+    assert {f"{number(n):.0f}" for n in contexts} < set(measured) and len(measured) == 4
+    assert [float(ms) for ms in measured.values()] == pytest.approx([float(milliseconds)] * 4, abs=0.006)
 
 
 def test_the_table_of_whole_models_is_what_the_measurements_say():
