@@ -365,3 +365,15 @@ def test_positions_stay_exact_beyond_2_to_the_31():
             layer.seen = layer.seen + start
         rest = model(tokens[:, 30:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), full, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fixed_cache_that_is_reset_holds_no_nan_of_the_sequence_before():
+    model = tiny_model("retrofit").float()
+    cache = LongNetCache(model.config, max_length=20)
+    with torch.no_grad():
+        model(random_tokens(1, 12), past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
+    cache.reset()
+    assert not any(x.any() for layer in cache.layers for x in (layer.keys, layer.values))

@@ -37,13 +37,13 @@ def decoded(model, tokens, mask, prompt: int, fused: bool, room: int = 0) -> tor
     """Read a prompt, then decode the rest token by token, with ``room`` for more; return the logits of all steps."""
     cache = LongNetCache(model.config, max_length=tokens.shape[1] + room)
     logits = [model(tokens[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache).logits]
-    refusal = decoding_token.decoding_refusal
+    served = sys.modules["modeling_longnet.modeling_longnet"]
     if not fused:
-        sys.modules["modeling_longnet.modeling_longnet"].decoding_refusal = lambda *call: "asked for"
+        served.decoding_refusal = served.head_refusal = lambda *call: "asked for"
     for t in range(prompt, tokens.shape[1]):
         step = tokens[:, t : t + 1]
         logits.append(model(step, attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
-    sys.modules["modeling_longnet.modeling_longnet"].decoding_refusal = refusal
+    served.decoding_refusal, served.head_refusal = decoding_token.decoding_refusal, decoding_token.head_refusal
     assert int(cache.get_seq_length()) == tokens.shape[1]
     assert all(torch.equal(layer.seen, mask.sum(-1).to(layer.seen)) for layer in cache.layers)
     return torch.cat(logits, dim=1)
@@ -199,6 +199,27 @@ def test_what_the_fused_step_does_not_serve_is_said_by_name(served):
         assert "no gradients" in decoding_token.decoding_refusal(model.model, LongNetCache(model.config), 1, {})
     assert "autocast" in autocast_refusal(model)
     assert "one token per row" in decoding_token.decoding_refusal(model.model, None, 1, {})
+
+
+def test_what_the_fused_head_does_not_serve_is_said_by_name(monkeypatch):
+    def said(head=None, hidden=None, implementation: str = "sdpa") -> str | None:
+        head = nn.Linear(8, 11, bias=False) if head is None else head
+        with torch.no_grad():
+            return decoding_token.head_refusal(
+                head, torch.zeros(1, 1, 8) if hidden is None else hidden, implementation
+            )
+
+    assert said() == "it needs a CUDA device, the model is on cpu"
+    monkeypatch.setattr(decoding_token, "device_refusal", lambda *call: None)
+    assert said() is None
+    assert said(hidden=torch.zeros(1, 2, 8)) == said(hidden=torch.zeros(2, 1, 8)) == "it takes one token of one row"
+    assert said(implementation="eager") == "attn_implementation='eager' was asked for"
+    assert said(nn.Sequential()) == "it knows no Sequential"
+    assert said(nn.Linear(8, 11).double()).startswith("weights differ: torch.float64")
+    hooked = nn.Linear(8, 11)
+    hooked.register_forward_hook(print)
+    assert said(hooked) == "Linear has hooks"
+    assert "no gradients" in decoding_token.head_refusal(nn.Linear(8, 11), torch.zeros(1, 1, 8), "sdpa")
 
 
 def autocast_refusal(model) -> str:
