@@ -67,7 +67,6 @@ class Variant:
     stages: int
     registers: tuple[int, int]
     turns: bool
-    stores: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -76,10 +75,6 @@ class Variant:
     @property
     def consumers(self) -> int:
         return self.block_m // 64
-
-    @property
-    def dq_places(self) -> int:
-        return 64 // self.block_n * 128 // self.head_dim + self.block_n // 128
 
 
 class Work(NamedTuple):
