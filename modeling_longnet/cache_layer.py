@@ -1,5 +1,6 @@
 """One layer of the bounded KV cache: it forgets what no future query can reach."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .once_per_pass import OncePerPass
 
 
 SMALLEST_GROWTH = 64  # tokens
+HELD = ("keys", "values", "key_positions", "key_branches", "seen")
 
 
 class Holding(NamedTuple):
@@ -32,6 +34,29 @@ Attended = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 def _joined(*parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(x, dim=2) for x in zip(*parts))
+
+
+def _numbers(pattern: DilationPattern) -> Tensor:
+    """Write a pattern as numbers: a cache's state holds tensors only."""
+    rules = (
+        pattern.head_offsets == "blocked", pattern.count_overlaps, pattern.dilate_queries, pattern.window == "sliding"
+    )  # fmt: skip
+    return torch.tensor([*pattern.segment_lengths, *pattern.dilation_rates, *rules], dtype=torch.int64)
+
+
+def tokens_to_crop(tokens_to_remove: int) -> int:
+    """Check the argument of ``crop``, and return it.
+
+    Raises:
+        ValueError: if it is no negative integer or 0.
+    """
+    try:
+        number = operator.index(tokens_to_remove)
+    except TypeError:
+        number = 1
+    if number > 0:
+        raise ValueError(f"crop takes a number of tokens to remove as a negative integer, got {tokens_to_remove!r}")
+    return number
 
 
 class LongNetCacheLayer(CacheLayerMixin):
@@ -77,9 +102,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.enlarges = enlarges
         self.record_past = False
         self.once = OncePerPass() if once is None else once
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Give up all that is held, and its memory."""
         self.keys = self.values = self.key_positions = self.key_branches = self.seen = None
         self.slots: CacheSlots | None = None
         # Tokens that a crop may take back, not in their slots yet: keys, values [B, G, P, D] and positions [B, P].
@@ -118,7 +144,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _fix_addresses(self) -> None:
-        if self.is_compileable and not torch.compiler.is_compiling():
+        if self.is_compileable and self.keys is not None and not torch.compiler.is_compiling():
             for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
                 torch._dynamo.mark_static_address(x)
 
@@ -351,7 +377,10 @@ class LongNetCacheLayer(CacheLayerMixin):
         if needed <= self.max_length or self.max_length >= max(self.pattern.segment_lengths):
             return
         if not self.enlarges:
-            raise ValueError(f"the cache was made for max_length={self.max_length} tokens, got {needed}")
+            raise ValueError(
+                f"the cache was made for max_length={self.max_length} tokens, got {needed}: make it with that "
+                "max_length or more, or with enlarges=True"
+            )
         self.max_length = max(needed, min(2 * self.max_length, max(self.pattern.segment_lengths)))
         if self.is_initialized:
             self._move_to(plan_slots(self.pattern, self.max_length), positions)
@@ -441,7 +470,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         return total.add_(more) if self.is_compileable else total + more
 
     def activate_past_recording(self) -> None:
-        """Drop nothing until the next ``crop``, so that candidate tokens can be taken back."""
+        """Let new tokens wait for ``crop``, which says which of them stay; until ``record_past`` is False again."""
         self.record_past = True
 
     @property
@@ -457,11 +486,9 @@ class LongNetCacheLayer(CacheLayerMixin):
         """Take back the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            ValueError: if the number is positive, or those tokens have taken the slots of others already.
+            ValueError: if it is no negative integer or 0, or those tokens have taken the slots of others already.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        removed = -tokens_to_remove
+        removed = -tokens_to_crop(tokens_to_remove)
         if not self.is_initialized:
             return
         if removed > self.croppable:
@@ -488,11 +515,13 @@ class LongNetCacheLayer(CacheLayerMixin):
             taken_back = self.key_positions >= self.seen[:, None, None]
             self.key_positions.masked_fill_(taken_back, PADDING)
             self.key_branches.masked_fill_(taken_back, 0)
+        if not self.is_compileable and self.columns == 0:
+            self.forget()
 
     def reset(self) -> None:
         """Forget all tokens."""
         if not (self.is_initialized and self.is_compileable):
-            self._forget()
+            self.forget()
             return
         self.key_positions.fill_(PADDING)  # fixed addresses stay
         self.keys.zero_()  # a step may read slots that nothing stands in: they hold no nan
@@ -505,7 +534,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.is_empty = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is held, as tensors that ``load_state_dict`` takes.
+        """Return what is held, as tensors that ``load_state_dict`` takes: views, which the next tokens overwrite.
 
         Raises:
             ValueError: if tokens wait for a ``crop``.
@@ -515,35 +544,53 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return {}
         assert self.slots is not None
-        names = ("keys", "values", "key_positions", "key_branches", "seen")
         numbers = {"columns": torch.as_tensor(self.columns), "slots": torch.tensor(self.slots.length)}
-        return {name: getattr(self, name) for name in names} | numbers
+        return {name: getattr(self, name) for name in HELD} | numbers | {"pattern": _numbers(self.pattern)}
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Refuse a state that ``load_state_dict`` cannot take.
+
+        Raises:
+            ValueError: if it is incomplete, of another pattern, or of other slots than ``max_length`` gives.
+        """
+        if not state:
+            return
+        if missing := {*HELD, "columns", "slots", "pattern"} - state.keys():
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
+        if not torch.equal(state["pattern"].cpu(), _numbers(self.pattern)):
+            raise ValueError(f"the state is one of other branches or rules than {self.pattern}")
+        slots = int(state["slots"])
+        if self.is_compileable and slots != self.max_length and not self.enlarges:
+            raise ValueError(
+                f"the state has slots for {slots} tokens, the cache for {self.max_length}: make it with "
+                f"max_length={slots}, or with enlarges=True"
+            )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Hold what another cache held, in the same slots.
 
         Raises:
-            ValueError: if the state is one of other slots than ``max_length`` gives.
+            ValueError: if ``check_state`` refuses the state.
         """
-        if state and self.is_compileable and int(state["slots"]) != self.max_length:
-            if not self.enlarges:
-                raise ValueError(
-                    f"the state has slots for {int(state['slots'])} tokens, max_length is {self.max_length}"
-                )
-            self.max_length = int(state["slots"])
-            self._forget()
-        self.reset()
+        self.check_state(state)
         if not state:
+            self.reset()
             return
-        keys, values = state["keys"], state["values"]
-        if not self.is_initialized:
+        slots, columns, keys, values = int(state["slots"]), int(state["columns"]), state["keys"], state["values"]
+        fits = self.is_initialized and self.keys is not None and self.keys.shape == keys.shape
+        if not (self.is_compileable and fits and slots == self.max_length):
+            self.max_length = slots if self.is_compileable else None
+            self.forget()
             self.lazy_initialization(keys, values)
         if not self.is_compileable:
-            self._allocate(plan_slots(self.pattern, int(state["slots"])), keys, values)
-        for name in ("keys", "values", "key_positions", "key_branches", "seen"):
+            self._allocate(plan_slots(self.pattern, slots), keys, values)
+        for name in HELD:
             getattr(self, name).copy_(state[name])
-        self.columns += int(state["columns"])
-        self.history = None
+        if isinstance(self.columns, Tensor):
+            self.columns.fill_(columns)
+        else:
+            self.columns = columns
+        self.pending = self.attended_positions = self._attended_branches = self.history = None
         self.is_empty = False
 
     def get_seq_length(self) -> int | Tensor:
@@ -563,7 +610,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _select_rows(self, index: Tensor) -> None:
         if not self.is_initialized:
             return
-        for name in ("keys", "values", "key_positions", "key_branches", "seen"):
+        for name in HELD:
             x = getattr(self, name)
             if x is None:
                 continue
@@ -572,6 +619,7 @@ class LongNetCacheLayer(CacheLayerMixin):
                 x.copy_(rows)
             else:
                 setattr(self, name, rows)
+        self._fix_addresses()
         if self.pending is not None:
             self.pending = tuple(x.index_select(0, index.to(x.device)) for x in self.pending)
         if self.history is not None:

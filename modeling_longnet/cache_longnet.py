@@ -1,13 +1,17 @@
 """The bounded KV cache of a model: its layers, and what they share."""
 
 import dataclasses
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from .cache_layer import LongNetCacheLayer
+from .cache_layer import LongNetCacheLayer, tokens_to_crop
+from .configuration_longnet import UNBOUNDED
+from .dilation_pattern import DilationPattern
 from .logical_positions import positions_from_mask
 from .once_per_pass import OncePerPass
 
@@ -26,8 +30,8 @@ class LongNetCache(Cache):
         enlarges: allocate anew where more than ``max_length`` tokens come, instead of refusing them.
 
     Raises:
-        ValueError: if the config is no ``LongNetConfig``, ``max_length`` is not positive, or fixed addresses meet
-            offloading.
+        ValueError: if the config is no ``LongNetConfig``, ``max_length`` is no positive integer, fixed addresses meet
+            offloading, or offloading has no CUDA device.
     """
 
     def __init__(
@@ -35,16 +39,19 @@ class LongNetCache(Cache):
     ):
         if not hasattr(config, "layer_pattern"):
             raise ValueError(f"LongNetCache needs a LongNetConfig, got {type(config).__name__}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1 token, got {max_length}")
+        if max_length is not None:
+            max_length = _token_count(max_length)
         if max_length is not None and offloading:
             raise ValueError("offloading moves the cache, which max_length keeps in place; leave one of them out")
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("offloading moves layers between a CUDA device and the host, and there is no CUDA device")
         once = OncePerPass()
         layers = [
             LongNetCacheLayer(config.layer_pattern(i), max_length, once, enlarges)
             for i in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers, offloading=offloading)
+        self._served: PretrainedConfig | None = None  # the config that check_fits saw last
 
     @property
     def is_empty(self) -> bool:
@@ -57,18 +64,22 @@ class LongNetCache(Cache):
         Raises:
             ValueError: if the number of layers or a layer's pattern differs.
         """
+        if self._served is config:
+            return
         if len(self.layers) != config.num_hidden_layers:
             raise ValueError(
                 f"the cache has {len(self.layers)} layers, the model {config.num_hidden_layers}; make it of the model's "
                 "config"
             )
         for i, layer in enumerate(self.layers):
+            needed = config.layer_pattern(i)
             # Field by field: code loaded with a checkpoint may hold the class twice.
-            if dataclasses.astuple(layer.pattern) != dataclasses.astuple(config.layer_pattern(i)):
+            if dataclasses.astuple(layer.pattern) != dataclasses.astuple(needed):
                 raise ValueError(
-                    f"layer {i} of the cache holds the keys of {layer.pattern}, the model reaches those of "
-                    f"{config.layer_pattern(i)}; make the cache of the model's config"
+                    f"layer {i} of the cache holds {_kept_by(layer.pattern)}, the model reaches {_kept_by(needed)}; "
+                    "make it LongNetCache(model.config)"
                 )
+        self._served = config
 
     def reserve(self, num_tokens: int) -> None:
         """Make sure that so many more tokens fit; waits for the device unless any number does.
@@ -84,6 +95,7 @@ class LongNetCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
+        tokens_to_remove = tokens_to_crop(tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: layer.croppable):  # the one that may refuse comes first
             layer.crop(tokens_to_remove)
 
@@ -92,11 +104,25 @@ class LongNetCache(Cache):
         return {f"{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Hold what the cache of the same model held when it gave this state."""
+        """Hold what the cache of the same model held when it gave this state.
+
+        Raises:
+            ValueError: if the state is one of another model or of other slots; nothing is changed then.
+        """
         by_layer: list[dict[str, Tensor]] = [{} for _ in self.layers]
         for name, x in state.items():
-            layer, _, name = name.partition(".")
-            by_layer[int(layer)][name] = x
+            layer, _, of_layer = name.partition(".")
+            if not layer.isdecimal() or int(layer) >= len(self.layers):
+                raise ValueError(f"the state has {name!r}, the cache layers 0 to {len(self.layers) - 1}")
+            by_layer[int(layer)][of_layer] = x
+        if state and not all(by_layer):
+            missing = by_layer.index({})
+            raise ValueError(f"the state has no layer {missing}, the cache layers 0 to {len(self.layers) - 1}")
+        for i, (layer, of_layer) in enumerate(zip(self.layers, by_layer)):
+            try:
+                layer.check_state(of_layer)
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from None
         for layer, of_layer in zip(self.layers, by_layer):
             layer.load_state_dict(of_layer)
 
@@ -119,6 +145,9 @@ class LongNetCache(Cache):
             new = torch.arange(num_tokens, device=device).expand(batch, -1)
         else:
             new = positions_from_mask(attention_mask[:, attention_mask.shape[1] - num_tokens :])
+        if self.is_empty and self.layers[0].seen is not None and len(self.layers[0].seen) != batch:
+            for layer in self.layers:  # what was reset holds no rows
+                layer.forget()
         seen = self.layers[0].seen
         if seen is not None and len(seen) != batch:
             raise ValueError(f"the cache holds a batch of {len(seen)} rows, got {batch}")
@@ -126,3 +155,22 @@ class LongNetCache(Cache):
             return new
         following = new + seen.to(device)[:, None]
         return following if attention_mask is None else torch.where(new >= 0, following, new)
+
+
+def _token_count(value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"max_length must be an integer of at least 1 token, got {value!r}")
+    return number
+
+
+def _kept_by(pattern: DilationPattern) -> str:
+    """Say in words what a layer's pattern reaches."""
+    if len(pattern.branches) == 1 and pattern.dilation_rates == (1,) and pattern.segment_lengths[0] >= UNBOUNDED:
+        return "every key"
+    rules = f"head_offsets={pattern.head_offsets!r}, count_overlaps={pattern.count_overlaps}, "
+    rules += f"dilate_queries={pattern.dilate_queries}, window={pattern.window!r}"
+    return f"the keys of branches (segment length, rate) {', '.join(map(str, pattern.branches))} ({rules})"

@@ -21,6 +21,14 @@ PATTERN_FIELDS = (
 
 # Longer than any document: one such undilated branch is ordinary attention.
 UNBOUNDED = 2**62
+# Names of the official code, and what they are here.
+TORCHSCALE = {
+    "segment_length": "segment_lengths",
+    "dilated_ratio": "dilation_rates",
+    "subln": "sub_layernorm",
+    "xpos_rel_pos": "xpos",
+    "no_scale_embedding": "scale_embedding",
+}
 
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "torch", "liger", "logits")
 
@@ -120,6 +128,8 @@ class LongNetConfig(LlamaConfig):
             fix = ", ".join(f"{name}={getattr(rules, name)!r}" for name in PATTERN_FIELDS[2:])
             raise ValueError(f"LongNetConfig has no field 'preset'; give the rules of {kwargs['preset']!r} as {fix}")
         for name in kwargs:
+            if name in TORCHSCALE:
+                raise ValueError(f"LongNetConfig has no field {name!r}; it is {TORCHSCALE[name]!r} here")
             own = (
                 *PATTERN_FIELDS,
                 "backbone",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache_layer import HELD
 from .cache_longnet import LongNetCache
 from .decoding_token import cache_refusal, model_refusal
 
@@ -31,9 +32,12 @@ class DecodingGraph:
 
     Raises:
         ValueError: if the fused step does not serve the model or the cache; it says why.
+        TypeError: if the model has no language modeling head.
     """
 
     def __init__(self, model: nn.Module, cache: LongNetCache):
+        if not hasattr(model, "lm_head"):
+            raise TypeError(f"DecodingGraph takes a LongNetForCausalLM, got {type(model).__name__}")
         with torch.no_grad():
             refusal = model_refusal(model.model, {}) or cache_refusal(cache)
         if refusal is not None:
@@ -42,7 +46,14 @@ class DecodingGraph:
         self.cache = cache
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: tuple[int, ...] = ()
-        self._weights: list[Tensor] = []
+        # Where the modules keep their weights: looked up again for every token, for they may be replaced.
+        self._weights = [
+            (held, name)
+            for module in model.modules()
+            for held in (module._parameters, module._buffers)
+            for name, x in held.items()
+            if x is not None
+        ]
         self._inputs: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
         self._room = 0  # tokens that fit as long as nobody but the graph writes
@@ -74,7 +85,6 @@ class DecodingGraph:
         if not self._fits(inputs):
             self._graph = None
             self._inputs = {name: x.clone() for name, x in inputs.items()}
-            self._weights = list(self.model.parameters())
             logits = self._step(self._inputs)  # from the very addresses that the capture will see
             self._addresses = self._held()
             return logits
@@ -99,8 +109,8 @@ class DecodingGraph:
 
     def _held(self) -> tuple[int, ...]:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        tensors = [x for layer in layers for x in (layer.keys, layer.key_positions, layer.seen)]
-        return tuple(x.data_ptr() for x in (*tensors, *self._weights))
+        tensors = [getattr(layer, name) for layer in layers for name in (*HELD, "columns")]
+        return tuple([x.data_ptr() for x in tensors] + [held[name].data_ptr() for held, name in self._weights])
 
     def _make_room(self) -> None:
         """Ask for room for one more token; the device is waited for where others wrote, and where room ends."""

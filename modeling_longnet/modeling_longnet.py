@@ -157,7 +157,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
                 f"LongNet needs a LongNetCache, got {type(past_key_values).__name__}: other caches do not know which "
                 "keys the pattern reaches; leave past_key_values out to get the right one"
             )
-        if past_key_values is not None and past_key_values.is_empty:
+        if past_key_values is not None and (past_key_values.is_empty or not torch.compiler.is_compiling()):
             past_key_values.check_fits(self.config)
         if cu_seq_lens_q is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
             refusal = decoding_refusal(self, past_key_values, inputs_embeds.shape[1], kwargs)
@@ -266,6 +266,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         if not (with_loss and skip_logits) or own_loss:
             fused = head_refusal(self.lm_head, hidden_states, self.config._attn_implementation) is None
             logits = token_logits(self.lm_head, hidden_states) if fused else self.lm_head(hidden_states)
+        given = labels if shift_labels is None else shift_labels
+        if with_loss and logits is not None and not own_loss and given.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"labels must give each of the {list(logits.shape[:-1])} tokens one, got shape {list(given.shape)}"
+            )
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
@@ -313,6 +318,13 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         if compile_config is None:
             logger.debug("torch.compile, for the fused decoding step does not serve: %s", refusal)
         return super().get_compiled_call(compile_config)
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:  # the cache may go on without anybody who crops it
+            for layer in kwargs["past_key_values"].layers:
+                layer.record_past = False
 
     def _prepare_cache_for_generation(
         self,

@@ -258,6 +258,15 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
     ):  # fmt: skip
         stated = [float(x) for x in re.search(pattern, prose).groups()]
         assert stated == pytest.approx([milliseconds(name, length, head_dim) for name in names], abs=0.006)
+    # Queries, outputs, keys, values and the gradients of all four, two bytes each.
+    shares = [
+        100 * float(row["extra_mib"]) * 2**20 / (8 * 16 * 2**20 * head_dim * 2)
+        for head_dim in (128, 64)
+        for row in plain("retrofit", head_dim)
+        if row["length"] == str(2**20)
+    ]
+    stated = re.search(r"they take ([\d.]+) % of what these do at 1,048,576 tokens, and ([\d.]+) % with D=64", prose)
+    assert [float(x) for x in stated.groups()] == pytest.approx(shares, abs=0.05)
     (auto,) = (
         r
         for r in rows
