@@ -141,7 +141,7 @@ def test_more_tokens_than_fit_are_refused_and_leave_the_cache_as_it_was():
 
 def test_bad_arguments_of_the_cache_are_refused():
     config = tiny_model().config
-    with pytest.raises(ValueError, match="max_length must be at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 1 token, got 0"):
         LongNetCache(config, max_length=0)
     with pytest.raises(ValueError, match="offloading moves the cache"):
         LongNetCache(config, max_length=8, offloading=True)
