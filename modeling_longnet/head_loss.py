@@ -89,7 +89,10 @@ def head_loss(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """Compute each token's own loss, ``[B, L]`` for ``hidden [B, L, hidden]``, 0 where there is no target."""
+    """Compute each token's own loss, ``[B, L]`` for ``hidden [B, L, hidden]``, 0 where there is no target.
+
+    Like the loss of ``head_loss`` in float32, or float64 for float64 inputs.
+    """
     flat = targets.flatten().to(hidden.device)
     found = None
     for chunk, states in _chunks(hidden.flatten(0, -2), head, flat):
@@ -97,7 +100,9 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         if found is None:
             found = losses.new_zeros(len(flat))
         found[chunk] = losses
-    return torch.zeros(targets.shape, device=hidden.device) if found is None else found.view(targets.shape)
+    if found is None:
+        return hidden.new_zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return found.view(targets.shape)
 
 
 def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
@@ -109,13 +114,13 @@ def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
 def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:
     """Yield the indices of the tokens that have a target, a chunk at a time, and their rows of ``hidden``."""
     fused = is_fused(hidden.device, hidden.dtype)
-    size = _chunk_tokens(head, FUSED_CHUNK_BYTES // hidden.itemsize if fused else CHUNK_LOGITS)
+    vocabulary = _vocabulary(head, hidden)
+    size = _chunk_tokens(vocabulary, FUSED_CHUNK_BYTES // hidden.itemsize if fused else CHUNK_LOGITS)
     found = targets != IGNORED
     if not len(found):  # of which there is no least label
         return
     extremes = targets.where(found, 0).aminmax()
     *counts, least, most = torch.stack([*(part.sum() for part in found.split(size)), *extremes]).tolist()
-    vocabulary = _vocabulary(head)
     if least < 0 or most >= vocabulary:
         raise ValueError(
             f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {vocabulary - 1}; they reach from {least} "
@@ -129,13 +134,17 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
             yield chunk, hidden[chunk]
 
 
-def _chunk_tokens(head: nn.Module, logits: int) -> int:
-    tokens = logits // _vocabulary(head)
+def _chunk_tokens(vocabulary: int, logits: int) -> int:
+    tokens = logits // vocabulary
     return tokens - tokens % 256 if tokens > 256 else max(1, tokens)  # what matrix units multiply at a time
 
 
-def _vocabulary(head: nn.Module) -> int:
-    """Return the number of a head's logits: PEFT's copy of a tied head has in_features and out_features exchanged."""
+def _vocabulary(head: nn.Module, hidden: Tensor) -> int:
+    """Return the number of a head's logits; a head that is no linear layer is asked for those of one token."""
+    if not hasattr(head, "out_features"):
+        with torch.no_grad():
+            return head(hidden[:1]).shape[-1]
+    # The weight comes first: PEFT's copy of a tied head has in_features and out_features exchanged.
     weight = getattr(head, "weight", None)
     packed = weight is None or not weight.is_floating_point()  # as bitsandbytes does
     return head.out_features if packed else weight.shape[0]
@@ -219,7 +228,7 @@ def _chunked(hidden: Tensor, head: nn.Module, targets: Tensor, label_smoothing: 
         return loss(hidden, targets)
     if not torch.compiler.is_compiling() and not are_partitioned([head]):
         return _Chunked.apply(head, targets, label_smoothing, hidden, *trainable([head]))
-    size = _chunk_tokens(head, CHUNK_LOGITS)  # with logits once more in the backward pass
+    size = _chunk_tokens(_vocabulary(head, hidden), CHUNK_LOGITS)  # with logits once more in the backward pass
     chunks = zip(hidden.split(size), targets.split(size))
     return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 

@@ -33,11 +33,21 @@ def prefill_sequence(model: nn.Module, batch: Mapping, group: dist.ProcessGroup 
         The filled cache, the same on every rank.
 
     Raises:
-        ValueError: if ``batch`` holds anything else, or the ranks have different prompts.
+        ValueError: if ``batch`` holds anything else, the ranks have different prompts, or the model is in training
+            mode.
     """
     group = as_process_group(group)
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval()")
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a prompt is a dict of input_ids and an optional attention_mask, got {type(batch).__name__}")
     if "input_ids" not in batch or set(batch) - {"input_ids", "attention_mask"}:
         raise ValueError(f"a prompt is input_ids and an optional attention_mask, got {sorted(batch)}")
+    for name, x in batch.items():
+        if not isinstance(x, Tensor) and (name == "input_ids" or x is not None):
+            raise ValueError(f"{name} must be a tensor [batch, tokens], got {type(x).__name__}")
+        if x is not None and x.ndim != 2:
+            raise ValueError(f"{name} must be a tensor [batch, tokens], got shape {list(x.shape)}")
     cache = LongNetCache(model.config)
     # The tokens left to generate() are those that slices of one length leave: no slice needs padding.
     length = (batch["input_ids"].shape[1] - 1) // group.size() * group.size()

@@ -38,9 +38,12 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         This rank's batch, a dict; tensors without the sequence dimension as they are.
 
     Raises:
-        ValueError: on every rank, if they have batches of different shapes.
+        ValueError: on every rank, if they have batches of different shapes; on this one, if its batch is no dict or
+            holds no tokens.
     """
     group = as_process_group(group)
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"shard_sequence takes a batch, a dict with input_ids, got {type(batch).__name__}")
     batch = {name: x for name, x in batch.items() if name not in PACKING_EXTRAS}
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:

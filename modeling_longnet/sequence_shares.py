@@ -102,9 +102,7 @@ def find_shares(
     tables = [[numbers[5 * row : 5 * row + 5] for numbers in everyone] for row in range(num_rows)]
     chains = [_row_documents(row, table, ends is not None) for row, table in enumerate(tables)]
     documents = tuple(document for row_chains in chains for document in row_chains if len(document.holders) > 1)
-    several = any(
-        len(row_chains) > 1 or any(parts > 2 for parts, *_ in table) for row_chains, table in zip(chains, tables)
-    )
+    several = any(len(row_chains) > 1 for row_chains in chains)
     shares = tuple(_shares(group.rank(), parts, rows, packed, documents))
     return SequenceSlice(group, shares, documents, group.size() * length, several)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache_longnet import LongNetCache
+from .cache_slots import plan_slots
 from .head_loss import token_losses
 
 
@@ -18,16 +19,22 @@ class TokenStream:
     Args:
         model: a ``LongNetForCausalLM`` in evaluation mode.
         cache: a ``LongNetCache`` to go on from, or None: one whose windows are whole from the start, so that memory is
-            constant from the first chunk on.
+            constant from the first chunk on. Tokens that a given cache holds already are context and no part of the
+            stream: ``position`` counts from 0 after them, and what predicts its first token is not in a cache, so that
+            this token's loss is nan.
 
     Raises:
-        ValueError: if the model is in training mode, or has ``dense_layers``, whose cache would grow with the stream,
-            and no cache is given.
+        ValueError: if the model is no ``LongNetForCausalLM`` or in training mode, the cache no ``LongNetCache``, or if
+            the model has ``dense_layers``, whose cache would grow with the stream, and no cache is given.
     """
 
     def __init__(self, model: nn.Module, cache: LongNetCache | None = None):
-        if model.training:
-            raise ValueError("the model is in training mode, where dropout changes losses; call model.eval()")
+        # By what they have: code loaded with a checkpoint may hold the classes twice.
+        if not (hasattr(model, "lm_head") and hasattr(getattr(model, "config", None), "layer_pattern")):
+            raise ValueError(f"a stream needs a LongNetForCausalLM, got {type(model).__name__}")
+        if cache is not None and not hasattr(cache, "next_positions"):
+            raise ValueError(f"a stream needs a LongNetCache, got {type(cache).__name__}")
+        _refuse_training(model)
         if cache is None:
             if model.config.dense_layers:
                 raise ValueError(
@@ -49,10 +56,13 @@ class TokenStream:
             one, which nothing predicts.
 
         Raises:
-            ValueError: if there is no token, or another number of rows than before.
+            ValueError: if there is no token, or another number of rows than before, or the model is in training mode.
         """
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"tokens must be a tensor [batch, at least one token], got {type(tokens).__name__}")
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [batch, at least one token], got {list(tokens.shape)}")
+        _refuse_training(self.model)
         hidden = self.model.model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
         losses = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=hidden.device)
         head = self.model.lm_head
@@ -64,15 +74,24 @@ class TokenStream:
         return losses
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all that the next losses depend on besides the model, as tensors that ``load_state_dict`` takes."""
-        state = {f"cache.{name}": x for name, x in self.cache.state_dict().items()}
+        """Return all that the next losses depend on besides the model, as tensors that ``load_state_dict`` takes.
+
+        They are copies: what is scored afterwards does not change them.
+        """
+        state = {f"cache.{name}": x.clone() for name, x in self.cache.state_dict().items()}
         state["position"] = torch.tensor(self.position)
         if self.last_hidden_state is not None:
-            state["last_hidden_state"] = self.last_hidden_state
+            state["last_hidden_state"] = self.last_hidden_state.clone()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state, as if its tokens had been scored here."""
+        """Go on from a state, as if its tokens had been scored here.
+
+        Raises:
+            ValueError: if the state lacks a tensor, or one has another shape than in a state of this model and cache.
+                The stream stays as it is then.
+        """
+        self._check(state)
         prefix = "cache."
         self.cache.load_state_dict(
             {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
@@ -80,14 +99,49 @@ class TokenStream:
         self.position = int(state["position"])
         self.last_hidden_state = state.get("last_hidden_state")
 
+    def _check(self, state: dict[str, Tensor]) -> None:
+        """Refuse what the cache does not: it looks for its tensors, but not at their shapes."""
+        needed = {"position"}
+        if "last_hidden_state" in state or state.get("position", torch.zeros(1)).any():
+            needed |= {"last_hidden_state", "cache.0.seen"}
+        if missing := sorted(needed - state.keys()):
+            raise ValueError(f"the state lacks {', '.join(missing)}")
+        for name, shape in self._shapes(state).items():
+            if name in state and state[name].shape != shape:
+                raise ValueError(f"{name} in the state must be {list(shape)}, got {list(state[name].shape)}")
+
+    def _shapes(self, state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that a state's tensors must have, given its number of rows and of slots."""
+        config, shapes = self.model.config, {"position": ()}
+        if "cache.0.seen" not in state:
+            return shapes
+        rows = state["cache.0.seen"].shape[:1]
+        shapes["last_hidden_state"] = (*rows, 1, config.hidden_size)
+        for i, layer in enumerate(self.cache.layers):
+            of_layer = {"seen": rows, "columns": (), "slots": ()}
+            length, keys = state.get(f"cache.{i}.slots"), state.get(f"cache.{i}.keys")
+            if length is not None and length.ndim == 0 and keys is not None:
+                # Under tensor parallelism a rank has some of the KV heads.
+                heads = (config.num_key_value_heads,) if config.first_kv_head is None else keys.shape[1:2]
+                slots = (*rows, *heads, plan_slots(layer.pattern, int(length)).capacity + 1)
+                of_layer |= dict.fromkeys(("keys", "values"), (*slots, config.head_dim))
+                of_layer |= dict.fromkeys(("key_positions", "key_branches"), slots)
+            shapes |= {f"cache.{i}.{name}": shape for name, shape in of_layer.items()}
+        return shapes
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes losses; call model.eval()")
+
 
 def stream(model: nn.Module, chunks: Iterable[Tensor], cache: LongNetCache | None = None) -> Iterator[Tensor]:
     """Score a sequence of any length, fed in chunks; nothing that grows with it is kept.
 
     Args:
         model: a ``LongNetForCausalLM`` in evaluation mode.
-        chunks: token ids ``[B, T]``, T at will; one after the other they are the sequence. Long chunks (64k tokens) are
-            the fastest.
+        chunks: tensors of token ids ``[B, T]``, T at will; one after the other they are the sequence. Long chunks (64k
+            tokens) are the fastest.
         cache: as in ``TokenStream``.
 
     Yields:

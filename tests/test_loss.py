@@ -209,14 +209,30 @@ def test_under_autocast_it_computes_as_the_plain_loss_does():
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=1e-3)
 
 
-def test_compiled_it_is_the_same():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_compiled_it_is_the_same(smoothing):
     torch.compiler.reset()
     hidden, head, targets = problem()
-    compiled = torch.compile(lambda x, t: head_loss(x, head, t), backend="aot_eager", fullgraph=True)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(hidden, targets):
+        return head_loss(hidden, head, targets, label_smoothing=smoothing)
+
     torch.testing.assert_close(
         with_gradients(compiled(hidden, targets), hidden, head.weight),
-        with_gradients(plain(hidden, head, targets), hidden, head.weight),
+        with_gradients(plain(hidden, head, targets, smoothing), hidden, head.weight),
     )
+
+
+def test_a_head_may_be_any_module():
+    hidden, linear, targets = problem()
+    head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN).double(), nn.Tanh(), linear)
+    parameters = list(head.parameters())
+    found = with_gradients(head_loss(hidden, head, targets), hidden, *parameters)
+    torch.testing.assert_close(found, with_gradients(plain(hidden, head, targets), hidden, *parameters))
+    targets[1, 3] = VOCABULARY
+    with pytest.raises(ValueError, match="tokens of the vocabulary, 0 to 36; they reach from 0 to 37"):
+        head_loss(hidden, head, targets)
 
 
 def test_each_tokens_own_loss():
@@ -226,6 +242,15 @@ def test_each_tokens_own_loss():
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none").detach())
     assert not losses.requires_grad
     assert (losses[targets == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tokens_without_a_target_have_losses_of_0_in_the_dtype_of_the_others(dtype):
+    hidden, head, targets = problem(dtype)
+    expected = token_losses(hidden, head, targets).dtype
+    losses = token_losses(hidden, head, torch.full_like(targets, IGNORED))
+    assert losses.shape == targets.shape and not losses.any() and losses.dtype == expected
+    assert expected == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_labels_are_shifted_by_one_and_the_last_token_has_none():

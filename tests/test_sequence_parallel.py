@@ -129,16 +129,21 @@ MODEL_BATCHES = ("plain", "padded left", "padded both sides", "holes", "packed",
 
 
 def model_batch(kind: str, length: int = 101) -> dict:
-    """Make a batch that no world size divides, with labels; documents and padding cross the slices' edges."""
+    """Make a batch with labels, which no world size divides but for "divisible"; documents and padding cross edges."""
     rows = 1 if kind == "cu_seq_lens" else 2
+    length -= length % 4 if kind == "divisible" else 0
     tokens = random_tokens(rows, length)
     batch = {"input_ids": tokens, "labels": tokens.clone()}
-    if kind in ("padded left", "padded both sides", "holes", "packed and padded"):
+    if kind in ("padded left", "padded both sides", "holes", "whole slices of padding", "packed and padded"):
         mask = left_padding(*((3, 77) if kind == "padded both sides" else (0, 60)), length=length)
         if kind == "padded both sides":
             mask[:, 90:] = 0
         if kind == "holes":
             mask[0, 30:37] = mask[1, 80] = 0
+        if kind == "whole slices of padding":  # of four: one in the first row, the two in the middle in the second
+            mask[0, 26:52] = 0
+            mask[1, :20] = 1
+            mask[1, 20:80] = 0
         batch["attention_mask"] = mask
         batch["labels"][mask == 0] = -100
     if kind in ("packed", "packed and padded"):
@@ -188,7 +193,10 @@ def assert_models_equal_one_process(ranks: Ranks, cases: list[tuple[str, str, di
 
 
 CASES = [(preset, kind, {}) for preset in ("paper", "torchscale", "retrofit") for kind in MODEL_BATCHES]
+MAGNETO = {"backbone": "magneto", "xpos_scale_base": 16}  # what xPos decays by shows
 CASES += [
+    *((preset, "whole slices of padding", {}) for preset in ("paper", "retrofit")),
+    *(("retrofit", kind, MAGNETO) for kind in ("plain", "divisible", "packed and padded")),
     ("paper", "plain", {"dilation_rates": (1, 3, 7)}),  # rates that do not divide their segments
     ("retrofit", "padded left", {"dense_layers": (1,)}),
     ("retrofit", "packed", {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_norm": True}),
@@ -438,6 +446,16 @@ def misuses() -> dict[str, str]:
     expect("decode", lambda: model(tokens[:, :1], past_key_values=cache))
     packed = torch.arange(16)[None] % 8
     expect("packed cache", lambda: model(tokens, position_ids=packed, past_key_values=LongNetCache(model.config)))
+    expect("slice of a tensor", lambda: shard_sequence(tokens, group))
+    prompt = {"input_ids": tokens}
+    for name, wrong in {
+        "tensor": tokens, "list": {"input_ids": tokens.tolist()}, "row": {"input_ids": tokens[0]},
+        "mask": prompt | {"attention_mask": torch.ones(16)}, "none": {"input_ids": None},
+    }.items():  # fmt: skip
+        expect(f"prompt as {name}", lambda wrong=wrong: prefill_sequence(model, wrong, group))
+    model.gradient_checkpointing_enable()
+    expect("prompt in training", lambda: prefill_sequence(model.train(), prompt, group))
+    model.eval()
     expect("classifier", lambda: tiny_model(model_class=LongNetForSequenceClassification)(tokens))
     model.set_attn_implementation("eager")
     expect("eager", lambda: model(tokens))
@@ -450,6 +468,13 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         assert "shard_sequence turns it into position_ids" in found["cu_seq_lens"]
         assert "the cache holds 16 tokens already" in found["decode"] and "outside of it" in found["decode"]
         assert "packed documents cannot share one KV cache" in found["packed cache"]
+        assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
+        assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
+        assert found["prompt as list"] == "input_ids must be a tensor [batch, tokens], got list"
+        assert found["prompt as row"] == "input_ids must be a tensor [batch, tokens], got shape [16]"
+        assert found["prompt as mask"] == "attention_mask must be a tensor [batch, tokens], got shape [16]"
+        assert found["prompt as none"] == "input_ids must be a tensor [batch, tokens], got NoneType"
+        assert found["prompt in training"] == "the model is in training mode; call model.eval()"
         assert "LongNetForSequenceClassification reads whole sequences" in found["classifier"]
         assert 'use attn_implementation="sdpa"' in found["eager"]
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tokens, tiny_model
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from modeling_longnet import LongNetCache, TokenStream, stream
 from modeling_longnet.dilation_pattern import PRESETS
@@ -65,6 +66,64 @@ def test_a_stored_stream_goes_on_bit_for_bit(preset, tmp_path):
         assert torch.equal(second.score(chunk), losses)
 
 
+def test_a_state_stays_as_it_was_taken_and_can_be_loaded_where_it_was_taken():
+    tokens, texts = TokenStream(tiny_model("retrofit")), random_tokens(1, 90).split(30, dim=1)
+    before = tokens.state_dict()
+    first = tokens.score(texts[0])
+    assert tokens.last_hidden_state.untyped_storage().nbytes() == tokens.last_hidden_state.nbytes  # not the chunk's
+    state = tokens.state_dict()
+    expected = [tokens.score(text) for text in texts[1:]]
+    for _ in range(2):
+        tokens.load_state_dict(state)
+        tokens.load_state_dict(tokens.state_dict())
+        for text, losses in zip(texts[1:], expected):
+            assert torch.equal(tokens.score(text), losses)
+    tokens.load_state_dict(before)
+    assert tokens.position == 0
+    torch.testing.assert_close(tokens.score(texts[0]), first, rtol=0, atol=0, equal_nan=True)  # nan for the first
+
+
+def test_what_a_given_cache_holds_is_context():
+    model, tokens = tiny_model("retrofit", dense_layers=(1,)), random_tokens(2, 60)
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :25], past_key_values=cache)
+    scored = TokenStream(model, cache)
+    state, losses = scored.state_dict(), scored.score(tokens[:, 25:])
+    assert losses[:, 0].isnan().all() and scored.position == 35
+    torch.testing.assert_close(losses[:, 1:], losses_of_one_pass(model, tokens)[:, 25:], **CLOSE)
+    scored.load_state_dict(state)
+    torch.testing.assert_close(scored.score(tokens[:, 25:]), losses, rtol=0, atol=0, equal_nan=True)
+
+
+STATE_FAULTS = {
+    "position": (None, "the state lacks position"),
+    "last_hidden_state": (None, "the state lacks last_hidden_state"),
+    "cache.1.values": (None, "the state lacks values"),
+    "cache.1.keys": ((1, 2, 1, 8), r"cache.1.keys in the state must be \[1, 2, \d+, 8\], got \[1, 2, 1, 8\]"),
+    "cache.0.key_branches": ((1, 1, 1), r"cache.0.key_branches in the state must be \[1, 2, \d+\], got \[1, 1, 1\]"),
+    "cache.1.seen": ((2,), r"cache.1.seen in the state must be \[1\], got \[2\]"),
+    "cache.1.slots": ((2,), r"cache.1.slots in the state must be \[\], got \[2\]"),
+    "last_hidden_state, wrong": ((1, 2, 32), r"last_hidden_state in the state must be \[1, 1, 32\], got \[1, 2, 32\]"),
+}
+
+
+@pytest.mark.parametrize("fault", STATE_FAULTS)
+def test_a_state_that_does_not_fit_is_refused_before_anything_changes(fault):
+    tokens, texts = TokenStream(tiny_model("retrofit")), random_tokens(1, 60).split(30, dim=1)
+    tokens.score(texts[0])
+    state, (shape, message) = tokens.state_dict(), STATE_FAULTS[fault]
+    expected = tokens.score(texts[1])
+    tokens.load_state_dict(state)
+    name = fault.partition(",")[0]
+    wrong = {**state, name: None if shape is None else torch.zeros(shape, dtype=state[name].dtype)}
+    with pytest.raises(ValueError, match=message):
+        tokens.load_state_dict({name: x for name, x in wrong.items() if x is not None})
+    with pytest.raises(ValueError, match="the state lacks cache.0.seen"):
+        tokens.load_state_dict({name: x for name, x in state.items() if not name.startswith("cache.")})
+    assert torch.equal(tokens.score(texts[1]), expected)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_growing_cache_is_stored_and_restored(preset):
     model, tokens = tiny_model(preset, dense_layers=(1,)), random_tokens(2, 60)
@@ -104,12 +163,24 @@ def test_what_a_stream_cannot_do_is_refused():
         TokenStream(model).score(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match=r"dense_layers \[1\] keep every token"):
         TokenStream(tiny_model(dense_layers=(1,)))
+    with pytest.raises(ValueError, match=r"must be a tensor \[batch, at least one token\], got list"):
+        next(stream(model, [[[5, 6]]]))
+    with pytest.raises(ValueError, match="needs a LongNetForCausalLM, got LongNetModel"):
+        next(stream(model.model, [random_tokens(1, 5)]))
+    with pytest.raises(ValueError, match="needs a LongNetForCausalLM, got LlamaForCausalLM"):
+        TokenStream(LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).eval())
+    with pytest.raises(ValueError, match="needs a LongNetForCausalLM, got Linear"):
+        TokenStream(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="needs a LongNetCache, got DynamicCache"):
+        TokenStream(model, DynamicCache())
+    tokens = TokenStream(model)
     with pytest.raises(ValueError, match="training mode"):
         next(stream(model.train(), [random_tokens(1, 5)]))
+    with pytest.raises(ValueError, match="training mode"):
+        tokens.score(random_tokens(1, 5))
     model.eval()
-    tokens = TokenStream(model)
     tokens.score(random_tokens(1, 5))
-    with pytest.raises(ValueError, match="slots for 32 tokens, max_length is 16"):
+    with pytest.raises(ValueError, match="slots for 32 tokens, .* 16"):
         LongNetCache(model.config, max_length=16).load_state_dict(tokens.cache.state_dict())
     with pytest.raises(ValueError, match="2 tokens wait for crop"):
         cache = LongNetCache(model.config)
