@@ -173,4 +173,6 @@ def _kept_by(pattern: DilationPattern) -> str:
         return "every key"
     rules = f"head_offsets={pattern.head_offsets!r}, count_overlaps={pattern.count_overlaps}, "
     rules += f"dilate_queries={pattern.dilate_queries}, window={pattern.window!r}"
-    return f"the keys of branches (segment length, rate) {', '.join(str(tuple(x)) for x in pattern.branches)} ({rules})"
+    return (
+        f"the keys of branches (segment length, rate) {', '.join(str(tuple(x)) for x in pattern.branches)} ({rules})"
+    )
