@@ -241,6 +241,8 @@ def main() -> None:
     if arguments.plot:
         plot(arguments.plot)
         return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; this measures kernels that only an NVIDIA GPU runs")
 
     heads = arguments.heads
     grouped = [(2**15, 32, 8, 128), (2**15, 14, 2, 64)]  # Llama-3 8B, Qwen2.5 0.5B

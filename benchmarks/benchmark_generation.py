@@ -25,6 +25,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,11 +78,45 @@ def arguments() -> argparse.Namespace:
         args.first_segment, args.last_segment, args.layers = 64, 1024, 2
         args.hidden, args.intermediate, args.heads, args.kv_heads, args.vocabulary = 64, 128, 4, 2, 256
         args.prefill_chunk, args.dense_prefill_limit, args.batch_context, args.steps = [256, 512], 512, 0, 3
+    if problem := find_problem(args):
+        parser.error(problem)
     return args
 
 
+def find_problem(args: argparse.Namespace) -> str | None:
+    """Say what is wrong with the options, None if nothing is."""
+    if args.plot:
+        if not find_spec("matplotlib"):
+            return "--plot needs the package; pip install matplotlib"
+        return None if args.plot.is_file() else f"--plot {args.plot}: there is no such file"
+    least = {
+        "contexts": 1, "far_contexts": 1, "first_segment": 1, "last_segment": 1, "layers": 1, "hidden": 1,
+        "intermediate": 1, "heads": 1, "kv_heads": 1, "vocabulary": 4, "prefill_chunk": 1, "dense_prefill_limit": 0,
+        "batch_context": 0, "steps": 1,
+    }  # fmt: skip
+    for name, lowest in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < lowest:
+                return f"--{name.replace('_', '-')} must be at least {lowest}, got {value}"
+    if args.hidden % (2 * args.heads) or args.heads % args.kv_heads:
+        return (
+            f"--hidden {args.hidden} must be an even multiple of --heads {args.heads}, and that a multiple of "
+            f"--kv-heads {args.kv_heads}"
+        )
+    try:
+        DilationPattern.geometric(args.first_segment, args.last_segment, preset="retrofit")
+    except ValueError as error:
+        return f"--first-segment, --last-segment: {error}"
+    if args.liger and not (find_spec("liger_kernel") and find_spec("peft")):
+        return "--liger needs the packages; pip install liger-kernel peft"
+    if args.results.exists() and not args.results.is_dir():
+        return f"--results {args.results} is no folder"
+    return None
+
+
 class Bench:
-    """The two models, and the file that takes the numbers."""
+    """The two models, and the file that takes the numbers: ``partial`` until ``finish`` names it ``path``."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -124,16 +159,21 @@ class Bench:
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {self.dtype}"
         if args.liger:
             versions += f", liger-kernel {version('liger-kernel')} in both models"
-        self.path.write_text(
+        self.partial = self.path.with_suffix(".csv.partial")
+        self.partial.write_text(
             f"# {self.card}, {versions}\n# python {' '.join(sys.argv)}\n# weights {self.weight_bytes} bytes, {pattern}\n"
             f"{','.join(COLUMNS)}\n"
         )
 
     def record(self, model: str, measure: str, how: str, context: int, batch: int, value: float, guess: bool = False):
         row = dict(zip(COLUMNS, (model, measure, how, context, batch, f"{value:.6g}", int(guess))))
-        with self.path.open("a", newline="") as file:
+        with self.partial.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         print(*row.values(), sep="\t", flush=True)
+
+    def finish(self) -> None:
+        """Put the numbers where earlier ones of the day may be."""
+        self.partial.replace(self.path)
 
     def ordinary(self, how: str) -> str:
         """Name a way in which the ordinary layers run."""
@@ -352,6 +392,7 @@ def main() -> None:
         per_row = (token_bytes + 16 * args.layers * args.kv_heads) * entries
         decode(bench, [args.batch_context], largest_batch(bench, per_row * 11 // 10), False, {"compile": False})
 
+    bench.finish()
     print(f"wrote {bench.path}")
     plot(bench.path)
 

@@ -68,6 +68,21 @@ def arguments() -> argparse.Namespace:
         for name, value in small.items():
             if getattr(args, name) == parser.get_default(name):
                 setattr(args, name, value)
+    least = {
+        "tokens": 2, "chunk": 2, "first_segment": 1, "last_segment": 1, "layers": 1, "hidden": 1, "heads": 1,
+        "kv_heads": 1, "train_steps": 1, "train_tokens": 1, "train_length": 2,
+    }  # fmt: skip
+    for name, lowest in least.items():
+        if (value := getattr(args, name)) < lowest:
+            parser.error(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
+    if args.hidden % args.heads or args.heads % args.kv_heads:
+        parser.error(
+            f"--hidden {args.hidden} must be a multiple of --heads {args.heads}, and that of --kv-heads {args.kv_heads}"
+        )
+    try:
+        DilationPattern.geometric(args.first_segment, args.last_segment, preset=args.preset)
+    except ValueError as error:
+        parser.error(f"--first-segment, --last-segment: {error}")
     return args
 
 

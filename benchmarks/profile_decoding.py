@@ -54,7 +54,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--room", type=int, help="tokens that the cache is made for (default: as many as come)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for layer in args.dense_layers:
+        if not 0 <= layer < args.layers:
+            parser.error(f"--dense-layers {layer}: the {args.layers} layers are numbered from 0 to {args.layers - 1}")
+    return args
 
 
 def make_model(layers: int, dense_layers: list[int]) -> LongNetForCausalLM:
@@ -114,6 +118,8 @@ def kernels(step: DecodingGraph, token: torch.Tensor) -> None:
 @torch.no_grad()
 def main() -> None:
     args = arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; this measures kernels that only an NVIDIA GPU runs")
     model = make_model(args.layers, args.dense_layers)
     steps = (args.steps + 10) * len(CHOICES)
     cache = filled_cache(model, args.batch, args.context, args.room or args.context + steps)

@@ -476,6 +476,33 @@ def _variant_name(text: str) -> str:
     return text
 
 
+def find_problem(arguments: argparse.Namespace, settings: Settings) -> str | None:
+    """Say what is wrong with the options, None if nothing is."""
+    for name in ("pretrain_tokens", "pretrain_seconds", "tune_steps", "scratch_flops"):
+        if not getattr(settings, name) > 0:
+            return f"--{name.replace('_', '-')} must be more than 0, got {getattr(settings, name)}"
+    if settings.pretrain_tokens < settings.pretrain_batch_tokens:
+        return f"--pretrain-tokens {settings.pretrain_tokens} are less than a batch, {settings.pretrain_batch_tokens}"
+    if arguments.workers < 0:
+        return f"--workers must be at least 0, got {arguments.workers}"
+    for option, folder in (("--work", arguments.work), ("--output", arguments.output)):
+        if folder.exists() and not folder.is_dir():
+            return f"{option} {folder} is no folder"
+    lengths = settings.lengths
+    if list(lengths) != sorted(set(lengths)) or lengths[0] < settings.context:
+        shown = " ".join(map(str, lengths))
+        return f"--lengths must ascend from the trained context, {settings.context}, or more, got {shown}"
+    for name, _, length in (text.partition("@") for text in arguments.variants):
+        if length and int(length) not in lengths:
+            return f"{name} at {length}: the lengths are {', '.join(map(str, lengths))} (--lengths)"
+        for asked in [int(length)] if length else lengths:
+            try:
+                VARIANTS[name].pattern(settings.context, asked)
+            except ValueError as error:
+                return f"--lengths {asked} does not fit {name}: {error}"
+    return None
+
+
 def _pattern_fields(pattern: DilationPattern) -> dict:
     return {rule: getattr(pattern, rule) for rule in RULES}
 
@@ -510,9 +537,8 @@ def main() -> None:
     if "lengths" in given:
         given["lengths"] = tuple(given["lengths"])
     settings = Settings(**{**asdict(Settings.small() if arguments.small else Settings()), **given})
-    for name, _, length in (text.partition("@") for text in arguments.variants):
-        if length and int(length) not in settings.lengths:
-            parser.error(f"{name} at {length}: the lengths are {', '.join(map(str, settings.lengths))} (--lengths)")
+    if problem := find_problem(arguments, settings):
+        parser.error(problem)
     study = Study(arguments.work, settings, arguments.limit, arguments.output, arguments.workers)
     try:
         study.work(study.jobs(arguments.stages, arguments.variants))

@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=16, help="that compile and check side by side")
     parser.add_argument("--seconds", type=float, default=90.0, help="after which a candidate counts as hung")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; this measures kernels that only an NVIDIA GPU runs")
     jobs = [
         (kernel, head_dim, preset, tiles)
         for (kernel, head_dim), candidates in CANDIDATES.items()

@@ -19,12 +19,14 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     that a killed run left behind is removed by the next run.
 
     Args:
-        target: folder to create; its parents are created as needed.
+        target: folder to create; its parents are created as needed. Where it is a symbolic link, the folder that the
+            link names is replaced, and the link stays.
         overwrite: replace an existing checkpoint folder.
 
     Raises:
         ValueError: if ``target`` exists and may not be replaced, or another process is making it.
     """
+    target = target.resolve()
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -61,6 +63,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
     """Hold ``folder``, created or emptied, under a lock that ends with the process, however it ends."""
     while True:
+        if folder.is_symlink():  # as nothing here leaves behind, and nothing here may follow
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -71,7 +75,7 @@ def _locked_folder(folder: Path, target: Path) -> Iterator[None]:
             # Between our open and our lock the previous holder may have renamed or removed the folder.
             if folder.exists() and folder.stat().st_ino == os.fstat(descriptor).st_ino:
                 for leftover in folder.iterdir():
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                    shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
                 yield
                 return
         finally:

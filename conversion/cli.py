@@ -145,10 +145,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file, such as 5GB or a number of bytes (default: %(default)s)",
     )
     output.add_argument(
-        "--dtype", metavar="DTYPE", help="round weights to float32, float16 or bfloat16 (default: keep their bits)"
+        "--dtype",
+        metavar="DTYPE",
+        help="round weights to float64, float32, float16 or bfloat16 (default: keep their bits)",
     )
     output.add_argument("--revision", help="branch, tag or commit of a SOURCE on the Hub")
     output.add_argument(
@@ -223,7 +229,18 @@ def _integers(text: str) -> list[int]:
 
 
 def _layers(text: str) -> list[int] | str:
-    return text if text.isalpha() else _integers(text)
+    if text.isalpha():
+        return text
+    try:
+        return _integers(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither late nor a list of layer numbers, from 0 on, such as 3,7"
+        ) from None
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _rope(text: str) -> dict | str:

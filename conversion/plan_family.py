@@ -1,6 +1,7 @@
 """Plan the conversion of a dense checkpoint: read and check the source, choose pattern and RoPE; write nothing."""
 
 import copy
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def plan_conversion(
     own_dtype = dtype_name(source_config.dtype or DTYPES[dtypes.most_common(1)[0][0]])
     if isinstance(dense_layers, str):
         dense_layers = _dense_layers_from_word(dense_layers, source_config.num_hidden_layers)
+    named = dense_layers if isinstance(dense_layers, list | tuple) else ()  # LongNetConfig refuses what is neither
+    if repeated := [layer for i, layer in enumerate(named) if layer in named[:i]]:
+        raise ValueError(f"dense_layers (--dense-layers) names layer {repeated[0]} more than once; name each once")
     longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": rope,
         "max_position_embeddings": position_embeddings,
@@ -133,7 +137,9 @@ def plan_conversion(
         generation_fields=fields,
         template="model_card_template.md",
         notes=tuple(
-            _notes(folder, fields, config, source_config.max_position_embeddings, dtypes, rope_parameters, dtype)
+            _notes(
+                folder, fields, config, context, source_config.max_position_embeddings, dtypes, rope_parameters, dtype
+            )
         ),
     )
 
@@ -210,7 +216,11 @@ def _choose_pattern(
                 "rates w_i / w_0; give dilation_rates"
             )
         dilation_rates = [w // first for w in segment_lengths]
-    pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    try:
+        pattern = DilationPattern.preset(preset, segment_lengths, dilation_rates)
+    except ValueError as error:
+        advice = "use count_overlaps=True"  # which a conversion has no option for
+        raise ValueError(str(error).replace(advice, 'choose preset="paper" (--preset paper)')) from error
     _check_window(pattern, window)
     return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
 
@@ -261,7 +271,7 @@ def frozen_rope(config: PreTrainedConfig) -> dict:
 def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
     """Return the target's RoPE settings: the source's, or new ones completed from them."""
     if override is None:
-        return frozen_rope(config)
+        return _checked_rope(frozen_rope(config))
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
     if not isinstance(override, dict) or override.get("rope_type") not in known:
         raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
@@ -269,8 +279,15 @@ def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: i
     rope = {name: value for name, value in config.rope_parameters.items() if name in kept} | override
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", trained)
-    if rope["rope_type"] != "default" and not isinstance(rope.get("factor", 1.0), (int, float)):
-        raise ValueError(f"rope_parameters need a number as factor, got {rope['factor']!r}")
+    return _checked_rope(rope)
+
+
+def _checked_rope(rope: dict) -> dict:
+    """Hand RoPE settings back if the angles that they give are numbers."""
+    for name in ("rope_theta",) if rope["rope_type"] == "default" else ("rope_theta", "factor"):
+        value = rope.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"rope_parameters need a positive finite number as {name}, got {value!r}")
     return rope
 
 
@@ -278,6 +295,7 @@ def _notes(
     folder: Path,
     fields: dict,
     config: LongNetConfig,
+    context: int,
     source_context: int,
     dtypes: Counter[str],
     rope_parameters: dict | None,
@@ -290,6 +308,12 @@ def _notes(
         notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
     elif config.max_position_embeddings > source_context and rope_parameters is None:
         notes.append(f"positions beyond {source_context:,} are new to the model: tune it there")
+    longest = max(max(config.layer_pattern(i).segment_lengths) for i in range(config.num_hidden_layers))
+    if longest < context:
+        notes.append(
+            f"no layer reaches the whole context of {context:,} tokens, the longest segment has {longest:,}: give a "
+            "longer last segment or --dense-layers late"
+        )
     if config.rope_parameters["rope_type"] == "dynamic":
         notes.append("max_position_embeddings stays, because dynamic RoPE scales from there")
     if unread := [r for r in pattern.dilation_rates if r > num_kv_heads]:

@@ -36,7 +36,7 @@ def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
         What takes the switch back, at the end of a ``with`` block or by ``undo()``.
 
     Raises:
-        ValueError: if the model is of another family, or has a sliding window or softcapped logits.
+        ValueError: if the model is of another family or already switched, or has a sliding window or softcapped logits.
     """
     return Retrofit(model, pattern)
 
@@ -51,7 +51,8 @@ class Retrofit:
         self.model = model
         self._layers: list[nn.Module] = [layer.self_attn for layer in model.base_model.layers]
         self._before = model.config._attn_implementation
-        self._patterns_before = [getattr(layer, "dilation_pattern", None) for layer in self._layers]
+        if any(hasattr(layer, "dilation_pattern") for layer in self._layers):
+            raise ValueError(f"this {type(model).__name__} is already switched; undo() first")
         self._active = True
         for layer in self._layers:
             layer.dilation_pattern = pattern
@@ -62,11 +63,8 @@ class Retrofit:
         if not self._active:
             return
         self._active = False
-        for layer, pattern in zip(self._layers, self._patterns_before):
-            if pattern is None:
-                del layer.dilation_pattern
-            else:
-                layer.dilation_pattern = pattern
+        for layer in self._layers:
+            del layer.dilation_pattern
         self.model.set_attn_implementation(self._before)
 
     def __enter__(self) -> PreTrainedModel:

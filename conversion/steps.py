@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import platform
 import shlex
 import shutil
@@ -17,6 +19,8 @@ from tqdm import tqdm
 from .verify import Comparison, Verification, compare_logits
 from .weights import copy_bytes, count_numbers_not_finite, read_header, total_bytes
 
+
+logger = logging.getLogger(__name__)
 
 CARRIED_FILES = (
     "tokenizer*",
@@ -79,27 +83,49 @@ def verify_logits(comparison: Comparison, progress: bool) -> Verification:
     """Compare the logits of two stored models, with a bar if ``progress``.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if they differ, or are not finite although all weights are.
     """
     source, target = comparison.source, comparison.target
     num_bytes = total_bytes(source.tensors.values()) + total_bytes(target.tensors.values())
+    failures: list[str] = []
     for _ in range(2):  # a process's first float32 products on CPU have been seen wrong by 2e-4, its second never
         with progress_bar("verifying logits", num_bytes * len(source.compute_dtypes), progress) as bar:
             verification = compare_logits(comparison, bar.update)
             bar.total = bar.n  # of an embedding only a few rows are read
         if verification.passed:
-            return verification
-    if verification.relative_error > verification.tolerance:
+            break
+        failures.append(_describe_failure(verification))
+    else:
+        raise ValueError(f"{failures[-1]}; nothing was written")
+    if failures:
+        logger.warning("the first comparison failed (%s), the second passed", failures[0])
+    if verification.num_not_finite and not any(map(count_numbers_not_finite, source.tensors.values())):
         raise ValueError(
+            f"{verification.num_not_finite:,} logits of the source and of the converted model are NaN or infinite "
+            "although no weight is, so they prove nothing; check the numbers in config.json and RoPE; nothing was written"
+        )
+    return verification
+
+
+def _describe_failure(verification: Verification) -> str:
+    """Say with its numbers why a verification did not pass."""
+    if math.isinf(verification.max_error):
+        return (
+            "the converted model's logits are NaN or infinite in other places than the source's, of which "
+            f"{verification.num_not_finite:,} are"
+        )
+    if verification.relative_error > verification.tolerance:
+        return (
             f"the converted model's logits differ from the source's by {verification.max_error:.3g} "
-            f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed); nothing was "
-            "written"
+            f"({verification.relative_error:.1e} of the largest; {verification.tolerance:g} is allowed)"
         )
     own = verification.own_dtype
     assert own is not None  # float32 agrees
-    raise ValueError(
+    if math.isinf(own.max_error):
+        return f"in {own.dtype} the converted model's logits are NaN or infinite in other places than the source's"
+    return (
         f"in {own.dtype} the converted model's logits are {own.target_rounding:.3g} (root mean square) from those in "
-        f"float32, the source's {own.source_rounding:.3g}; at most twice that is allowed; nothing was written"
+        f"float32, the source's {own.source_rounding:.3g}; at most twice that is allowed"
     )
 
 

@@ -99,7 +99,9 @@ class Verification:
         if self.relative_error > self.tolerance:
             return False
         own, slack = self.own_dtype, self.tolerance * self.max_logit
-        return own is None or own.target_rounding <= 2 * own.source_rounding + slack
+        if own is None:
+            return True
+        return math.isfinite(own.max_error) and own.target_rounding <= 2 * own.source_rounding + slack
 
 
 def dense_length(pattern: DilationPattern) -> int:

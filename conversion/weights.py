@@ -277,6 +277,8 @@ def shard_layout(
         ValueError: if ``max_shard_size`` is not a positive size.
     """
     try:
+        if isinstance(max_shard_size, int) and max_shard_size < 1:
+            raise ValueError("no room for a tensor")
         split = split_state_dict_into_shards_factory(
             tensors,
             get_storage_size=lambda tensor: total_bytes([tensor], dtype),

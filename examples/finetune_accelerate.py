@@ -1,11 +1,9 @@
 """Fine-tune on long documents in a plain loop with Accelerate: LoRA, packed rows, checkpoints that resume exactly.
 
-    python examples/finetune_accelerate.py
     accelerate launch examples/finetune_accelerate.py --model FOLDER --length 32768      one process or many, CPU or GPU
     accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/finetune_accelerate.py --model FOLDER
 
-With ``--checkpoints`` a run that was killed, however, goes on when the same command is given again, and takes the very
-steps that it would have taken.
+With ``--checkpoints`` the same command takes a killed run up again, and takes the very steps that it would have taken.
 """
 
 import argparse
@@ -19,7 +17,7 @@ from accelerate.utils import set_seed
 from datasets import IterableDataset
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from modeling_longnet.head_loss import next_tokens, token_losses
@@ -40,6 +38,8 @@ parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="foll
 args = parser.parse_args()
 if args.qlora and not args.model:
     parser.error("--qlora holds the weights of --model in 4 bits; give --model")
+if args.model and (kind := AutoConfig.from_pretrained(args.model).model_type) != "longnet":
+    parser.error(f"--model {args.model} is a {kind} model, no LongNet; convert it first (longnet-convert)")
 if args.log_with and not find_spec(args.log_with):  # Accelerate would go on without a log
     parser.error(f"--log-with {args.log_with} needs the package; pip install {args.log_with}")
 

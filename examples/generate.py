@@ -13,6 +13,7 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 NEW_TOKENS = 40
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 torch.manual_seed(0)
 config = LongNetConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

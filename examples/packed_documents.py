@@ -1,5 +1,6 @@
 """Pack documents of any length into one row without padding: each is computed as if it were alone."""
 
+import argparse
 import bisect
 import json
 import textwrap
@@ -11,6 +12,7 @@ from transformers import DataCollatorWithFlattening
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 torch.manual_seed(0)
 config = LongNetConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

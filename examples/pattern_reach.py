@@ -3,6 +3,7 @@
 One line per query, one column per key: 1 or 2 is the branch that reaches the key, + both.
 """
 
+import argparse
 from dataclasses import replace
 
 from modeling_longnet import DilationPattern
@@ -19,6 +20,8 @@ def reached_by(pattern: DilationPattern, query: int, key: int, head: int) -> str
     first_branch = replace(pattern, segment_lengths=pattern.segment_lengths[:1], dilation_rates=(1,))
     return "1" if key in first_branch.reach(query, head) else "2"
 
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 for preset in ("paper", "retrofit"):
     pattern = DilationPattern.preset(preset, (8, 16), (1, 2))

@@ -1,11 +1,14 @@
 """Dilated attention in a few lines, on any machine: the operator, then a model with random weights."""
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM, dilated_attention
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 torch.manual_seed(0)
 
 # The operator takes what scaled_dot_product_attention takes, and a pattern of branches.

@@ -1,5 +1,6 @@
 """Train a small LongNet from scratch with the stock Trainer, on the bytes of Python's own source files."""
 
+import argparse
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
 LENGTH, STEPS = 512, 40
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 set_seed(0)
 library = Path(sysconfig.get_path("stdlib"))
 text = b"".join((library / f"{name}.py").read_bytes() for name in ("argparse", "ast", "inspect", "subprocess"))

@@ -23,6 +23,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--length", type=int, default=1024, help="bytes per sequence: %(default)s")
 parser.add_argument("--steps", type=int, default=30)
 args = parser.parse_args()
+if args.length < 2 or args.steps < 1:
+    parser.error(f"--length must be at least 2 and --steps at least 1, got {args.length} and {args.steps}")
 
 set_seed(0)
 # All of Python's own sources as bytes, in rows as long as asked for.

@@ -1,14 +1,15 @@
 """`longnet-inspect`: what a configuration's pattern reaches and costs, in tables and one picture."""
 
 import argparse
+import copy
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from conversion.plan import pattern_fields
 from modeling_longnet import DilationPattern, LongNetConfig
 
 from .costs import Costs, ModelShape, measure_costs
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> list[str]:
     config, lines = _config(options)
     shape = ModelShape.of(config)
     if _suggests(options):
-        pattern, described = _suggestion(options, config, shape)
+        pattern, described = _suggestion(options, config)
         found = {"suggested": pattern}
         lines += described
     elif options.compare:
@@ -48,10 +49,10 @@ def run(options: argparse.Namespace) -> list[str]:
         found = {"pattern": config.pattern}
     coverages = {name: measure_coverage(pattern, shape.num_kv_heads) for name, pattern in found.items()}
     lengths = options.lengths or _lengths(max(max(p.segment_lengths) for p in found.values()), options.context)
-    costs = {
-        name: measure_costs(shape if name == "pattern" else _all_layers(shape, pattern), lengths)
-        for name, pattern in found.items()
-    }
+    costs = {name: measure_costs(_shape(config, pattern), lengths) for name, pattern in found.items()}
+    if dense := sorted(set(config.dense_layers)):
+        named = ", ".join(map(str, dense))
+        lines += [f"layer {named} is dense" if len(dense) == 1 else f"layers {named} are dense", ""]
     for name, pattern in found.items():
         lines += [*_describe(name, pattern, shape.num_kv_heads), ""]
     lines += [*_coverage_table(coverages), ""]
@@ -151,20 +152,45 @@ def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
     return config, lines
 
 
-def _suggestion(
-    options: argparse.Namespace, config: LongNetConfig, shape: ModelShape
-) -> tuple[DilationPattern, list[str]]:
-    """Find the branches that the budgets allow, and say how to ask for them and what they take."""
+def _suggestion(options: argparse.Namespace, config: LongNetConfig) -> tuple[DilationPattern, list[str]]:
+    """Find the branches that the budgets allow, and say how to ask for them and what they take.
+
+    Dense layers take their part of the budgets first; the other layers share the rest.
+    """
     context = options.context or max(config.segment_lengths)
-    per_entry = shape.bytes_per_entry * len(shape.layers)
-    pattern, share = suggest_pattern(
+    per_entry = ModelShape.of(config).bytes_per_entry
+    layers, dense = config.num_hidden_layers, len(set(config.dense_layers))
+    others = layers - dense
+    if not others:
+        raise ValueError(f"all {layers} layers are dense, so there are no branches to suggest; see dense_layers")
+    flops, kv_bytes = options.suggest, options.kv_bytes
+    if dense and flops is not None and flops <= 1:
+        if flops * layers <= dense:
+            raise ValueError(
+                f"{dense} of {layers} layers are dense and alone cost {dense / layers:.3g} of dense attention, no less "
+                f"than the budget of {flops:.3g}; raise it"
+            )
+        flops = (flops * layers - dense) / others
+    if dense and kv_bytes is not None:
+        kv_bytes -= dense * context * per_entry
+        if kv_bytes < others * per_entry:
+            raise ValueError(
+                f"{dense} of {layers} layers are dense and alone hold {_bytes(dense * context * per_entry)} at "
+                f"{context} tokens, the budget is {_bytes(options.kv_bytes)}; raise it or lower the context"
+            )
+    pattern, _ = suggest_pattern(
         context,
-        1.0 if options.suggest is None else options.suggest,
-        cache_budget=None if options.kv_bytes is None else options.kv_bytes // per_entry,
+        1.0 if flops is None else flops,
+        cache_budget=None if kv_bytes is None else kv_bytes // (per_entry * others),
         preset=options.preset or "retrofit",
-        num_kv_heads=shape.num_kv_heads,
+        num_kv_heads=config.num_key_value_heads,
     )
-    cache, clearing = (n * per_entry for n in (pattern.cache_entries(context), pattern.segment_lengths[0]))
+    (costs,) = measure_costs(_shape(config, pattern), [context])
+    share, cache, clearing = (
+        costs.flops / costs.dense_flops,
+        costs.kv_bytes,
+        pattern.segment_lengths[0] * per_entry * others,
+    )
     return pattern, [
         f"segment_lengths {','.join(map(str, pattern.segment_lengths))}",
         f"dilation_rates  {','.join(map(str, pattern.dilation_rates))}",
@@ -174,8 +200,12 @@ def _suggestion(
     ]
 
 
-def _all_layers(shape: ModelShape, pattern: DilationPattern) -> ModelShape:
-    return replace(shape, layers=(pattern,) * len(shape.layers))
+def _shape(config: LongNetConfig, pattern: DilationPattern) -> ModelShape:
+    """Return the shape of the model with another pattern; its dense and its local layers stay such."""
+    config = copy.copy(config)
+    for name, value in pattern_fields(pattern).items():
+        setattr(config, name, value)
+    return ModelShape.of(config)
 
 
 def _lengths(longest: int, context: int | None) -> list[int]:

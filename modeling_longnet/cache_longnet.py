@@ -111,10 +111,10 @@ class LongNetCache(Cache):
         """
         by_layer: list[dict[str, Tensor]] = [{} for _ in self.layers]
         for name, x in state.items():
-            layer, _, of_layer = name.partition(".")
-            if not layer.isdecimal() or int(layer) >= len(self.layers):
+            number, _, rest = name.partition(".")
+            if not number.isdecimal() or int(number) >= len(self.layers):
                 raise ValueError(f"the state has {name!r}, the cache layers 0 to {len(self.layers) - 1}")
-            by_layer[int(layer)][of_layer] = x
+            by_layer[int(number)][rest] = x
         if state and not all(by_layer):
             missing = by_layer.index({})
             raise ValueError(f"the state has no layer {missing}, the cache layers 0 to {len(self.layers) - 1}")

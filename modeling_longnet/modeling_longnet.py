@@ -266,11 +266,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         if not (with_loss and skip_logits) or own_loss:
             fused = head_refusal(self.lm_head, hidden_states, self.config._attn_implementation) is None
             logits = token_logits(self.lm_head, hidden_states) if fused else self.lm_head(hidden_states)
-        given = labels if shift_labels is None else shift_labels
-        if with_loss and logits is not None and not own_loss and given.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"labels must give each of the {list(logits.shape[:-1])} tokens one, got shape {list(given.shape)}"
-            )
+        if with_loss and logits is not None and not own_loss:
+            given = labels if shift_labels is None else shift_labels
+            if given is not None and given.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"labels must give each of the {list(logits.shape[:-1])} tokens one, got shape {list(given.shape)}"
+                )
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,

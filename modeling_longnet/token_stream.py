@@ -112,7 +112,8 @@ class TokenStream:
 
     def _shapes(self, state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Return the shapes that a state's tensors must have, given its number of rows and of slots."""
-        config, shapes = self.model.config, {"position": ()}
+        config = self.model.config
+        shapes: dict[str, tuple[int, ...]] = {"position": ()}
         if "cache.0.seen" not in state:
             return shapes
         rows = state["cache.0.seen"].shape[:1]

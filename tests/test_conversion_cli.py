@@ -151,11 +151,16 @@ FAILURES = {
     "not integers": (["{source}", "{target}", "--segment-lengths", "32;64"], "'32;64' is not a list of integers"),
     "no such RoPE": (["{source}", "{target}", "--rope", "spiral"], "one of yarn, linear, ntk, llama3, none, got 'spiral'"),
     "no such layers": (["{source}", "{target}", "--dense-layers", "early"], "indices of layers or 'late', got 'early'"),
+    "late and a number": (["{source}", "{target}", "--dense-layers", "late,1"],
+                          "'late,1' is neither late nor a list of layer numbers, from 0 on, such as 3,7"),
+    "a layer twice": (["{source}", "{target}", "--dense-layers", "1,0,1"],
+                      "dense_layers (--dense-layers) names layer 1 more than once"),
+    "shards of words": (["{source}", "{target}", "--max-shard-size", "5 apples"], "max_shard_size must be bytes or a size"),
     "not JSON": (["{source}", "{target}", "--rope", "[yarn"], "'[yarn' is not JSON"),
     "not a JSON object": (["{source}", "{target}", "--rope", "[4]"], "'[4]' is not a JSON object"),
     "bad preset": (["{source}", "{target}", "--preset", "sparse"], "preset must be one of"),
     "not nested": (["{source}", "{target}", "--segment-lengths", "32,48", "--dilation-rates", "1,2"],
-                   "does not divide the next one, 48"),
+                   "does not divide the next one, 48; or choose preset=\"paper\" (--preset paper)"),
     "no source": (["{target}/absent", "{target}"], "is not a folder"),
     "target exists": (["{source}", "{source}"], "exists already; choose another target or pass overwrite (--overwrite)"),
     "dry run of no source": (["{target}/absent", "{target}", "--dry-run"], "is not a folder"),
@@ -216,6 +221,24 @@ def test_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path, capsys):
     assert any(line.startswith("KV cache ") for line in printed)
     assert any(line.startswith("attention ") for line in printed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_that_no_layer_reaches_is_noted(source, tmp_path, capsys):
+    options = ["--dry-run", "--segment-lengths", "32,64", "--context", "1024"]
+    note = "no layer reaches the whole context of 1,024 tokens, the longest segment has 64"
+    for more, noted in (([], True), (["--dense-layers", "late"], False)):
+        assert main([str(source), str(tmp_path / "target"), *options, *more]) == 0
+        assert (note in " ".join(capsys.readouterr().out.split())) == noted
+
+
+def test_a_shard_size_may_be_a_plain_number(source, tmp_path):
+    target = tmp_path / "target"
+    assert main([str(source), str(target), "--quiet", "--no-verify", "--max-shard-size", "20000"]) == 0
+    assert (target / "model.safetensors.index.json").exists()
+
+
+def test_the_help_names_every_dtype():
+    assert all(name in build_parser().format_help() for name in ("float64", "float32", "float16", "bfloat16"))
 
 
 def test_quiet_prints_nothing(source, tmp_path, capsys):

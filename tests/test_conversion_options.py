@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CONTEXT, assert_same_bits, make_checkpoint, stored_tensors
+from checkpoints import CONTEXT, assert_same_bits, edit_json, make_checkpoint, stored_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -154,19 +154,58 @@ def test_logits_are_compared_in_the_checkpoints_own_dtype_too(tmp_path, dtype):
     assert own["source_rounding"] > 0
 
 
-def test_a_model_that_is_wrong_in_its_own_dtype_only_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(1.1, "logits are .* at most twice"), (float("nan"), "logits are NaN or infinite in other places")],
+)
+def test_a_model_that_is_wrong_in_its_own_dtype_only_is_refused(tmp_path, monkeypatch, factor, message):
     def wrong_in_bfloat16(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if output.last_hidden_state.dtype == torch.bfloat16:
-            output.last_hidden_state = output.last_hidden_state * 1.1
+            output.last_hidden_state = output.last_hidden_state * factor
         return output
 
     make_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
     forward = LongNetModel.forward
     monkeypatch.setattr(LongNetModel, "forward", wrong_in_bfloat16)
-    with pytest.raises(ValueError, match=r"in bfloat16 the converted model's logits are .* at most twice"):
+    with pytest.raises(ValueError, match=f"in bfloat16 the converted model's {message}"):
         convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_logits_that_are_not_finite_prove_nothing_where_all_weights_are(source, tmp_path):
+    edit_json(source / "config.json", rms_norm_eps=-1e9)
+    with pytest.raises(ValueError, match=r"logits of the source and of .* are NaN or infinite although no weight is"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def spoil_forward(monkeypatch, times: int, factor: float) -> None:
+    """Multiply what the converted model computes, in its first ``times`` runs."""
+
+    def wrong(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if next(runs, None) is not None:
+            output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    runs, forward = iter(range(times)), LongNetModel.forward
+    monkeypatch.setattr(LongNetModel, "forward", wrong)
+
+
+def test_a_converted_model_that_is_nan_where_the_source_is_not_is_refused(source, tmp_path, monkeypatch):
+    spoil_forward(monkeypatch, 2, float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite in other places than the source's, of which 0 are"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_comparison_that_fails_only_at_first_is_logged_with_its_numbers(source, tmp_path, monkeypatch, caplog):
+    spoil_forward(monkeypatch, 1, 1.1)
+    convert_checkpoint(source, tmp_path / "target", **QUIET)
+    (record,) = [record for record in caplog.records if record.name == "conversion.steps"]
+    assert record.levelname == "WARNING"
+    assert "first comparison failed (the converted model's logits differ from the source's by" in record.getMessage()
 
 
 class RecordingHub:

@@ -26,6 +26,7 @@ import conversion.steps
 import conversion.verify
 import conversion.weights
 from conversion import convert_checkpoint
+from conversion.atomic_folder import atomic_folder
 from conversion.plan_family import plan_conversion
 from conversion.weights import copy_weights, read_header
 from modeling_longnet import DilationPattern, LongNetForCausalLM
@@ -697,8 +698,24 @@ BAD_OPTIONS = {
     "rope without type": ({"rope_parameters": {"factor": 2.0}}, "rope_type among"),
     "rope without factor": ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters do not fit"),
     "rope with a word": ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "number as factor, got '4'"),
+    "rope factor of 0": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "number as factor, got 0"),
+    "rope factor below 0": ({"rope_parameters": {"rope_type": "yarn", "factor": -3}}, "number as factor, got -3"),
+    "rope factor is true": ({"rope_parameters": {"rope_type": "linear", "factor": True}}, "as factor, got True"),
+    "rope factor infinite": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": float("inf")}},
+        "number as factor, got inf",
+    ),
+    "rope theta": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -5}},
+        "rope_parameters need a positive finite number as rope_theta, got -5",
+    ),
+    "rope theta is a word": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+        "number as rope_theta, got 'x'",
+    ),
     "no tokens": ({"verify_tokens": 0}, "verify_tokens must be a positive integer, got 0"),
     "shard size": ({"max_shard_size": "5 apples"}, "max_shard_size must be bytes or a size"),
+    "shard size of 0": ({"max_shard_size": 0}, 'max_shard_size must be bytes or a size such as "5GB", got 0'),
     "source": ({"source": "no/such/folder"}, "no/such/folder is not a folder"),
     "relative source": ({"source": "./absent"}, "the source ./absent is not a folder"),
     "source above": ({"source": "../absent"}, "the source ../absent is not a folder"),
@@ -735,6 +752,23 @@ def test_overwriting_works_where_folders_cannot_be_exchanged(source, tmp_path, m
     convert_checkpoint(source, target, overwrite=True, **QUIET)
     assert json.loads((target / "config.json").read_text())["segment_lengths"] == [64, 128, 256]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_link_to_a_checkpoint_stays_and_the_folder_behind_it_is_replaced(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr("conversion.atomic_folder._exchange", lambda one, other: False)
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    (real / "config.json").write_text("old")
+    link.symlink_to(real)
+    (real.parent / ".real.partial").symlink_to(real)
+    with atomic_folder(link, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        assert (real / "config.json").read_text() == "old"
+    assert link.readlink() == real and not real.is_symlink()
+    assert files_of(real) == {"config.json": b"new"}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "disk", "link", "real"]
 
 
 def test_only_checkpoints_are_overwritten(source, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import tiny_config
+from transformers import LlamaConfig
 
 from modeling_longnet import LongNetForCausalLM
 
@@ -64,6 +65,32 @@ def test_short_examples_are_short(name):
 def test_example_prints_its_fact(name, tmp_path):
     assert_fact(run([sys.executable, EXAMPLES / f"{name}.py"], tmp_path), FACTS[name])
     assert list(tmp_path.iterdir()) == [], "an example leaves files behind"
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_help_explains_an_example_and_runs_nothing(name, tmp_path):
+    finished = run([sys.executable, EXAMPLES / f"{name}.py", "--help"], tmp_path)
+    assert finished.returncode == 0 and "checked:" not in finished.stdout
+    assert f"usage: {name}.py [-h]" in finished.stdout
+    first_words = (EXAMPLES / f"{name}.py").read_text()[3:40]
+    assert first_words in " ".join(finished.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_refuse_what_they_cannot_train(tmp_path):
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "llama")
+    for name, options, message in (
+        ("train_long_sequence", ["--length", "0"], "--length must be at least 2 and --steps at least 1, got 0 and 30"),
+        (
+            "train_long_sequence",
+            ["--steps", "0"],
+            "--length must be at least 2 and --steps at least 1, got 1024 and 0",
+        ),
+        ("finetune_accelerate", ["--model", "llama"], "--model llama is a llama model, no LongNet; convert it first"),
+    ):
+        finished = run([sys.executable, EXAMPLES / f"{name}.py", *options], tmp_path)
+        assert finished.returncode == 2 and message in finished.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_accelerate_launch_runs_the_loop(tmp_path):

@@ -1,6 +1,7 @@
 """The benchmarks of generation run small, and a billion-token run that was stopped goes on with the same losses."""
 
 import csv
+import importlib
 import os
 import re
 import subprocess
@@ -73,6 +74,61 @@ def test_the_generation_benchmark_runs_small(tmp_path):
     # A prompt of 256 tokens is one chunk of 512, too.
     assert read == {("chunks of 256", "256"), ("chunks of 256", "1024"), ("chunks of 512", "1024")}
     assert kv_bytes["longnet", "1024"] == kv_bytes["longnet", "4096"] < kv_bytes["llama", "1024"] / 4
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("benchmark_generation", ["--contexts", "4096", "0"], "--contexts must be at least 1, got 0"),
+        ("benchmark_generation", ["--prefill-chunk", "0"], "--prefill-chunk must be at least 1, got 0"),
+        ("benchmark_generation", ["--steps", "0"], "--steps must be at least 1, got 0"),
+        ("benchmark_generation", ["--layers", "0"], "--layers must be at least 1, got 0"),
+        ("benchmark_generation", ["--vocabulary", "3"], "--vocabulary must be at least 4, got 3"),
+        ("benchmark_generation", ["--heads", "3"], "--hidden 2048 must be an even multiple of --heads 3"),
+        ("benchmark_generation", ["--kv-heads", "5"], "a multiple of --kv-heads 5"),
+        ("benchmark_generation", ["--last-segment", "5000"], "last_segment 5000 is not first_segment 2048 times"),
+        ("benchmark_generation", ["--plot", "absent.csv"], "--plot absent.csv: there is no such file"),
+        ("one_billion_tokens", ["--chunk", "0"], "--chunk must be at least 2, got 0"),
+        ("one_billion_tokens", ["--small", "--tokens", "1"], "--tokens must be at least 2, got 1"),
+        ("one_billion_tokens", ["--train-steps", "0"], "--train-steps must be at least 1, got 0"),
+        ("one_billion_tokens", ["--first-segment", "3"], "is not first_segment 3 times a power of ratio 2"),
+        (
+            "profile_decoding",
+            ["--dense-layers", "3", "16"],
+            "--dense-layers 16: the 16 layers are numbered from 0 to 15",
+        ),
+    ],
+)
+def test_bad_options_are_refused_by_the_parser(script, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).arguments()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("script", ["tune_hopper", "profile_decoding", "benchmark_attention"])
+def test_without_a_gpu_its_benchmarks_say_so_and_do_nothing(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit, match="^no CUDA device; "):
+        importlib.import_module(script).main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_earlier_numbers_stay_until_all_new_ones_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark_generation.py", "--small", "--results", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench = benchmark_generation.Bench(benchmark_generation.arguments())
+    bench.path.write_text("earlier")
+    bench = benchmark_generation.Bench(bench.args)
+    bench.record("longnet", "KV bytes", "", 256, 1, 1.0)
+    assert bench.path.read_text() == "earlier"
+    bench.finish()
+    assert bench.path.read_text().splitlines()[-1] == "longnet,KV bytes,,256,1,1,0"
+    assert list(tmp_path.iterdir()) == [bench.path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -163,6 +164,33 @@ def test_a_budget_in_bytes_counts_all_layers_and_kv_heads(text, entries, tmp_pat
     assert budget == pytest.approx(held / 1024, rel=1e-3) and held <= entries * 512
 
 
+def test_dense_layers_are_named_and_counted_with_other_branches_too(tmp_path, capsys):
+    shape = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16, "dtype": "bfloat16"}
+    tiny_config("retrofit", **shape, dense_layers=(3,)).save_pretrained(tmp_path)
+    for options in (["--suggest", "0.5"], ["--kv-bytes", "1MB"], ["--compare"], []):
+        assert main([str(tmp_path), "--context", "4000", "--lengths", "4000", *options]) == 0
+        text = capsys.readouterr().out
+        assert "\nlayer 3 is dense\n" in "\n" + text
+        cells = re.findall(r"\(([\d.]+)x\)", text.splitlines()[-1])
+        assert cells and all(float(times) <= 4 for times in cells), "one layer in four is dense"
+    assert main([str(tmp_path), "--kv-bytes", "1MB", "--context", "4000"]) == 0
+    text = capsys.readouterr().out
+    pattern, _ = suggest_pattern(4000, cache_budget=(10**6 - 4000 * 128) // (3 * 128), num_kv_heads=2)
+    assert text.startswith(f"segment_lengths {','.join(map(str, pattern.segment_lengths))}\n")
+    held = (3 * pattern.cache_entries(4000) + 4000) * 128
+    assert float(text.partition("KV cache of ")[2].split()[0]) == pytest.approx(held / 1024, rel=1e-3)
+    assert main([str(tmp_path), "--suggest", "0.5", "--context", "4000"]) == 0
+    text = capsys.readouterr().out
+    pattern, share = suggest_pattern(4000, 1 / 3, num_kv_heads=2)
+    assert f"attention costs {(3 * share + 1) / 4:.2%} of dense at 4000 tokens" in text
+    for options, message in (
+        (["--suggest", "0.25"], "1 of 4 layers are dense and alone cost 0.25 of dense attention, no less"),
+        (["--kv-bytes", "500KB"], "1 of 4 layers are dense and alone hold 500 KiB at 4000 tokens, the budget is"),
+    ):
+        assert main([str(tmp_path), "--context", "4000", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -188,6 +216,7 @@ def test_the_command_describes_a_checkpoint_and_a_llama_that_is_to_become_one(tm
     costs = measure_costs(ModelShape.of(tiny_config("retrofit")), [1024])[0]
     assert f"1,024{f'{costs.flops:.3g} ({costs.dense_flops / costs.flops:.1f}x)':>26}" in text
     make_checkpoint(tmp_path / "llama")
+    capsys.readouterr()
     assert main([str(tmp_path / "llama"), "--suggest", "0.2", "--context", "2000"]) == 0
     pattern, share = suggest_pattern(2000, 0.2, num_kv_heads=2)
     text = capsys.readouterr().out

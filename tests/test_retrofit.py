@@ -216,7 +216,7 @@ def test_undoing_restores_the_model_exactly(implementation):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before_attributes
 
 
-def test_each_model_has_its_own_pattern_and_blocks_nest():
+def test_each_model_has_its_own_pattern_and_is_switched_once():
     one = make_model()
     other = copy.deepcopy(one)
     ids = tokens(1, 40)
@@ -224,9 +224,11 @@ def test_each_model_has_its_own_pattern_and_blocks_nest():
         first = one(ids).logits
         torch.testing.assert_close(first, longnet_twin(one, PATTERN)(ids).logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other(ids).logits, longnet_twin(one, PAPER)(ids).logits, rtol=1e-5, atol=1e-5)
-        with retrofit(one, PAPER):
-            assert torch.equal(one(ids).logits, other(ids).logits)
+        with pytest.raises(ValueError, match=r"this LlamaForCausalLM is already switched; undo\(\) first"):
+            retrofit(one, PAPER)
         assert torch.equal(one(ids).logits, first)
+    with torch.no_grad(), retrofit(one, PAPER), retrofit(other, PAPER):
+        assert torch.equal(one(ids).logits, other(ids).logits)
 
 
 def test_a_base_model_without_head_is_served_too():

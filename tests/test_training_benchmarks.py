@@ -22,6 +22,7 @@ from modeling_longnet import DilationPattern
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import retrofit_quality  # noqa: E402
 from job_claims import Job, claim, work_through  # noqa: E402
 from long_context_probes import Prober, answered  # noqa: E402
 from quality_corpus import Corpus, TrainingRows  # noqa: E402
@@ -333,6 +334,27 @@ def test_the_study_of_quality_runs_small_and_goes_on_where_it_stopped(tmp_path):
     table = list(csv.DictReader(next((tmp_path / "out").glob("*.csv")).read_text().splitlines()))
     assert [row["variant"] for row in table] == names
     assert float(table[1]["times_fewer_flops"]) > 1.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "700"], "--lengths 700 does not fit retrofit: last_segment 700 is not first_segment 256 times"),
+        (["--lengths", "1024", "512"], "--lengths must ascend from the trained context, 256, or more, got 1024 512"),
+        (["--lengths", "128"], "--lengths must ascend from the trained context, 256, or more, got 128"),
+        (["--variants", "dense@2048"], "dense at 2048: the lengths are 512, 1024 (--lengths)"),
+        (["--tune-steps", "0"], "--tune-steps must be more than 0, got 0"),
+        (["--work", "file"], "--work file is no folder"),
+    ],
+)
+def test_settings_are_checked_before_they_are_kept(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["retrofit_quality.py", "--small", "--work", "work", *options])
+    with pytest.raises(SystemExit, match="2"):
+        retrofit_quality.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_variant_is_tuned_at_the_lengths_that_it_is_asked_for(tmp_path):

@@ -24,7 +24,7 @@ def streaming() -> datasets.IterableDataset:
 
 
 def packed(source=None, **options) -> PackedRows:
-    return PackedRows(list(documents()) if source is None else source, 50, **{"buffer": 4, "filler": -1, **options})
+    return PackedRows(list(documents()) if source is None else source, 50, **{"buffer": 4, **options})
 
 
 def content(rows) -> list[dict]:
@@ -36,13 +36,13 @@ def test_every_token_comes_once_and_short_documents_stay_whole():
     assert {len(row["input_ids"]) for row in rows} == {50}
     tokens = torch.cat([row["input_ids"] for row in rows])
     expected = [token for document in documents() for token in document["input_ids"]]
-    assert sorted(tokens[tokens != -1].tolist()) == sorted(expected)
+    assert sorted(tokens[tokens != 0].tolist()) == sorted(expected)
     for row in rows:
         starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], 50]):
             piece = row["input_ids"][start:end]
-            if piece[0] == -1:
-                assert (piece == -1).all() and end == 50
+            if piece[0] == 0:
+                assert (piece == 0).all() and end == 50
                 continue
             assert (piece.diff() == 1).all(), "a piece is one stretch of one document"
             assert piece[0] % 1000 % 50 == 0, "only documents longer than a row are cut, at rows"
@@ -51,13 +51,13 @@ def test_every_token_comes_once_and_short_documents_stay_whole():
 def test_documents_are_labelled_but_for_their_first_token_and_the_filler():
     for row in packed():
         ids, labels = row["input_ids"], row["labels"]
-        expected = ids.masked_fill((row["position_ids"] == 0) | (ids == -1), -100)
+        expected = ids.masked_fill((row["position_ids"] == 0) | (ids == 0), -100)
         assert torch.equal(labels, expected)
 
 
 def test_little_is_filled():
     rows = list(packed(buffer=16))
-    assert sum((row["input_ids"] == -1).sum().item() for row in rows) < 0.05 * 50 * len(rows)
+    assert sum((row["input_ids"] == 0).sum().item() for row in rows) < 0.05 * 50 * len(rows)
 
 
 @pytest.mark.parametrize("source", [lambda: list(documents()), streaming], ids=["list", "streaming"])
@@ -93,6 +93,16 @@ def test_ranks_share_the_rows_out_and_have_one_state():
     assert content(streams[2]) == parts[2][2:]
 
 
+@pytest.mark.parametrize("other", [{"length": 25}, {"buffer": 5}, {"world_size": 2}, {"filler": 1}], ids=str)
+def test_a_state_of_other_settings_is_refused_with_the_numbers(other):
+    options = {"length": 50, "buffer": 4, "world_size": 1, "filler": 0}
+    ((name, value),) = other.items()
+    rows = PackedRows(list(documents()), **options)
+    next(iter(rows))
+    with pytest.raises(ValueError, match=f"saved with {name}={options[name]}, these rows have {name}={value}; use"):
+        PackedRows(list(documents()), **options | other).load_state_dict(rows.state_dict())
+
+
 def test_a_packed_row_is_computed_as_its_documents_alone():
     model = tiny_model("retrofit")
     row = next(iter(PackedRows([{"input_ids": list(range(3, 3 + n))} for n in (30, 12, 5)], 50)))
@@ -107,6 +117,12 @@ def test_a_packed_row_is_computed_as_its_documents_alone():
 def test_bad_numbers_and_worker_processes_are_refused():
     with pytest.raises(ValueError, match="length=1, buffer=64, rank=0, world_size=1"):
         PackedRows([], 1)
+    with pytest.raises(ValueError, match="buffer=4.0"):
+        PackedRows([], 8, buffer=4.0)
+    with pytest.raises(ValueError, match="filler >= 0, got .*filler=-1"):
+        PackedRows([], 8, filler=-1)
+    with pytest.raises(ValueError, match=r"input_ids of document 1 are torch.float32; give integers"):
+        list(PackedRows([{"input_ids": []}, {"input_ids": [3.5, 4.0]}], 8))
     with pytest.raises(ValueError, match="rank=2, world_size=2"):
         PackedRows([], 8, rank=2, world_size=2)
     with pytest.raises(ValueError, match="use num_workers=0, got 2"):
@@ -133,4 +149,5 @@ def test_documents_come_in_the_same_order_from_any_folder(tmp_path):
         path.write_text("" if "empty" in name else f"text of {name}")
     found = list(python_packages([tmp_path], held_out_in=10**9))
     assert [document["name"] for document in found] == ["a", "b", "c"]
+    assert found == list(python_packages(str(tmp_path), held_out_in=10**9)), "a single folder needs no list"
     assert found[1]["text"] == "# b/one.py\ntext of b/one.py\n\n# b/two.py\ntext of b/two.py\n"

@@ -166,6 +166,13 @@ def test_offloading_needs_checkpoints():
         offload_checkpoints(tiny_model())
 
 
+@pytest.mark.parametrize("layers", [-1, 3])
+def test_offloading_refuses_layers_that_there_are_not(layers):
+    model = checkpointed(tiny_model(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=f"layers must be from 0 to 2, the layers that checkpoint, got {layers}"):
+        offload_checkpoints(model, layers)
+
+
 def test_offloading_takes_the_first_layers_checkpoints_and_nothing_else(monkeypatch):
     stored, fetched = [], []
     monkeypatch.setattr(HostCheckpoints, "store", lambda self, x: stored.append(x) or len(stored) - 1)

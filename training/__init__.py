@@ -1,4 +1,4 @@
-"""What a training run needs beside the model: text in whole documents, rows packed from it, checkpoints that resume.
+"""Activation checkpoints of a training run in host memory: ``offload_checkpoints``.
 
 Nothing here is shipped with saved checkpoints; the models need none of it to run.
 """

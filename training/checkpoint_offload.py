@@ -28,14 +28,16 @@ def offload_checkpoints(model: nn.Module, layers: int | None = None) -> None:
 
     Args:
         model: a model of transformers, wrapped or not.
-        layers: how many; None: all.
+        layers: how many of those that checkpoint; None: all.
 
     Raises:
-        ValueError: if activation checkpointing is off.
+        ValueError: if activation checkpointing is off, or there are not so many layers.
     """
     found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     if not found:
         raise ValueError("no layer checkpoints its activations; call activation_checkpointing_enable() first")
+    if layers is not None and not 0 <= layers <= len(found):
+        raise ValueError(f"layers must be from 0 to {len(found)}, the layers that checkpoint, got {layers}")
     host = HostCheckpoints()
     for layer in found[:layers]:
         layer._gradient_checkpointing_func = _Offloading(layer._gradient_checkpointing_func, host)

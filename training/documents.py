@@ -45,9 +45,12 @@ class Package(NamedTuple):
         return f"# {path.relative_to(self.root).as_posix()}\n{text}\n" if text else ""
 
 
-def find_packages(roots: Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8) -> Iterator[Package]:
+def find_packages(
+    roots: str | Path | Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8
+) -> Iterator[Package]:
     """Yield packages, unread, in an order that is the same in every run; arguments as of ``python_packages``."""
-    for root in map(Path, roots or [standard_library()]):
+    roots = [roots] if isinstance(roots, str | Path) else roots or [standard_library()]
+    for root in map(Path, roots):
         for entry in sorted(root.iterdir()):
             if entry.name in SKIPPED_FOLDERS or entry.name.endswith(("-packages", ".dist-info", ".egg-info")):
                 continue
@@ -60,13 +63,13 @@ def find_packages(roots: Sequence[str | Path] = (), held_out: bool = False, held
 
 
 def python_packages(
-    roots: Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8
+    roots: str | Path | Sequence[str | Path] = (), held_out: bool = False, held_out_in: int = 8
 ) -> Iterator[Document]:
     """Yield packages as documents, in an order that is the same in every run.
 
     Args:
-        roots: folders that hold packages and modules; the standard library's if empty. ``site-packages`` inside a root
-            is passed over: name it as a root of its own.
+        roots: folders that hold packages and modules, or one such folder; the standard library's if empty.
+            ``site-packages`` inside a root is passed over: name it as a root of its own.
         held_out: yield those kept for evaluation instead of those to train on. The two share no package.
         held_out_in: one package in so many is held out, chosen by its name alone.
     """

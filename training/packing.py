@@ -28,24 +28,26 @@ class PackedRows(IterableDataset):
         buffer: documents read ahead.
         rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
             the end are dropped, and the state is the same on all ranks.
-        filler: token id.
+        filler: token id, not negative.
 
     Yields:
         ``{"input_ids", "position_ids", "labels"}``, each ``[length]`` int64. The first token of a document, which
         nothing predicts, has the label -100.
 
     Raises:
-        ValueError: if a number does not fit, or worker processes would each read the whole stream.
+        ValueError: if a number does not fit, token ids are no integers, a state was taken with other settings, or
+            worker processes would each read the whole stream.
     """
 
     def __init__(
         self, documents: Iterable[dict], length: int, *, buffer: int = 64, rank: int = 0, world_size: int = 1,
         filler: int = 0,
     ):  # fmt: skip
-        if length < 2 or buffer < 1 or not 0 <= rank < world_size:
+        integers = all(type(number) is int for number in (length, buffer, rank, world_size, filler))
+        if not integers or length < 2 or buffer < 1 or not 0 <= rank < world_size or filler < 0:
             raise ValueError(
-                f"PackedRows needs length >= 2, buffer >= 1 and 0 <= rank < world_size, got {length=}, {buffer=}, "
-                f"{rank=}, {world_size=}"
+                "PackedRows needs integers with length >= 2, buffer >= 1, 0 <= rank < world_size and filler >= 0, got "
+                f"{length=}, {buffer=}, {rank=}, {world_size=}, {filler=}"
             )
         self.documents = documents
         self.length = length
@@ -53,7 +55,7 @@ class PackedRows(IterableDataset):
         self.rank, self.world_size = rank, world_size
         self.filler = filler
         self._resumed = False
-        self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})
+        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
 
     def state_dict(self) -> dict:
         """Return all that the next row depends on: numbers, and the tokens read ahead; ``torch.save`` can keep it."""
@@ -61,10 +63,29 @@ class PackedRows(IterableDataset):
         if self._reading and hasattr(self.documents, "state_dict"):
             source = deepcopy(self.documents.state_dict())
         waiting = [document.to(torch.int32) for document in self._waiting]
-        return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source}
+        return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source, **self._settings}
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        """What decides which rows there are, beside the documents."""
+        return {
+            "length": self.length, "buffer": self.buffer, "world_size": self.world_size, "filler": self.filler
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        """Let the next iteration continue where ``state_dict`` was taken."""
+        """Let the next iteration continue where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: if it was taken from rows with other settings.
+        """
+        for name, own in self._settings.items():
+            if state[name] != own:
+                raise ValueError(
+                    f"the state was saved with {name}={state[name]}, these rows have {name}={own}; use {state[name]}"
+                )
+        self._go_to(state)
+
+    def _go_to(self, state: dict) -> None:
         self._rows, self._read = state["rows"], state["read"]
         self._waiting = [document.long() for document in state["waiting"]]
         self._source = state["source"]
@@ -91,7 +112,7 @@ class PackedRows(IterableDataset):
                 own = row
             if index == self.world_size - 1:  # at the end of a round, so that all ranks have one state
                 yield own
-        self.load_state_dict({"rows": 0, "read": 0, "waiting": [], "source": None})  # the next epoch
+        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})  # the next epoch
 
     def _unread(self) -> Iterator[Tensor]:
         """Yield the documents that were not read yet."""
@@ -103,7 +124,10 @@ class PackedRows(IterableDataset):
         self._reading = True
         for document in islice(iter(self.documents), read, None):
             self._read += 1
-            yield torch.as_tensor(document["input_ids"], dtype=torch.long)
+            ids = torch.as_tensor(document["input_ids"])
+            if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):  # [] has no integer type either
+                raise ValueError(f"input_ids of document {self._read - 1} are {ids.dtype}; give integers")
+            yield ids.long()
 
     def _row(self) -> dict[str, Tensor]:
         chosen, room = [], self.length
