@@ -110,7 +110,8 @@ class DecodingGraph:
     def _held(self) -> tuple[int, ...]:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         tensors = [getattr(layer, name) for layer in layers for name in (*HELD, "columns")]
-        return tuple([x.data_ptr() for x in tensors] + [held[name].data_ptr() for held, name in self._weights])
+        tensors += [held.get(name) for held, name in self._weights]
+        return tuple(0 if x is None else x.data_ptr() for x in tensors)
 
     def _make_room(self) -> None:
         """Ask for room for one more token; the device is waited for where others wrote, and where room ends."""
