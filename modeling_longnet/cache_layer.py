@@ -44,21 +44,6 @@ def _numbers(pattern: DilationPattern) -> Tensor:
     return torch.tensor([*pattern.segment_lengths, *pattern.dilation_rates, *rules], dtype=torch.int64)
 
 
-def tokens_to_crop(tokens_to_remove: int) -> int:
-    """Check the argument of ``crop``, and return it.
-
-    Raises:
-        ValueError: if it is no negative integer or 0.
-    """
-    try:
-        number = operator.index(tokens_to_remove)
-    except TypeError:
-        number = 1
-    if number > 0:
-        raise ValueError(f"crop takes a number of tokens to remove as a negative integer, got {tokens_to_remove!r}")
-    return number
-
-
 class LongNetCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, with the logical position of each entry, per KV head.
 
@@ -144,7 +129,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _fix_addresses(self) -> None:
-        if self.is_compileable and self.keys is not None and not torch.compiler.is_compiling():
+        if self.is_compileable and not torch.compiler.is_compiling():
             for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
                 torch._dynamo.mark_static_address(x)
 
@@ -488,7 +473,14 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if it is no negative integer or 0, or those tokens have taken the slots of others already.
         """
-        removed = -tokens_to_crop(tokens_to_remove)
+        try:
+            removed = -operator.index(tokens_to_remove)
+        except TypeError:
+            removed = -1
+        if removed < 0:
+            raise ValueError(
+                f"crop takes a number of tokens to remove as a negative integer, got {tokens_to_remove!r}"
+            )
         if not self.is_initialized:
             return
         if removed > self.croppable:
@@ -547,18 +539,28 @@ class LongNetCacheLayer(CacheLayerMixin):
         numbers = {"columns": torch.as_tensor(self.columns), "slots": torch.tensor(self.slots.length)}
         return {name: getattr(self, name) for name in HELD} | numbers | {"pattern": _numbers(self.pattern)}
 
-    def check_state(self, state: dict[str, Tensor]) -> None:
+    def check_state(self, state: dict[str, Tensor], rows: int, num_kv_heads: int, head_dim: int) -> None:
         """Refuse a state that ``load_state_dict`` cannot take.
 
+        Args:
+            rows, num_kv_heads, head_dim: of keys and values.
+
         Raises:
-            ValueError: if it is incomplete, of another pattern, or of other slots than ``max_length`` gives.
+            ValueError: if it is incomplete, of another pattern, of other shapes, or of other slots than ``max_length``
+                gives.
         """
-        if not state:
-            return
         if missing := {*HELD, "columns", "slots", "pattern"} - state.keys():
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}")
         if not torch.equal(state["pattern"].cpu(), _numbers(self.pattern)):
             raise ValueError(f"the state is one of other branches or rules than {self.pattern}")
+        shapes: dict[str, tuple[int, ...]] = {"slots": (), "columns": (), "seen": (rows,)}
+        if state["slots"].ndim == 0:
+            entries = (rows, num_kv_heads, plan_slots(self.pattern, int(state["slots"])).capacity + 1)
+            shapes |= dict.fromkeys(("keys", "values"), (*entries, head_dim))
+            shapes |= dict.fromkeys(("key_positions", "key_branches"), entries)
+        for name, shape in shapes.items():
+            if state[name].shape != shape:
+                raise ValueError(f"{name} in the state must be {list(shape)}, got {list(state[name].shape)}")
         slots = int(state["slots"])
         if self.is_compileable and slots != self.max_length and not self.enlarges:
             raise ValueError(
@@ -567,12 +569,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Hold what another cache held, in the same slots.
-
-        Raises:
-            ValueError: if ``check_state`` refuses the state.
-        """
-        self.check_state(state)
+        """Hold what another cache held, in the same slots; ``check_state`` must allow it."""
         if not state:
             self.reset()
             return

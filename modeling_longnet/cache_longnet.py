@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
-from .cache_layer import LongNetCacheLayer, tokens_to_crop
+from .cache_layer import LongNetCacheLayer
 from .configuration_longnet import UNBOUNDED
 from .dilation_pattern import DilationPattern
 from .logical_positions import positions_from_mask
@@ -51,6 +51,7 @@ class LongNetCache(Cache):
             for i in range(config.num_hidden_layers)
         ]
         super().__init__(layers=layers, offloading=offloading)
+        self._config = config
         self._served: PretrainedConfig | None = None  # the config that check_fits saw last
 
     @property
@@ -95,7 +96,6 @@ class LongNetCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
-        tokens_to_remove = tokens_to_crop(tokens_to_remove)
         for layer in sorted(self.layers, key=lambda layer: layer.croppable):  # the one that may refuse comes first
             layer.crop(tokens_to_remove)
 
@@ -118,13 +118,34 @@ class LongNetCache(Cache):
         if state and not all(by_layer):
             missing = by_layer.index({})
             raise ValueError(f"the state has no layer {missing}, the cache layers 0 to {len(self.layers) - 1}")
-        for i, (layer, of_layer) in enumerate(zip(self.layers, by_layer)):
+        for i, (layer, of_layer) in enumerate(zip(self.layers, by_layer) if state else ()):
             try:
-                layer.check_state(of_layer)
+                layer.check_state(of_layer, *self._entry_shape(by_layer[0]))
             except ValueError as error:
                 raise ValueError(f"layer {i}: {error}") from None
         for layer, of_layer in zip(self.layers, by_layer):
             layer.load_state_dict(of_layer)
+
+    def _entry_shape(self, state: dict[str, Tensor]) -> tuple[int, int, int]:
+        """Return the rows, KV heads and head_dim that all layers must have, given the state of the first."""
+        keys, config = state.get("keys", torch.empty(0, 0)), self._config
+        # Under tensor parallelism a rank has some of the KV heads.
+        num_kv_heads = config.num_key_value_heads if config.first_kv_head is None else keys.shape[1]
+        return keys.shape[0] if keys.ndim else 0, num_kv_heads, config.head_dim
+
+    def admit(self, rows: int) -> None:
+        """Make ready for tokens of so many rows: what was reset holds none, and may have been made for others.
+
+        Raises:
+            ValueError: if the cache holds another number of rows.
+        """
+        seen = self.layers[0].seen
+        if seen is None or len(seen) == rows:
+            return
+        if not self.is_empty:
+            raise ValueError(f"the cache holds a batch of {len(seen)} rows, got {rows}")
+        for layer in self.layers:
+            layer.forget()
 
     def next_positions(
         self, attention_mask: Tensor | None, batch: int, num_tokens: int, device: torch.device
@@ -137,20 +158,12 @@ class LongNetCache(Cache):
 
         Returns:
             ``[batch, num_tokens]`` int64 logical positions, -1 for padding.
-
-        Raises:
-            ValueError: if the cache holds another number of rows.
         """
         if attention_mask is None:
             new = torch.arange(num_tokens, device=device).expand(batch, -1)
         else:
             new = positions_from_mask(attention_mask[:, attention_mask.shape[1] - num_tokens :])
-        if self.is_empty and self.layers[0].seen is not None and len(self.layers[0].seen) != batch:
-            for layer in self.layers:  # what was reset holds no rows
-                layer.forget()
         seen = self.layers[0].seen
-        if seen is not None and len(seen) != batch:
-            raise ValueError(f"the cache holds a batch of {len(seen)} rows, got {batch}")
         if seen is None:
             return new
         following = new + seen.to(device)[:, None]

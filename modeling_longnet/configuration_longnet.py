@@ -27,7 +27,7 @@ TORCHSCALE = {
     "dilated_ratio": "dilation_rates",
     "subln": "sub_layernorm",
     "xpos_rel_pos": "xpos",
-    "no_scale_embedding": "scale_embedding",
+    "no_scale_embedding": "scale_embedding, its opposite,",
 }
 
 LOSS_IMPLEMENTATIONS = ("auto", "chunked", "torch", "liger", "logits")
@@ -129,7 +129,7 @@ class LongNetConfig(LlamaConfig):
             raise ValueError(f"LongNetConfig has no field 'preset'; give the rules of {kwargs['preset']!r} as {fix}")
         for name in kwargs:
             if name in TORCHSCALE:
-                raise ValueError(f"LongNetConfig has no field {name!r}; it is {TORCHSCALE[name]!r} here")
+                raise ValueError(f"LongNetConfig has no field {name!r}; it is {TORCHSCALE[name]} here")
             own = (
                 *PATTERN_FIELDS,
                 "backbone",

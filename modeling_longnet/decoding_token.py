@@ -159,7 +159,7 @@ def decode_token(
     Args:
         model: a ``LongNetModel`` that ``decoding_refusal`` accepts.
         hidden: ``[B, 1, hidden_size]``, overwritten.
-        cache: takes the tokens in.
+        cache: takes the tokens in; it must have admitted as many rows.
         real: ``[B, 1]``, zero where the token is padding; None if all are real.
         rope_positions: ``[B or 1, 1]`` for the rotary embedding; None: the logical positions.
 
@@ -167,7 +167,7 @@ def decode_token(
         ``[B, 1, hidden_size]``.
 
     Raises:
-        ValueError: if the cache holds another number of rows, or has no room.
+        ValueError: if the cache has no room.
     """
     config, rope = model.config, model.rotary_emb
     batch = hidden.shape[0]
@@ -175,8 +175,6 @@ def decode_token(
     for layer in cache.layers:
         if not layer.is_initialized:
             layer.lazy_initialization(*[hidden.new_empty(batch, config.num_key_value_heads, 1, config.head_dim)] * 2)
-    if len(cache.layers[0].seen) != batch:
-        raise ValueError(f"the cache holds a batch of {len(cache.layers[0].seen)} rows, got {batch}")
     cache.reserve(1)
     rotary = Rotary(rope.inv_freq, rope.attention_scaling, rope.as_source_below)
     seen = cache.layers[0].seen

@@ -74,10 +74,7 @@ def head_loss(
         raise ValueError(
             f"loss_implementation must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {implementation!r}"
         )
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels must give each of the {list(hidden.shape[:-1])} tokens one, got shape {list(targets.shape)}"
-        )
+    check_labels(targets, hidden.shape[:-1])
     if targets.is_floating_point():
         raise ValueError(f"labels must be int64, got {targets.dtype}")
     if not 0 <= label_smoothing <= 1:
@@ -85,6 +82,16 @@ def head_loss(
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     total = _IMPLEMENTATIONS[implementation](hidden, head, targets, label_smoothing)
     return total / _items(targets, num_items)
+
+
+def check_labels(labels: Tensor, tokens: torch.Size) -> None:
+    """Refuse labels that are not one for each of ``tokens``, the shape of the batch.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if labels.shape != tokens:
+        raise ValueError(f"labels must give each of the {list(tokens)} tokens one, got shape {list(labels.shape)}")
 
 
 @torch.no_grad()

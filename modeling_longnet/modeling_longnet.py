@@ -30,7 +30,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .decoding_graph import GraphedCall
 from .decoding_token import decode_token, decoding_refusal, head_refusal, model_refusal, token_logits
-from .head_loss import head_loss, logits_loss, next_tokens
+from .head_loss import check_labels, head_loss, logits_loss, next_tokens
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
 from .sequence_tiles import in_tiles
@@ -157,8 +157,9 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
                 f"LongNet needs a LongNetCache, got {type(past_key_values).__name__}: other caches do not know which "
                 "keys the pattern reaches; leave past_key_values out to get the right one"
             )
-        if past_key_values is not None and (past_key_values.is_empty or not torch.compiler.is_compiling()):
+        if past_key_values is not None:
             past_key_values.check_fits(self.config)
+            past_key_values.admit(len(inputs_embeds))
         if cu_seq_lens_q is None and past_key_values is not None and inputs_embeds.shape[1] == 1:
             refusal = decoding_refusal(self, past_key_values, inputs_embeds.shape[1], kwargs)
             if refusal is None:
@@ -268,10 +269,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             logits = token_logits(self.lm_head, hidden_states) if fused else self.lm_head(hidden_states)
         if with_loss and logits is not None and not own_loss:
             given = labels if shift_labels is None else shift_labels
-            if given is not None and given.shape != logits.shape[:-1]:
-                raise ValueError(
-                    f"labels must give each of the {list(logits.shape[:-1])} tokens one, got shape {list(given.shape)}"
-                )
+            assert given is not None
+            check_labels(given, logits.shape[:-1])
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
@@ -321,10 +320,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         return super().get_compiled_call(compile_config)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
         try:
             return super()._assisted_decoding(*args, **kwargs)
         finally:  # the cache may go on without anybody who crops it
-            for layer in kwargs["past_key_values"].layers:
+            for layer in [] if cache is None else cache.layers:
                 layer.record_past = False
 
     def _prepare_cache_for_generation(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .cache_longnet import LongNetCache
-from .cache_slots import plan_slots
 from .head_loss import token_losses
 
 
@@ -100,35 +99,18 @@ class TokenStream:
         self.last_hidden_state = state.get("last_hidden_state")
 
     def _check(self, state: dict[str, Tensor]) -> None:
-        """Refuse what the cache does not: it looks for its tensors, but not at their shapes."""
+        """Refuse what lacks or misfits beside the cache's tensors, which the cache checks itself."""
         needed = {"position"}
         if "last_hidden_state" in state or state.get("position", torch.zeros(1)).any():
             needed |= {"last_hidden_state", "cache.0.seen"}
         if missing := sorted(needed - state.keys()):
             raise ValueError(f"the state lacks {', '.join(missing)}")
-        for name, shape in self._shapes(state).items():
-            if name in state and state[name].shape != shape:
-                raise ValueError(f"{name} in the state must be {list(shape)}, got {list(state[name].shape)}")
-
-    def _shapes(self, state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes that a state's tensors must have, given its number of rows and of slots."""
-        config = self.model.config
         shapes: dict[str, tuple[int, ...]] = {"position": ()}
-        if "cache.0.seen" not in state:
-            return shapes
-        rows = state["cache.0.seen"].shape[:1]
-        shapes["last_hidden_state"] = (*rows, 1, config.hidden_size)
-        for i, layer in enumerate(self.cache.layers):
-            of_layer = {"seen": rows, "columns": (), "slots": ()}
-            length, keys = state.get(f"cache.{i}.slots"), state.get(f"cache.{i}.keys")
-            if length is not None and length.ndim == 0 and keys is not None:
-                # Under tensor parallelism a rank has some of the KV heads.
-                heads = (config.num_key_value_heads,) if config.first_kv_head is None else keys.shape[1:2]
-                slots = (*rows, *heads, plan_slots(layer.pattern, int(length)).capacity + 1)
-                of_layer |= dict.fromkeys(("keys", "values"), (*slots, config.head_dim))
-                of_layer |= dict.fromkeys(("key_positions", "key_branches"), slots)
-            shapes |= {f"cache.{i}.{name}": shape for name, shape in of_layer.items()}
-        return shapes
+        if "last_hidden_state" in state:
+            shapes["last_hidden_state"] = (*state["cache.0.seen"].shape[:1], 1, self.model.config.hidden_size)
+        for name, shape in shapes.items():
+            if state[name].shape != shape:
+                raise ValueError(f"{name} in the state must be {list(shape)}, got {list(state[name].shape)}")
 
 
 def _refuse_training(model: nn.Module) -> None:

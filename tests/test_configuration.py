@@ -46,8 +46,9 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"layers_without_rope": [-1]}, "layers_without_rope names layer -1"),
         ({"dense_layer": [0]}, "'dense_layer'; did you mean 'dense_layers'"),
         ({"segment_lengths": [8, 16, 2**62 + 1]}, "segment_lengths must hold at most 2.62 .* got 4611686018427387905"),
-        ({"dilated_ratio": [1, 2, 4]}, "no field 'dilated_ratio'; it is 'dilation_rates' here"),
-        ({"subln": True}, "no field 'subln'; it is 'sub_layernorm' here"),
+        ({"dilated_ratio": [1, 2, 4]}, "no field 'dilated_ratio'; it is dilation_rates here"),
+        ({"subln": True}, "no field 'subln'; it is sub_layernorm here"),
+        ({"no_scale_embedding": True}, "no field 'no_scale_embedding'; it is scale_embedding, its opposite, here"),
         ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),
     ],
 )

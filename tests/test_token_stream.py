@@ -100,10 +100,10 @@ STATE_FAULTS = {
     "position": (None, "the state lacks position"),
     "last_hidden_state": (None, "the state lacks last_hidden_state"),
     "cache.1.values": (None, "the state lacks values"),
-    "cache.1.keys": ((1, 2, 1, 8), r"cache.1.keys in the state must be \[1, 2, \d+, 8\], got \[1, 2, 1, 8\]"),
-    "cache.0.key_branches": ((1, 1, 1), r"cache.0.key_branches in the state must be \[1, 2, \d+\], got \[1, 1, 1\]"),
-    "cache.1.seen": ((2,), r"cache.1.seen in the state must be \[1\], got \[2\]"),
-    "cache.1.slots": ((2,), r"cache.1.slots in the state must be \[\], got \[2\]"),
+    "cache.1.keys": ((1, 2, 1, 8), r"layer 1: keys in the state must be \[1, 2, \d+, 8\], got \[1, 2, 1, 8\]"),
+    "cache.0.key_branches": ((1, 1, 1), r"layer 0: key_branches in the state must be \[1, 2, \d+\], got \[1, 1, 1\]"),
+    "cache.1.seen": ((2,), r"layer 1: seen in the state must be \[1\], got \[2\]"),
+    "cache.1.slots": ((2,), r"layer 1: slots in the state must be \[\], got \[2\]"),
     "last_hidden_state, wrong": ((1, 2, 32), r"last_hidden_state in the state must be \[1, 1, 32\], got \[1, 2, 32\]"),
 }
 
