@@ -337,6 +337,14 @@ def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     assert number(tokens) == float(longest["tokens"]) and seconds == f"{float(longest['ms']) / 1e3:.0f}"
 
 
+def test_the_demo_takes_what_was_measured():
+    minutes, seconds, cores = re.search(r"took (\d+):(\d\d) minutes on (\w+) CPU cores", README).groups()
+    text = (ROOT / "benchmarks/results/demo_2026-11-27.txt").read_text()
+    measured = re.search(r"^real\t(\d+)m([\d.]+)s$", text, flags=re.MULTILINE)
+    assert (minutes, seconds) == (measured[1], f"{float(measured[2]):02.0f}")
+    assert f"{['no', 'one', 'two'].index(cores)} cores" in text
+
+
 def test_the_number_of_gpu_tests_is_what_the_run_printed():
     text = (ROOT / "benchmarks/results/gpu_tests_NVIDIA-H100-80GB-HBM3_2026-11-26.txt").read_text()
     assert not re.search(r"FAILED|\d+ failed", text)
