@@ -3,7 +3,8 @@
 Each candidate is compiled and checked in a process of its own: output, lse and gradients against the eager backend in
 float64, on fresh random inputs, with outputs allocated from memory that holds nan; twice, bit for bit. One that is
 wrong, does not compile or hangs is named and not timed. Then every launch of a candidate is timed on the device at one
-length. TFLOP/s here count the products that a kernel does (2, 3 and 4 per pair of query and key), not the useful ones.
+length. TFLOP/s here count the products that a kernel does (2, 3, 4 and 5 per pair of query and key), not the useful
+ones. The backward in one kernel is timed with all that it needs beside the kernel but the statistics.
 
     PYTHONPATH=. python benchmarks/tune_hopper.py
 """
@@ -13,6 +14,8 @@ import functools
 import itertools
 import multiprocessing
 import time
+from collections.abc import Callable
+from math import inf
 
 import torch
 from benchmark_attention import median_ms
@@ -29,8 +32,14 @@ from modeling_longnet.launch_plans import Plan
 HEADS = 16
 BUDGET_MS = 20.0  # of device time per median
 PRESETS = ("paper", "retrofit")
-KERNELS = {"fwd": "hopper_fwd_kernel", "dq": "hopper_bwd_dq_kernel", "dkdv": "hopper_bwd_dkdv_kernel"}
-PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}
+KERNELS = {
+    "fwd": "hopper_fwd_kernel",
+    "dq": "hopper_bwd_dq_kernel",
+    "dkdv": "hopper_bwd_dkdv_kernel",
+    "bwd": "hopper_bwd_kernel",
+}
+PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4, "bwd": 5}
+RESULTS = {"fwd": ("out", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "bwd": ("dq", "dk", "dv")}
 CANDIDATES = {
     ("fwd", 128): [
         HopperTiles(128, 64, 4, (224, 56)),
@@ -55,14 +64,21 @@ CANDIDATES = {
     ],
     ("dkdv", 128): [HopperTiles(128, 64, 3, (240, 24)), HopperTiles(128, 64, 3, (240, 24), turns=True)],
     ("dkdv", 64): [HopperTiles(128, 64, 4, (224, 56)), HopperTiles(128, 64, 4, (232, 40), turns=True)],
+    ("bwd", 128): [HopperTiles(128, 64, 2, (240, 24)), HopperTiles(128, 64, 2, (240, 24), turns=True)],
+    ("bwd", 64): [HopperTiles(128, 64, 4, (240, 24)), HopperTiles(128, 64, 4, (240, 24), turns=True)],
 }
 CHOSEN = hopper._tiles
 
 
 def take(tiles: dict[str, HopperTiles], min_tiles: float = 0) -> None:
-    """Let the next calls be cut in this way, kernels that are not named as the package cuts them."""
+    """Let the next calls be cut in this way, kernels that are not named as the package cuts them.
+
+    The backward takes one kernel where that one is named.
+    """
     hopper._tiles = lambda kernel, head_dim, dilate: tiles.get(kernel) or CHOSEN(kernel, head_dim, dilate)
-    hopper._fewest_tiles = lambda kernel, head_dim, dilate: min_tiles
+    hopper._fewest_tiles = lambda kernel, head_dim, dilate: (
+        inf if kernel == "bwd" and "bwd" not in tiles else min_tiles
+    )
     fused._forward_plan.cache_clear()
     fused._backward_plan.cache_clear()
 
@@ -81,17 +97,26 @@ def random_tensors(length: int, head_dim: int, heads: int = HEADS) -> dict[str, 
     return tensors
 
 
-def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> list[Plan]:
-    """Return each launch of one kernel as a plan; those of the backward are preceded by that of the statistics."""
+def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> list[Callable[[], None]]:
+    """Return what runs each launch of one kernel; those of the backward are preceded by that of the statistics.
+
+    The launches of the backward in one kernel wait for each other and are one.
+    """
     layouts = [fused.layout_of(tensors[name]) for name in ("do", "query", "key", "value", "out")]
     kind = fused.Kind(None, False, Call(pattern, True, tensors["query"].shape[-1] ** -0.5))
     forward = kernel == "fwd"
-    plan = fused._forward_plan(*layouts[1:4], kind) if forward else fused._backward_plan(*layouts, False, kind)
+    plan, scratch = (
+        (fused._forward_plan(*layouts[1:4], kind), None) if forward else fused._backward_plan(*layouts, False, kind)
+    )
     names = [KERNELS[kernel], "stats_kernel"]
     found = [Plan(plan.device, (x,)) for x in plan.launches if x.kernel.__name__ in names]
     if len(found) == (not forward):
         raise SystemExit(f"no launch of {KERNELS[kernel]}: this card or this triton takes the portable kernels")
-    return found
+    runs = [functools.partial(one.run, **tensors) for one in found]
+    if scratch is None:
+        return runs
+    whole = Plan(plan.device, plan.launches[1:])
+    return [runs[0], lambda: whole.run(**tensors, **fused._allocate(scratch, plan.device))]
 
 
 def check(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> str:
@@ -103,13 +128,13 @@ def check(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> 
         exact = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, tensors["do"].double())))
         tensors["out"].copy_(out.detach())
         tensors["lse"].copy_(lse.detach())
-    faults, names = [], {"fwd": ("out", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv")}[kernel]
+    faults, names = [], RESULTS[kernel]
     runs = []
     for _ in range(2):
         for name in names:
             tensors[name].fill_(torch.nan)
         for launch in launches(kernel, pattern, tensors):
-            launch.run(**tensors)
+            launch()
         runs.append({name: tensors[name].clone() for name in names})
     for name in names:
         error = ((runs[0][name].double() - exact[name]).norm() / exact[name].norm()).item()
@@ -176,9 +201,7 @@ def time_kernel(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor
     # A launch that adds to lse or dq changes what it finds, not how long it takes.
     tensors["out"].normal_()
     tensors["lse"].fill_(8.0)
-    return [
-        median_ms(functools.partial(launch.run, **tensors), BUDGET_MS) for launch in launches(kernel, pattern, tensors)
-    ]
+    return [median_ms(launch, BUDGET_MS) for launch in launches(kernel, pattern, tensors)]
 
 
 def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
@@ -208,7 +231,7 @@ def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
                 )[0]  # fmt: skip
                 torch.autograd.grad(out, leaves, do)
 
-            for name, min_tiles in (("portable", float("inf")), ("hopper", 0)):
+            for name, min_tiles in (("portable", inf), ("hopper", 0)):
                 take(tiles, min_tiles)
                 step()
                 line.append(f"{preset} {name} {median_ms(step, BUDGET_MS):.3f}")
@@ -236,7 +259,7 @@ def main() -> None:
         (kernel, head_dim, preset, tiles)
         for (kernel, head_dim), candidates in CANDIDATES.items()
         if kernel in arguments.kernels and head_dim in arguments.head_dims
-        for preset in PRESETS
+        for preset in (PRESETS if kernel != "bwd" else ("paper",))  # it serves dilated queries
         for tiles in candidates
     ]
     started = time.monotonic()
@@ -257,7 +280,7 @@ def main() -> None:
         pairs = pattern.attention_flops(arguments.length, HEADS, head_dim) / (4 * head_dim)
         rate = 2 * PRODUCTS[kernel] * head_dim * pairs / sum(ms) / 1e9
         print(f"{name}: {sum(ms):.3f} ms {rate:.0f} TFLOP/s  {[round(1e3 * x) for x in ms]} us", flush=True)
-        if sum(ms) < fastest.get(job[:3], float("inf")):
+        if sum(ms) < fastest.get(job[:3], inf):
             fastest[job[:3]], best[job[:3]] = sum(ms), tiles
     for (kernel, head_dim, preset), tiles in best.items():
         print(f"best {kernel:4} D={head_dim:<3} {preset:8} {tuple(tiles)} {fastest[kernel, head_dim, preset]:.3f} ms")

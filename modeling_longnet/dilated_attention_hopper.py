@@ -14,7 +14,7 @@ import torch
 
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
-from .dilated_attention_launches import ENDLESS, Launch, sides_met
+from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
 
@@ -26,7 +26,9 @@ try:
 
     from .dilated_attention_hopper_bwd_kernels import hopper_bwd_dkdv_kernel, hopper_bwd_dq_kernel
     from .dilated_attention_hopper_fwd_kernels import hopper_fwd_kernel
+    from .dilated_attention_hopper_ordered_kernels import hopper_bwd_kernel
     from .dilated_attention_hopper_pipeline_kernels import Variant
+    from .dilated_attention_kernels import scale_kernel
 except ImportError:  # hopper_refusal says so before anything here is needed
     triton = None
 
@@ -35,6 +37,8 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
+MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
+MOST_SHARED = 2**25  # bytes: 17 million were faster, 69 million slower than two kernels, with 50 million of L2
 
 
 class HopperTiles(NamedTuple):
@@ -50,6 +54,18 @@ class HopperTiles(NamedTuple):
     turns: bool = False
 
 
+class Scratch(NamedTuple):
+    """Sizes of what the backward in one kernel needs beside its results, in elements.
+
+    ``sums``: float32, ``[heads, L, D]``; ``cleared``: they must be zero before. ``marks``, ``tallies``: int32, zero.
+    """
+
+    sums: int
+    marks: int
+    tallies: int
+    cleared: bool
+
+
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100."""
     if head_dim == 128:
@@ -57,6 +73,7 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
             "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else HopperTiles(128, 64, 4, (224, 56)),
             "dq": HopperTiles(128, 64, 3, (224, 56)),
             "dkdv": HopperTiles(128, 64, 3, (240, 24)),
+            "bwd": HopperTiles(128, 64, 2, (240, 24)),
         }[kernel]
     # Dense queries loop long enough for a third consumer to pay; the shorter tiles of dilated ones waste less at edges.
     three = HopperTiles(192, 64, 4, (160, 32), turns=True)
@@ -64,11 +81,14 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
         "fwd": HopperTiles(128, 128, 4, (240, 24), turns=True) if dilate else three,
         "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
         "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True),
+        "bwd": HopperTiles(128, 64, 4, (240, 24), turns=True),
     }[kernel]
 
 
 def _fewest_tiles(kernel: str, head_dim: int, dilate: bool) -> float:
     """Choose how many tiles per processor make a kernel faster than the portable one, as measured on an H100."""
+    if kernel == "bwd":
+        return 6  # below, two kernels are faster
     if dilate:
         return 2  # below, starting and ending take longer than is saved
     if head_dim == 64:
@@ -93,7 +113,7 @@ def hopper_refusal(
     """Say why a Hopper kernel does not serve a call, None if it does.
 
     Args:
-        kernel: ``"fwd"``, ``"dq"`` or ``"dkdv"``.
+        kernel: ``"fwd"``, ``"dq"``, ``"dkdv"``, or ``"bwd"`` for the last two in one.
         tensors: all that the copy engine would read, ``[B, heads, L, D]``; the first has the query heads.
         pattern, is_causal: the call's. padded: whether it has a mask.
     """
@@ -109,6 +129,8 @@ def hopper_refusal(
     if not pattern.dilate_queries and len(pattern.segment_lengths) > MAX_BRANCHES:
         return f"{len(pattern.segment_lengths)} branches, at most {MAX_BRANCHES} fit one launch"
     batch, num_heads, length, head_dim = query.shape
+    if kernel == "bwd" and (refusal := _one_kernel_refusal(query, tensors[1], pattern)):
+        return refusal
     if any(w % r for w, r in pattern.branches):
         return "a rate that does not divide its segment length"
     if any(length % r for r in pattern.dilation_rates):
@@ -121,6 +143,18 @@ def hopper_refusal(
     return None
 
 
+def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: DilationPattern) -> str | None:
+    """Say why the backward takes two kernels where Hopper's serve, None if it takes one."""
+    if not pattern.dilate_queries:
+        return "far tiles of dense queries come to a block when it has left the cache"
+    if not pattern.count_overlaps and pattern.window == "segment":
+        return "tiles that meet nothing would break the chain of those that wait for each other"
+    # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
+    group, head_dim = query.shape[1] // key.shape[1], query.shape[-1]
+    shared = _processors(query.device) * TILE * group * head_dim * (2 * query.dtype.itemsize + 4)
+    return f"tiles at work share {shared} bytes, more than the cache keeps" if shared > MOST_SHARED else None
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -130,8 +164,8 @@ def hopper_fwd_launch(
     launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call
 ) -> KernelLaunch:
     """Plan one forward launch, which goes on from what (out, lse) hold unless it is the first."""
-    own = ("query", None if launch.first else "out")
-    return _plan_launch("fwd", launch, ("out", "lse"), ("out",), own, ("key", "value"), layouts, num_documents, call)
+    own, met = ("query", "out"), ("key", "value")
+    return _plan_launch("fwd", launch, ("out", "lse"), ("out",), own, met, layouts, num_documents, call)
 
 
 def hopper_dq_launch(launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call) -> KernelLaunch:
@@ -148,8 +182,115 @@ def hopper_dkdv_launch(
     return _plan_launch("dkdv", launch, ("dk", "dv", "stats"), ("dk", "dv"), own, met, layouts, num_documents, call)
 
 
+def hopper_bwd_launches(
+    layouts: dict[str, TensorLayout], num_documents: int, call: Call
+) -> tuple[list[KernelLaunch], Scratch]:
+    """Plan the launches of all gradients, and what they need beside the results.
+
+    The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
+    time as fit.
+    """
+    pattern = call.pattern
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    num_kv_heads = layouts["key"].shape[1]
+    group = num_heads // num_kv_heads
+    lanes = batch * num_kv_heads
+    tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
+    at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim)))
+    at_once = _cdiv(lanes, _cdiv(lanes, at_once))
+    branches = key_launches(pattern)
+    # The first branch's first tile of each block writes; what no whole block covers has to be zero before.
+    stores = branches[0].first and num_documents == 0 and branches[0].windows[0] % TILE == 0
+    chunks = [range(first, min(first + at_once, lanes)) for first in range(0, lanes, at_once)]
+    counters = len(chunks) * len(branches)
+    launches: list[KernelLaunch] = []
+    number, mark = 0, 1
+    for chunk in chunks:
+        before = 0
+        for launch in branches:
+            planned, classes = _plan_bwd_launch(
+                launch, layouts, num_documents, call, chunk, stores and launch.first, number,
+                counters + chunk.start, mark, before,
+            )  # fmt: skip
+            launches.append(planned)
+            number, mark, before = number + 1, mark + classes, before + classes
+        dq = layouts["dq"]
+        arguments = (
+            Pointer("sums"), Pointer("dq"), *dq.strides[:3], call.scale, length, chunk.start * group, num_heads
+        )  # fmt: skip
+        constants = {"CLEARS": not stores and chunk is not chunks[-1], "HEAD_DIM": head_dim, "BLOCK_M": 64}
+        grid = (_cdiv(length, 64), len(chunk) * group, 1)
+        launches.append(KernelLaunch(scale_kernel, grid, arguments, constants, num_warps=4))
+    rows = at_once * group * length
+    return launches, Scratch(rows * head_dim, rows, counters + lanes, not stores)
+
+
+def _plan_bwd_launch(
+    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call, lanes: range, stores: bool,
+    number: int, counter: int, first_mark: int, before: int,
+) -> tuple[KernelLaunch, int]:  # fmt: skip
+    """Plan what one branch adds to the gradients of some lanes; also return how many tiles each lane has.
+
+    Args:
+        stores: whether the first tile of each block writes dq instead of adding to it.
+        number: of launches before this one.
+        counter: the place of the first lane's counter.
+        first_mark: the mark of a lane's first tile.
+        before: tiles that a lane has in the branches before.
+    """
+    pattern = call.pattern
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    num_kv_heads = layouts["key"].shape[1]
+    group = num_heads // num_kv_heads
+    tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
+    tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tiles.block_m)
+    if num_documents == 0:
+        classes, periods = tiles_per_period, _cdiv(length, launch.period)
+    else:
+        whole, rest = divmod(length, launch.period)
+        classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
+        periods = 1
+    runs = periods * len(lanes)
+    variant = _variant(
+        num_branches=1,
+        group=group,
+        num_kv_heads=num_kv_heads,
+        blocked=pattern.head_offsets == "blocked",
+        disjoint=not pattern.count_overlaps,
+        dilate=pattern.dilate_queries,
+        sliding=pattern.window == "sliding",
+        packed=num_documents > 0,
+        side=sides_met(pattern, call.is_causal, from_key=True)[0],
+        from_key=True,
+        first=launch.first,
+        own_tensors=2,
+        head_dim=head_dim,
+        stores=stores,
+        **tiles._asdict(),
+    )
+    strides = [
+        s for name in ("dk", "dv") for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
+    ]
+    arguments = (
+        *map(Pointer, ("dk", "dv", "stats", "marks", "tallies")),
+        *(_rows(name, layouts[name], launch.rate, 64) for name in ("key", "value")),
+        *(_rows(name, layouts[name], launch.loop_rate, tiles.block_n) for name in ("query", "do")),
+        _sums(len(lanes) * group, length, head_dim, launch.loop_rate),
+        *(_rows(name, layouts[name], launch.rate, 64) for name in ("dk", "dv")),
+        Pointer("cu_seqlens") if num_documents else None, *strides, call.scale, length, num_documents,
+        num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
+        launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes, number, counter, first_mark,
+        before,
+    )  # fmt: skip
+    grid = (min(_processors(layouts["query"].device), runs * classes), 1, 1)
+    # Launches of the same lanes overlap: each waits for the one before lane by lane.
+    options = {"launch_pdl": True} if before > 0 else {}
+    planned = KernelLaunch(hopper_bwd_kernel, grid, arguments, {"V": variant}, num_warps=4, **options)
+    return planned, classes * periods
+
+
 def _plan_launch(
-    kernel: str, launch: Launch, pointers: Sequence[str], strided: Sequence[str], own: Sequence[str | None],
+    kernel: str, launch: Launch, pointers: Sequence[str], strided: Sequence[str], own: Sequence[str],
     met: Sequence[str], layouts: dict[str, TensorLayout], num_documents: int, call: Call,
 ) -> KernelLaunch:  # fmt: skip
     """Plan a kernel's launch over all tiles of a progression: one program per processor.
@@ -200,7 +341,7 @@ def _plan_launch(
     ]
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
-    own_rows = [None if name is None else _rows(name, layouts[name], launch.rate, 64) for name in own]
+    own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
     met_rows = [
         x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
     ]
@@ -224,6 +365,16 @@ def _variant(**fields) -> "Variant":
 def _layout(rows: int, head_dim: int, dtype: torch.dtype):
     element = bfloat16 if dtype == torch.bfloat16 else float16
     return NVMMASharedLayout.get_default_for([1, 1, 1, rows, head_dim], element)
+
+
+def _sums(heads: int, length: int, head_dim: int, rate: int) -> Rows:
+    """Describe float32 ``[heads, L, D]`` likewise; in parts as each of two consumers adds them."""
+    part = (1, 1, 1, 64, head_dim // 2)
+    return Rows(
+        "sums", TensorDescriptor, (1, heads, rate, length // rate, head_dim),
+        (heads * length * head_dim, length * head_dim, head_dim, rate * head_dim, 1), part,
+        (NVMMASharedLayout(64, 32, 5),),
+    )  # fmt: skip
 
 
 def _rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:

@@ -1,7 +1,8 @@
-"""The backward kernels of dilated attention on Hopper: what their consumers do with the blocks that the producer brings.
+"""The backward of dilated attention on Hopper in two kernels: what consumers do with the blocks that the producer brings.
 
 The gradients of the scores are computed twice, for the queries and for the keys: seven products instead of five. Writing
-them down in the keys' kernel leaves one product for the queries, but slows that kernel by most of what it saves.
+them down in the keys' kernel leaves one product for the queries, but slows that kernel by most of what it saves. Where
+what the tiles at work share stays in the cache, ``dilated_attention_hopper_ordered_kernels`` does with five.
 """
 
 from typing import Any, NamedTuple
@@ -353,7 +354,9 @@ def hopper_bwd_dq_kernel(
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
-    results = Results(dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate)
+    results = Results(
+        None, None, dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate
+    )
     sources = Sources(own_desc, other_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]

@@ -19,6 +19,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _branch_of,
     _end_turn,
     _field,
+    _hand_in,
     _in_order,
     _met,
     _pack,
@@ -36,6 +37,7 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
+        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -175,16 +177,21 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         total = gl.where(skipped, 1.0, total)
         out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)
         lse = gl.where(skipped, float("-inf"), (peak + gl.log2(total)) * LN2)
-        out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
-        _store_rows(out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V)
+        if V.dilate:
+            _hand_in(out, results, batch, head, start, x_first, count, consumer, V)
+        else:
+            out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+            _store_rows(out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V)
         gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
         record = _read_record(rings, seen)
         seen += 1
+    if V.dilate:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
 def hopper_fwd_kernel(
-    out_ptr, lse_ptr, own_desc, other_desc,
+    out_ptr, lse_ptr, own_desc, out_desc,
     k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
     v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
     cu_seqlens_ptr, stride_ob, stride_oh, stride_ol, scale, length, num_documents, search_steps,
@@ -201,8 +208,13 @@ def hopper_fwd_kernel(
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
-    results = Results(out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads, length, own_rate)
-    sources = Sources(own_desc, other_desc, k_descs, v_descs)
+    staged = rings.own
+    if V.dilate:  # tiles of dense queries take so long that their end makes no difference
+        staged = gl.allocate_shared_memory(own_desc.dtype, [V.consumers, ROWS, V.head_dim], rings.own.layout)
+    results = Results(
+        out_desc, staged, out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads, length, own_rate
+    )
+    sources = Sources(own_desc, out_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
     if V.consumers == 3:

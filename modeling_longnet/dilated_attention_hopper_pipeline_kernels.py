@@ -21,7 +21,7 @@ from .dilated_attention_tile_kernels import _band, _block_range, _document, _off
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
@@ -67,6 +67,7 @@ class Variant:
     stages: int
     registers: tuple[int, int]
     turns: bool
+    stores: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -130,8 +131,13 @@ class Sources(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats)."""
+    """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats).
 
+    ``rows``: the descriptor of the rows; ``staged``: shared memory that they leave from. Of dq there is neither.
+    """
+
+    rows: Any
+    staged: Any
     rows_ptr: Any
     numbers_ptr: Any
     stride_b: Any
@@ -400,6 +406,47 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
     else:
         x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
     gl.store(pointers, x, mask=mask)
+
+
+@gluon.jit
+def _hand_in(x, results, batch, head, start, x_first, count, consumer: gl.constexpr, V: gl.constexpr):
+    """Write a consumer's ``[ROWS, D]`` rows where they lie: the copy engine does, beside the next tile's products.
+
+    It would not stop after ``count`` rows; what ends sooner is written by the consumer itself.
+    """
+    dtype: gl.constexpr = results.rows.dtype
+    rate = results.own_rate
+    x = x.to(dtype)
+    if count >= (consumer + 1) * ROWS:
+        staged = results.staged.index(consumer)
+        tma.store_wait(0)  # what was staged before has left
+        gl.thread_barrier()
+        staged.store(x)
+        fence_async_shared()
+        gl.thread_barrier()
+        row = start + x_first
+        tma.async_copy_shared_to_global(
+            results.rows, [batch, head, row % rate, row // rate + consumer * ROWS, 0],
+            staged._reinterpret(dtype, [1, 1, 1, ROWS, V.head_dim], results.rows.layout),
+        )  # fmt: skip
+    else:
+        ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+        _write_rows(x, ptr, start, x_first, rate, count, results.stride_l, consumer, False, V)
+
+
+@gluon.jit
+def _write_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.constexpr, ADD: gl.constexpr,
+                V: gl.constexpr):  # fmt: skip
+    """Write a consumer's rows straight from where the products have left them; ADD: to what stands there."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
+    index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = start + x_first + rate * index.to(gl.int64)
+    columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
+    pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
+    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.head_dim, 0)
+    if ADD:
+        x = x + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
+    gl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

@@ -279,6 +279,30 @@ def stats_kernel(
     tl.store(stats_ptr + at_row, _pack_stats(lse * LOG2E, delta), mask=rows < length)
 
 
+@triton.jit(do_not_specialize=["length", "first_head"])
+def scale_kernel(
+    sums_ptr, dq_ptr, stride_dqb, stride_dqh, stride_dql, scale, length, first_head, num_heads,
+    CLEARS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Round what has been added up in float32 rows, ``[heads, L, D]`` from the first head on, times scale, into dq.
+
+    Of 16 columns each the sums have (t, n, e) where dq has (n, t, e): see ``_hand_over`` of the Hopper kernel.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    index = tl.program_id(1)
+    head = (first_head + index) % num_heads
+    batch = ((first_head + index) // num_heads).to(tl.int64)
+    columns = tl.arange(0, HEAD_DIM)
+    mask = (rows < length)[:, None] & (columns < HEAD_DIM)[None, :]
+    sums_ptr += ((index.to(tl.int64) * length + rows) * HEAD_DIM)[:, None] + columns[None, :]
+    sums = tl.load(sums_ptr, mask=mask, other=0.0)
+    dq_ptr += batch * stride_dqb + head.to(tl.int64) * stride_dqh + (rows * stride_dql)[:, None] + columns[None, :]
+    dq = tl.permute(tl.reshape(sums * scale, [BLOCK_M, HEAD_DIM // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
+    tl.store(dq_ptr, tl.reshape(dq, [BLOCK_M, HEAD_DIM]).to(dq_ptr.dtype.element_ty), mask=mask)
+    if CLEARS:  # for the heads that come next
+        tl.store(sums_ptr, tl.zeros_like(sums), mask=mask)
+
+
 @triton.jit
 def _pack_stats(lse2, delta):
     high = lse2.to(tl.int32, bitcast=True).to(tl.int64)

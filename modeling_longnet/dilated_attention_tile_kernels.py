@@ -91,7 +91,9 @@ def _count_before(position, base, rate):
 
 
 @triton.jit
-def _block_range(start_first, start_last, end_first, end_last, base, rate, BLOCK: tl.constexpr):
+def _block_range(
+    start_first, start_last, end_first, end_last, base, rate, BLOCK: tl.constexpr, WHOLE: tl.constexpr = False
+):
     """Cut what a tile meets in one progression into blocks.
 
     Args:
@@ -99,14 +101,18 @@ def _block_range(start_first, start_last, end_first, end_last, base, rate, BLOCK
 
     Returns:
         ``(first, stop, blocks, head, tail)``: block k holds the terms from ``first + k * BLOCK``, terms at or beyond
-        ``stop`` are not met by any row, and blocks ``head <= k < tail`` are met whole by every row.
+        ``stop`` are not met by any row, and blocks ``head <= k < tail`` are met whole by every row. WHOLE: ``first``
+        is a multiple of BLOCK, and the first block may begin with terms that no row meets.
     """
     first = _count_before(start_first, base, rate)
     stop = _count_before(end_last, base, rate)
     blocks = tl.where(stop > first, (stop - first + BLOCK - 1) // BLOCK, 0)
-    inner_first = _count_before(start_last, base, rate)
+    inner_first = tl.maximum(_count_before(start_last, base, rate), first)
     inner_stop = tl.maximum(_count_before(end_first, base, rate), first)
-    head = tl.minimum((tl.maximum(inner_first, first) - first + BLOCK - 1) // BLOCK, blocks)
+    if WHOLE:
+        first -= first % BLOCK
+        blocks = tl.where(blocks > 0, (stop - first + BLOCK - 1) // BLOCK, 0)
+    head = tl.minimum((inner_first - first + BLOCK - 1) // BLOCK, blocks)
     tail = tl.maximum(tl.minimum((inner_stop - first) // BLOCK, blocks), head)
     return first, stop, blocks, head, tail
 

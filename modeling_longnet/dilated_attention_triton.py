@@ -18,7 +18,14 @@ from torch import Tensor
 
 from .attention_operator import Call, attention_operator
 from .compiled_kernels import Pointer, Rows
-from .dilated_attention_hopper import hopper_dkdv_launch, hopper_dq_launch, hopper_fwd_launch, hopper_refusal
+from .dilated_attention_hopper import (
+    Scratch,
+    hopper_bwd_launches,
+    hopper_dkdv_launch,
+    hopper_dq_launch,
+    hopper_fwd_launch,
+    hopper_refusal,
+)
 from .dilated_attention_launches import Launch, key_launches, query_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, Plan, TensorLayout, layout_of
@@ -337,12 +344,24 @@ def _forward(
 def _backward_plan(
     do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, has_dlse: bool,
     kind: Kind,
-) -> Plan:  # fmt: skip
+) -> tuple[Plan, Scratch | None]:  # fmt: skip
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
     stats = _plan_stats(layouts, has_dlse)
+    if hopper_refusal("bwd", [query, key, value, do], kind.call.pattern, kind.padded, kind.call.is_causal) is None:
+        launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
+        return Plan(query.device, (stats, *launches)), scratch
     for_queries, for_keys = _dq_launches(layouts, kind), _dkdv_launches(layouts, kind)
-    return Plan(query.device, (stats, *for_queries, *for_keys))
+    return Plan(query.device, (stats, *for_queries, *for_keys)), None
+
+
+def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor]:
+    """Make the tensors that a backward needs beside its results."""
+    if scratch is None:
+        return {}
+    words = torch.zeros(scratch.marks + scratch.tallies, dtype=torch.int32, device=device)
+    sums = (torch.zeros if scratch.cleared else torch.empty)(scratch.sums, dtype=torch.float32, device=device)
+    return {"sums": sums, "marks": words[: scratch.marks], "tallies": words[scratch.marks :]}
 
 
 def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLaunch]:
@@ -394,13 +413,13 @@ def _backward(
         return dq, dk, dv
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
     kind = Kind(documents.packing, attention_mask is not None, call)
-    plan = _backward_plan(
+    plan, scratch = _backward_plan(
         layout_of(do), layout_of(query), layout_of(key), layout_of(value), layout_of(out), dlse is not None, kind
     )
     plan.run(
         query=query, key=key, value=value, do=do, out=out, lse=lse.contiguous(),
         dlse=None if dlse is None else dlse.contiguous(), stats=torch.empty_like(lse, dtype=torch.int64),
-        dq=dq, dk=dk, dv=dv, **documents._asdict(),
+        dq=dq, dk=dk, dv=dv, **_allocate(scratch, query.device), **documents._asdict(),
     )  # fmt: skip
     return dq, dk, dv
 

@@ -168,7 +168,7 @@ def test_a_short_last_segment_is_written_whole(call, dtype):
 
 
 RETROFIT = {"count_overlaps": False, "dilate_queries": False, "window": "sliding"}
-# What the Hopper kernels serve: both ways to walk, all orders of tiles, GQA, packing, and tiles that meet nothing.
+# What the Hopper kernels serve: both ways to walk, all orders of tiles, GQA, packing, tiles that meet nothing, short ones.
 HOPPER_CALLS = [
     Call(DilationPattern.geometric(256, 1024, preset="paper"), 2, 4, 2, 2048, 128),
     Call(DilationPattern.geometric(256, 1024, preset="torchscale"), 1, 6, 6, 1536, 64),
@@ -181,6 +181,19 @@ HOPPER_CALLS = [
     Call(DilationPattern.geometric(128, 1024, preset="paper"), 1, 4, 2, 1536, 64, boundaries=(0, 5, 700, 701, 1536)),
     Call(
         DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 4, 2, 1536, 128, boundaries=(0, 5, 700, 701, 1536)
+    ),
+    Call(DilationPattern.geometric(256, 1024, preset="paper"), 2, 3, 3, 2048, 128),
+    Call(DilationPattern.geometric(256, 1024, preset="paper"), 1, 4, 2, 2056, 64, is_causal=False),
+    Call(DilationPattern.geometric(128, 1024, preset="paper"), 1, 2, 2, 1536, 128, boundaries=(0, 5, 700, 701, 1536)),
+    Call(DilationPattern((96, 480, 960), (1, 3, 6)), 1, 2, 2, 1440, 128),
+    Call(DilationPattern((256, 512), (2, 4)), 1, 4, 4, 1024, 64),
+    Call(
+        DilationPattern((160, 480), (1, 3), dilate_queries=True, window="sliding", count_overlaps=False),
+        2,
+        4,
+        2,
+        960,
+        64,
     ),
 ]
 
@@ -218,23 +231,24 @@ def test_hopper_kernels_err_no_more_than_twice_as_much_as_eager(call, dtype, any
 def test_hopper_kernels_read_heads_inside_tokens(preset, any_number_of_tiles, monkeypatch):
     """In a model's own layout, with gradients that arrive in another, the portable kernels agree."""
     pattern = DilationPattern.geometric(256, 1024, preset=preset)
-    call = Call(pattern, 2, 8, 2, 1024, 128)
+    call = Call(pattern, 2, 8, 4, 1024, 64)
     query, key, value, do = (
-        torch.randn(2, 1024, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2, 8)
+        torch.randn(2, 1024, heads, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 4, 4, 8)
     )
     do = do.contiguous()
 
     def run():
         leaves = [x.detach().requires_grad_() for x in (query, key, value)]
         out, lse = triton_attention(
-            *leaves, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=128**-0.5
+            *leaves, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=64**-0.5
         )
         return [out, lse, *torch.autograd.grad(out, leaves, do)]
 
     if refusal := hopper_refuses((query, key, value, do), call):
         pytest.skip(f"the portable kernels take this: {refusal}")
     hopper = run()
-    for portable in (("dkdv",), ("dq",), ("fwd", "dq", "dkdv")):  # each kernel is chosen by itself
+    others = (("bwd",), ("bwd", "dkdv"), ("bwd", "dq"), ("fwd", "bwd", "dq", "dkdv"))
+    for portable in others:  # each kernel is chosen by itself
         fewest = dict.fromkeys(portable, inf)
         monkeypatch.setattr(
             dilated_attention_hopper, "_fewest_tiles", lambda kernel, *_, fewest=fewest: fewest.get(kernel, 0)
@@ -328,6 +342,7 @@ def test_a_row_of_millions_of_tokens_compiles_no_hopper_kernel_anew(preset, monk
             hopper.hopper_fwd_launch(query_launches(pattern)[0], layouts, 0, call),
             hopper.hopper_dq_launch(query_launches(pattern)[0], layouts, 0, call),
             hopper.hopper_dkdv_launch(key_launches(pattern)[0], layouts, 0, call),
+            *(hopper.hopper_bwd_launches(layouts, 0, call)[0][:2] if pattern.dilate_queries else ()),
         )
         return [
             [specialization(x) for x in launch.arguments if not isinstance(x, (Pointer, Rows))] for launch in launches

@@ -1,0 +1,93 @@
+"""Which tile of keys comes when in the backward of one kernel, and after whom: integer arithmetic, nothing but kernels.
+
+The tiles that meet a block of queries add to its gradient one after the other, the last one first. A tile's
+predecessor is therefore the tile after it in its progression; where that one does not meet a block, no later one
+does, and the tile is the block's first.
+"""
+
+from typing import Any, NamedTuple
+
+from .dilated_attention_tile_kernels import _band, _block_range, _document, _offset, _tile
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the fused kernels need triton; install it or use another backend") from error
+
+
+class Tiles(NamedTuple):
+    """All tiles of a launch.
+
+    A *class* is a place in a period (or a slot of packed documents); a *run* of tiles, one per lane and period, has
+    one tile in each class; a *lane* is a KV head of one row of the batch. Runs are worked off one after the other, last
+    class first. ``before`` counts a lane's tiles in the launches before.
+    """
+
+    heads: Any
+    first_lane: Any
+    cu_seqlens_ptr: Any
+    length: Any
+    num_documents: Any
+    search_steps: Any
+    period: Any
+    tiles_per_period: Any
+    window: Any
+    previous_window: Any
+    rate: Any
+    classes: Any
+    periods: Any
+    runs: Any
+    tiles: Any
+    first_mark: Any
+    drawn_ptr: Any
+    finished_ptr: Any
+    before: Any
+
+
+@triton.jit
+def _placed(index, tiles):
+    """Return the slot, KV head, batch row and lane (counted from the launch's first) of the tile of a number."""
+    run = index // tiles.classes
+    slot = run % tiles.periods * tiles.classes + (tiles.classes - 1 - index % tiles.classes)
+    lane = run // tiles.periods
+    at = lane + tiles.first_lane
+    return slot, at % tiles.heads, at // tiles.heads, lane
+
+
+@triton.jit
+def _rows_of(slot, batch, kv_head, tiles, V: tl.constexpr):
+    """Return a tile's document, its tokens, the base of its progression, its first and last row, and their number."""
+    start, tokens, tile = _document(
+        tiles.cu_seqlens_ptr, tiles.cu_seqlens_ptr, slot, batch, tiles.length, tiles.num_documents,
+        tiles.search_steps, tiles.period, tiles.tiles_per_period, tiles.rate * V.block_m, V.packed, False,
+    )  # fmt: skip
+    offset = _offset(kv_head, tiles.rate, V.num_kv_heads, V.blocked)
+    base, x_first, x_last, count = _tile(
+        tile, offset, tiles.rate, tokens, tiles.period, tiles.tiles_per_period, False, V.block_m
+    )
+    return start, tokens, base, x_first, x_last, count
+
+
+@triton.jit
+def _blocks_met(x_first, x_last, tokens, base, rate, tiles, V: tl.constexpr):
+    """Return what a tile of keys meets, in whole blocks of the queries' progression, as ``_block_range`` does."""
+    start_first, end_first = _band(
+        x_first, tiles.window, tiles.previous_window, tokens, True, V.side, V.sliding, V.disjoint
+    )
+    start_last, end_last = _band(
+        x_last, tiles.window, tiles.previous_window, tokens, True, V.side, V.sliding, V.disjoint
+    )
+    return _block_range(start_first, start_last, end_first, end_last, base, rate, V.block_n, True)
+
+
+@triton.jit
+def _met_by_next(slot, batch, kv_head, own_base, base, rate, tiles, V: tl.constexpr):
+    """Return the terms ``[first, stop)`` of the blocks that the next tile of the same progression meets, if there is one.
+
+    Between documents there are tiles without rows.
+    """
+    _, tokens, next_base, x_first, x_last, count = _rows_of(slot + 1, batch, kv_head, tiles, V)
+    first, _, blocks, _, _ = _blocks_met(x_first, x_last, tokens, base, rate, tiles, V)
+    return first, first + tl.where((count > 0) & (next_base == own_base), blocks, 0) * V.block_n
