@@ -17,6 +17,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     START,
     TOKENS,
     X_FIRST,
+    KeyGradients,
     Results,
     Sources,
     Work,
@@ -32,6 +33,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _pack,
     _produce,
     _read_record,
+    _store_key_rows,
     _store_rows,
     _unpack,
     _walk,
@@ -58,16 +60,7 @@ class KeyResults(NamedTuple):
     stats: Any
     stats_full: Any
     stats_empty: Any
-    dk_ptr: Any
-    dv_ptr: Any
-    stride_dkb: Any
-    stride_dkh: Any
-    stride_dkl: Any
-    stride_dvb: Any
-    stride_dvh: Any
-    stride_dvl: Any
-    scale: Any
-    own_rate: Any
+    gradients: KeyGradients
 
 
 @gluon.jit
@@ -195,7 +188,19 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         filled += 1
         dq_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
         dq *= results.scale
-        _store_rows(dq, dq_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, not V.first, V)
+        _store_rows(
+            dq,
+            dq_ptr,
+            start,
+            x_first,
+            results.own_rate,
+            count,
+            results.stride_l,
+            consumer,
+            not V.first,
+            V,
+            V.whole_rows,
+        )
         record = _read_record(rings, seen)
         seen += 1
 
@@ -278,7 +283,7 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    scale2 = results.scale * LOG2E
+    scale2 = results.gradients.scale * LOG2E
     index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
     k = rings.own.index(consumer)
     v = rings.other.index(consumer)
@@ -291,7 +296,7 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         start, x_first = _field(record, START), _field(record, X_FIRST)
         count, tokens = _field(record, COUNT), _field(record, TOKENS)
         base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
-        x = x_first + results.own_rate * index
+        x = x_first + results.gradients.own_rate * index
         band_start, band_end = _band(x, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
         edges = head_edge + blocks - tail_edge
         mbarrier.wait(rings.own_full, filled & 1)
@@ -324,13 +329,8 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             mbarrier.arrive(rings.v_empty.index(last), count=1)
         mbarrier.arrive(rings.own_empty, count=1)
         filled += 1
-        batch, head = batch.to(gl.int64), head.to(gl.int64)
-        dk_ptr = results.dk_ptr + batch * results.stride_dkb + head * results.stride_dkh
-        dv_ptr = results.dv_ptr + batch * results.stride_dvb + head * results.stride_dvh
-        rate = results.own_rate
-        dk *= results.scale
-        _store_rows(dk, dk_ptr, start, x_first, rate, count, results.stride_dkl, consumer, not V.first, V)
-        _store_rows(dv, dv_ptr, start, x_first, rate, count, results.stride_dvl, consumer, not V.first, V)
+        dk *= results.gradients.scale
+        _store_key_rows(dk, dv, results.gradients, head, batch, start, x_first, count, consumer, V, V.whole_rows)
         record = _read_record(rings, seen)
         seen += 1
 
@@ -394,10 +394,10 @@ def hopper_bwd_dkdv_kernel(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
     )  # fmt: skip
-    results = KeyResults(
-        stats, stats_full, stats_empty, dk_ptr, dv_ptr,
-        stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0],
-    )  # fmt: skip
+    gradients = KeyGradients(
+        dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0]
+    )
+    results = KeyResults(stats, stats_full, stats_empty, gradients)
     sources = Sources(own_desc, other_desc, (q_desc,), (do_desc,))
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]

@@ -181,7 +181,19 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             _hand_in(out, results, batch, head, start, x_first, count, consumer, V)
         else:
             out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
-            _store_rows(out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V)
+            _store_rows(
+                out,
+                out_ptr,
+                start,
+                x_first,
+                results.own_rate,
+                count,
+                results.stride_l,
+                consumer,
+                False,
+                V,
+                V.whole_rows,
+            )
         gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
         record = _read_record(rings, seen)
         seen += 1

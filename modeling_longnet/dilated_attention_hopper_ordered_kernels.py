@@ -23,10 +23,13 @@ from .dilated_attention_hopper_pipeline_kernels import (
     AHEAD,
     LOG2E,
     ROWS,
+    KeyGradients,
+    _await_turn,
     _barriers,
     _copy,
+    _end_turn,
     _met,
-    _write_rows,
+    _store_key_rows,
 )
 from .dilated_attention_order_kernels import Tiles, _blocks_met, _met_by_next, _placed, _rows_of
 from .dilated_attention_tile_kernels import RUNTIME, _band
@@ -87,19 +90,9 @@ class Shared(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the gradients go."""
+    """Where a consumer writes what it does not hand over, and the branch's bands."""
 
-    dk_ptr: Any
-    dv_ptr: Any
-    stride_dkb: Any
-    stride_dkh: Any
-    stride_dkl: Any
-    stride_dvb: Any
-    stride_dvh: Any
-    stride_dvl: Any
-    scale: Any
-    rate: Any
-    length: Any
+    gradients: KeyGradients
     window: Any
     previous_window: Any
 
@@ -200,22 +193,11 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
                     phase = ((fetched // V.stages) & 1) ^ 1
                     mbarrier.wait(shared.block_empty.index(stage), phase)
                     mbarrier.expect(shared.q_full.index(stage), V.block_n * V.head_dim * 2)
-                    _copy(
-                        q_desc,
-                        batch,
-                        head,
-                        residue,
-                        row,
-                        shared.q_full.index(stage),
-                        shared.q.index(stage),
-                        V.block_n,
-                        V,
-                    )
+                    q, full = shared.q.index(stage), shared.q_full.index(stage)
+                    _copy(q_desc, batch, head, residue, row, full, q, V.block_n, V)
                     mbarrier.expect(shared.do_full.index(stage), V.block_n * V.head_dim * 2)
-                    _copy(
-                        do_desc, batch, head, residue, row, shared.do_full.index(stage), shared.do.index(stage),
-                        V.block_n, V,
-                    )  # fmt: skip
+                    do, full = shared.do.index(stage), shared.do_full.index(stage)
+                    _copy(do_desc, batch, head, residue, row, full, do, V.block_n, V)
                     fetched += 1
             if fetched_of_tile <= AHEAD:
                 _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
@@ -265,6 +247,15 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
 
 
 @gluon.jit
+def _order_of(record):
+    """Return a record's lane, the progression of queries and its blocks, and what these wait for."""
+    return (
+        _field(record, LANE, 1), _field(record, START, 1), _field(record, BASE, 1), _field(record, FIRST, 1),
+        _field(record, BLOCKS, 1), _field(record, MARK, 1), _field(record, MET_FIRST, 1), _field(record, MET_STOP, 1),
+    )  # fmt: skip
+
+
+@gluon.jit
 def _look(ptr):
     """Read a word that another program may write; what it has written before is seen, too."""
     return gl.inline_asm_elementwise(
@@ -297,9 +288,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     seen = 1
     record = _read(shared, 0, 1)
     while _field(record, GOES_ON, 1) > 0:
-        lane, start = _field(record, LANE, 1), _field(record, START, 1)
-        base, first, blocks = _field(record, BASE, 1), _field(record, FIRST, 1), _field(record, BLOCKS, 1)
-        mark, met_first, met_stop = _field(record, MARK, 1), _field(record, MET_FIRST, 1), _field(record, MET_STOP, 1)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         if tiles.before > 0:
             ptr = tiles.finished_ptr + lane
             while _look(ptr) < tiles.before:
@@ -346,11 +335,11 @@ def _await_added():
 
 
 @gluon.jit
-def _rows_handed_over(shared, place, consumer: gl.constexpr, V: gl.constexpr):
+def _rows_handed_over(shared, handed, consumer: gl.constexpr, V: gl.constexpr):
     """Return a place of the ring of dq as rows of dk or dv: half as wide, twice as many columns."""
     dtype: gl.constexpr = shared.k.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
-    return shared.dq.index(place * V.consumers + consumer)._reinterpret(dtype, [ROWS, V.head_dim], layout)
+    return shared.dq.index(handed % PLACES * V.consumers + consumer)._reinterpret(dtype, [ROWS, V.head_dim], layout)
 
 
 @gluon.jit
@@ -366,9 +355,7 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
     seen = 0
     record = _look_up(shared, 0, 1)
     while _field(record, GOES_ON, 1) > 0:
-        lane, start = _field(record, LANE, 1), _field(record, START, 1)
-        base, first, blocks = _field(record, BASE, 1), _field(record, FIRST, 1), _field(record, BLOCKS, 1)
-        mark, met_first, met_stop = _field(record, MARK, 1), _field(record, MET_FIRST, 1), _field(record, MET_STOP, 1)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         residue = (start + base) % rate
         term_before = (start + base) // rate
         for inner in range(V.group):
@@ -418,7 +405,7 @@ def _start_rows(descriptor, shared, handed, batch, head, row, rate, V: gl.conste
     place = handed % PLACES
     mbarrier.wait(shared.dq_full.index(place), (handed // PLACES) & 1)
     for consumer in gl.static_range(V.consumers):
-        source = _rows_handed_over(shared, place, consumer, V)
+        source = _rows_handed_over(shared, handed, consumer, V)
         source = source._reinterpret(descriptor.dtype, [1, 1, 1, ROWS, V.head_dim], descriptor.layout)
         term = row // rate + consumer * ROWS
         if V.first:
@@ -444,19 +431,6 @@ def _scores(s, shared, done, consumer: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit
-def _await_turn(shared, done, consumer: gl.constexpr, V: gl.constexpr):
-    """Wait until the consumer before has issued its products of this block; the first: those of the block before."""
-    if V.turns:
-        mbarrier.wait(shared.turns.index(consumer), (done & 1) ^ (consumer == 0))
-
-
-@gluon.jit
-def _end_turn(shared, consumer: gl.constexpr, V: gl.constexpr):
-    if V.turns:
-        mbarrier.arrive(shared.turns.index((consumer + 1) % V.consumers), count=1)
-
-
-@gluon.jit
 def _dq_product(dq, shared, done, consumer: gl.constexpr, V: gl.constexpr):
     """Start a block's product for the queries: with all keys of the tile, for the consumer's half of the columns."""
     place = done % PLACES
@@ -470,32 +444,27 @@ def _dq_product(dq, shared, done, consumer: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit
-def _hand_over(dq, shared, done, extra, consumer: gl.constexpr, V: gl.constexpr):
-    """Give a block's part of dq to those who add it up.
-
-    A thread's columns change places until it has four neighbours: they go into shared memory at once, and without bank
-    conflicts. ``scale_kernel`` changes them back.
-    """
-    handed = done + extra
+def _hand_over(x, destination, shared, handed):
+    """Give to those who add up what belongs at a place of their ring."""
     place = handed % PLACES
-    COLUMNS: gl.constexpr = dq.shape[1]
-    dq = gl.permute(gl.reshape(dq, [ROWS, COLUMNS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
     mbarrier.wait(shared.dq_empty.index(place), ((handed // PLACES) & 1) ^ 1)
-    shared.dq.index(place * V.consumers + consumer).store(gl.reshape(dq, [ROWS, COLUMNS]))
+    destination.store(x)
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(shared.dq_full.index(place), count=1)
 
 
 @gluon.jit
-def _hand_over_rows(x, shared, handed, consumer: gl.constexpr, V: gl.constexpr):
-    """Give a consumer's rows of dk or dv to the copy engine."""
-    place = handed % PLACES
-    mbarrier.wait(shared.dq_empty.index(place), ((handed // PLACES) & 1) ^ 1)
-    _rows_handed_over(shared, place, consumer, V).store(x.to(shared.k.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(shared.dq_full.index(place), count=1)
+def _hand_over_dq(dq, shared, handed, consumer: gl.constexpr, V: gl.constexpr):
+    """Hand over a block's part of dq.
+
+    A thread's columns change places until it has four neighbours: they go into shared memory at once, and without bank
+    conflicts. ``scale_kernel`` changes them back.
+    """
+    COLUMNS: gl.constexpr = dq.shape[1]
+    dq = gl.permute(gl.reshape(dq, [ROWS, COLUMNS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+    destination = shared.dq.index(handed % PLACES * V.consumers + consumer)
+    _hand_over(gl.reshape(dq, [ROWS, COLUMNS]), destination, shared, handed)
 
 
 @gluon.jit
@@ -539,7 +508,7 @@ def _block(
     dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), p_layout), do, dv, is_async=True)
     dk = warpgroup_mma(own, q, dk, is_async=True)
     # The other consumer may be half a block behind: what is asked for of it is the block before.
-    if V.head_dim == 2 * V.block_n:
+    if V.head_dim == 2 * V.block_n:  # dq has dp's shape, whose registers are free
         dq = dp
     follows = done > begun
     last = done + PLACES - 1
@@ -554,7 +523,7 @@ def _block(
         dv, dk, dq = warpgroup_mma_wait(1, deps=(dv, dk, dq))
     mbarrier.arrive(shared.block_empty.index(stage), count=1)
     if follows:
-        _hand_over(dq, shared, done - 1, extra, consumer, V)
+        _hand_over_dq(dq, shared, done - 1 + extra, consumer, V)
     return dk, dv, dq, s, done + 1
 
 
@@ -567,8 +536,8 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    scale2 = outputs.scale * LOG2E
-    rate = outputs.rate if V.dilate else 1
+    scale2 = outputs.gradients.scale * LOG2E
+    rate = outputs.gradients.own_rate if V.dilate else 1
     index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
     done = 0
     extra = 0  # things handed over that were no blocks
@@ -581,7 +550,7 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             _field(record, BLOCKS, 4), _field(record, HEAD_EDGE, 4), _field(record, TAIL_EDGE, 4)
         )  # fmt: skip
         band_start, band_end = _band(
-            x_first + outputs.rate * index, outputs.window, outputs.previous_window, tokens, True, V.side, V.sliding,
+            x_first + outputs.gradients.own_rate * index, outputs.window, outputs.previous_window, tokens, True, V.side, V.sliding,
             V.disjoint,
         )  # fmt: skip
         mbarrier.wait(shared.own_full, filled & 1)
@@ -616,23 +585,22 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             mbarrier.wait(shared.ds_full.index((done - 1) % PLACES), ((done - 1) // PLACES) & 1)
             dq = _dq_product(dq, shared, done - 1, consumer, V)
             dq = warpgroup_mma_wait(0, deps=(dq,))
-            _hand_over(dq, shared, done - 1, extra, consumer, V)
+            _hand_over_dq(dq, shared, done - 1 + extra, consumer, V)
         mbarrier.arrive(shared.own_empty, count=1)
-        dk *= outputs.scale
+        dk *= outputs.gradients.scale
         record = _look_up(shared, filled, 4)  # once more: registers are scarce
         count = _field(record, COUNT, 4)
         if count == V.block_m:
-            _hand_over_rows(dv, shared, done + extra, consumer, V)
-            _hand_over_rows(dk, shared, done + extra + 1, consumer, V)
+            handed = done + extra
+            _hand_over(dv.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
+            handed += 1
+            _hand_over(dk.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
             extra += 2
         else:  # the copy engine would not stop after count rows
             mbarrier.wait(shared.ready.index(filled % PLACES), (filled // PLACES) & 1)
-            head, batch = _field(record, HEAD, 4).to(gl.int64), _field(record, BATCH, 4).to(gl.int64)
+            head, batch = _field(record, HEAD, 4), _field(record, BATCH, 4)
             start, x_first = _field(record, START, 4), _field(record, X_FIRST, 4)
-            dk_ptr = outputs.dk_ptr + batch * outputs.stride_dkb + head * outputs.stride_dkh
-            dv_ptr = outputs.dv_ptr + batch * outputs.stride_dvb + head * outputs.stride_dvh
-            _write_rows(dk, dk_ptr, start, x_first, outputs.rate, count, outputs.stride_dkl, consumer, not V.first, V)
-            _write_rows(dv, dv_ptr, start, x_first, outputs.rate, count, outputs.stride_dvl, consumer, not V.first, V)
+            _store_key_rows(dk, dv, outputs.gradients, head, batch, start, x_first, count, consumer, V, o_layout)
         mbarrier.arrive(shared.records_empty.index(filled % PLACES), count=1)
         gl.thread_barrier()
         mbarrier.arrive(shared.stored.index(filled % PLACES), count=1)
@@ -671,8 +639,8 @@ def _allocate(dtype: gl.constexpr, V: gl.constexpr):
     "number", "counters", "first_mark", "before",
 ))  # fmt: skip
 def hopper_bwd_kernel(
-    dk_ptr, dv_ptr, stats_ptr, marks_ptr, tallies_ptr, k_desc, v_desc, q_desc, do_desc, sums_desc, dk_desc, dv_desc, cu_seqlens_ptr,
-    stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, length, num_documents,
+    dk_ptr, dv_ptr, stats_ptr, marks_ptr, tallies_ptr, k_desc, v_desc, q_desc, do_desc, sums_desc, dk_desc, dv_desc,
+    cu_seqlens_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, length, num_documents,
     search_steps, period, tiles_per_period, windows, previous_windows, rates, heads, first_lane, classes, periods,
     runs, tiles, number, counters, first_mark, before,
     V: gl.constexpr,
@@ -689,10 +657,10 @@ def hopper_bwd_kernel(
         windows[0], previous_windows[0], rates[0], classes, periods, runs, tiles, first_mark, tallies_ptr + number,
         tallies_ptr + counters, before,
     )  # fmt: skip
-    outputs = Outputs(
-        dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale,
-        rates[0], length, windows[0], previous_windows[0],
-    )  # fmt: skip
+    gradients = KeyGradients(
+        dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0]
+    )
+    outputs = Outputs(gradients, windows[0], previous_windows[0])
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
     gl.warp_specialize(

@@ -47,6 +47,7 @@ class Variant:
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
     ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
+    ``stores``: the first tile that meets a block writes what others add to.
     """
 
     num_branches: int
@@ -76,6 +77,11 @@ class Variant:
     @property
     def consumers(self) -> int:
         return self.block_m // 64
+
+    @property
+    def whole_rows(self):
+        width = self.head_dim.value // 8
+        return gl.constexpr(gl.BlockedLayout([1, 8], [32 // width, width], [4, 1], [1, 0]))
 
 
 class Work(NamedTuple):
@@ -146,6 +152,21 @@ class Results(NamedTuple):
     scale: Any
     heads: Any
     length: Any
+    own_rate: Any
+
+
+class KeyGradients(NamedTuple):
+    """Where the gradients of keys and values go, and what their own rows are."""
+
+    dk_ptr: Any
+    dv_ptr: Any
+    stride_dkb: Any
+    stride_dkh: Any
+    stride_dkl: Any
+    stride_dvb: Any
+    stride_dvh: Any
+    stride_dvl: Any
+    scale: Any
     own_rate: Any
 
 
@@ -391,10 +412,11 @@ def _met(base, rate, first, stop, band_start, band_end, V: gl.constexpr, s_layou
 
 @gluon.jit
 def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.constexpr, ADD: gl.constexpr,
-                V: gl.constexpr):  # fmt: skip
-    """Write a consumer's ``[ROWS, D]`` float32 rows where they lie; ADD: to what stands there."""
-    WIDTH: gl.constexpr = V.head_dim // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
+                V: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Write a consumer's ``[ROWS, D]`` rows where they lie; ADD: float32 ones, to what stands there.
+
+    ``layout``: of the threads that write; ``V.whole_rows``, or that of x to save the exchange between them.
+    """
     index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     rows = start + x_first + rate * index.to(gl.int64)
     columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
@@ -415,6 +437,7 @@ def _hand_in(x, results, batch, head, start, x_first, count, consumer: gl.conste
     It would not stop after ``count`` rows; what ends sooner is written by the consumer itself.
     """
     dtype: gl.constexpr = results.rows.dtype
+    layout: gl.constexpr = x.type.layout
     rate = results.own_rate
     x = x.to(dtype)
     if count >= (consumer + 1) * ROWS:
@@ -431,22 +454,18 @@ def _hand_in(x, results, batch, head, start, x_first, count, consumer: gl.conste
         )  # fmt: skip
     else:
         ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
-        _write_rows(x, ptr, start, x_first, rate, count, results.stride_l, consumer, False, V)
+        _store_rows(x, ptr, start, x_first, rate, count, results.stride_l, consumer, False, V, layout)
 
 
 @gluon.jit
-def _write_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.constexpr, ADD: gl.constexpr,
-                V: gl.constexpr):  # fmt: skip
-    """Write a consumer's rows straight from where the products have left them; ADD: to what stands there."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
-    index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    rows = start + x_first + rate * index.to(gl.int64)
-    columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
-    pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
-    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.head_dim, 0)
-    if ADD:
-        x = x + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
-    gl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+def _store_key_rows(dk, dv, gradients, head, batch, start, x_first, count, consumer: gl.constexpr, V: gl.constexpr,
+                    layout: gl.constexpr):  # fmt: skip
+    """Write a consumer's rows of dk and dv where they lie; unless the launch is the first, add them."""
+    batch, head, rate = batch.to(gl.int64), head.to(gl.int64), gradients.own_rate
+    dk_ptr = gradients.dk_ptr + batch * gradients.stride_dkb + head * gradients.stride_dkh
+    dv_ptr = gradients.dv_ptr + batch * gradients.stride_dvb + head * gradients.stride_dvh
+    _store_rows(dk, dk_ptr, start, x_first, rate, count, gradients.stride_dkl, consumer, not V.first, V, layout)
+    _store_rows(dv, dv_ptr, start, x_first, rate, count, gradients.stride_dvl, consumer, not V.first, V, layout)
 
 
 @gluon.jit
