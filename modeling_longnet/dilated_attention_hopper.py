@@ -38,7 +38,7 @@ TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
-MOST_SHARED = 2**25  # bytes: 17 million were faster, 69 million slower than two kernels, with 50 million of L2
+MOST_SHARED = 2**25  # bytes, more than half of L2: with more, rows of dq leave it between two tiles
 
 
 class HopperTiles(NamedTuple):
@@ -67,7 +67,10 @@ class Scratch(NamedTuple):
 
 
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
-    """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100."""
+    """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100.
+
+    The backward in one kernel is not tuned yet.
+    """
     if head_dim == 128:
         return {
             "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else HopperTiles(128, 64, 4, (224, 56)),
@@ -239,47 +242,22 @@ def _plan_bwd_launch(
         before: tiles that a lane has in the branches before.
     """
     pattern = call.pattern
-    batch, num_heads, length, head_dim = layouts["query"].shape
+    _, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
     tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
-    tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tiles.block_m)
-    if num_documents == 0:
-        classes, periods = tiles_per_period, _cdiv(length, launch.period)
-    else:
-        whole, rest = divmod(length, launch.period)
-        classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
-        periods = 1
+    tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     runs = periods * len(lanes)
-    variant = _variant(
-        num_branches=1,
-        group=group,
-        num_kv_heads=num_kv_heads,
-        blocked=pattern.head_offsets == "blocked",
-        disjoint=not pattern.count_overlaps,
-        dilate=pattern.dilate_queries,
-        sliding=pattern.window == "sliding",
-        packed=num_documents > 0,
-        side=sides_met(pattern, call.is_causal, from_key=True)[0],
-        from_key=True,
-        first=launch.first,
-        own_tensors=2,
-        head_dim=head_dim,
-        stores=stores,
-        **tiles._asdict(),
-    )
-    strides = [
-        s for name in ("dk", "dv") for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
-    ]
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores)
     arguments = (
         *map(Pointer, ("dk", "dv", "stats", "marks", "tallies")),
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("key", "value")),
         *(_rows(name, layouts[name], launch.loop_rate, tiles.block_n) for name in ("query", "do")),
         _sums(len(lanes) * group, length, head_dim, launch.loop_rate),
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("dk", "dv")),
-        Pointer("cu_seqlens") if num_documents else None, *strides, call.scale, length, num_documents,
-        num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
-        launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes, number, counter, first_mark,
+        Pointer("cu_seqlens") if num_documents else None, *_strides(("dk", "dv"), layouts), call.scale, length,
+        num_documents, num_documents.bit_length(), launch.period, tiles_per_period, launch.windows,
+        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes, number, counter, first_mark,
         before,
     )  # fmt: skip
     grid = (min(_processors(layouts["query"].device), runs * classes), 1, 1)
@@ -308,20 +286,59 @@ def _plan_launch(
     num_kv_heads = layouts["key"].shape[1]
     heads = num_kv_heads if from_key else num_heads
     tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
-    tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tiles.block_m)
+    tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     processors = _processors(layouts["query"].device)
-    if num_documents == 0:
-        classes, periods = tiles_per_period, _cdiv(length, launch.period)
-        # As many runs at a time as fill whole rounds of programs; where there is one period only, head after head.
-        together = 1 if launch.period == ENDLESS else processors // gcd(processors, classes)
-    else:
-        whole, rest = divmod(length, launch.period)
-        classes = whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents
-        periods = together = 1
+    # As many runs at a time as fill whole rounds of programs; where there is one period only, head after head.
+    apart = launch.period == ENDLESS or num_documents > 0
+    together = 1 if apart else processors // gcd(processors, classes)
     runs = periods * heads * batch
-    variant = _variant(
+    own_tensors = 1 if kernel == "fwd" and launch.first else 2
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors)
+    rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
+    padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
+    own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
+    met_rows = [
+        x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
+    ]
+    arguments = (
+        *map(Pointer, pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
+        *_strides(strided, layouts), call.scale, length, num_documents,
+        num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
+        launch.rates, heads, classes, periods, runs, together, runs * classes,
+    )  # fmt: skip
+    kernels = {"fwd": hopper_fwd_kernel, "dq": hopper_bwd_dq_kernel, "dkdv": hopper_bwd_dkdv_kernel}
+    grid = (min(processors, runs * classes), 1, 1)
+    return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4)
+
+
+def _cut(launch: Launch, tiles: HopperTiles, length: int, num_documents: int) -> tuple[int, int, int]:
+    """Return the tiles of a period, the classes of a launch's tiles and its periods; packed documents are one period."""
+    tiles_per_period = _cdiv(_cdiv(min(launch.period, length), launch.rate), tiles.block_m)
+    if num_documents == 0:
+        return tiles_per_period, tiles_per_period, _cdiv(length, launch.period)
+    whole, rest = divmod(length, launch.period)
+    return tiles_per_period, whole * tiles_per_period + rest // (tiles.block_m * launch.rate) + 2 * num_documents, 1
+
+
+def _strides(names: Sequence[str], layouts: dict[str, TensorLayout]) -> list[int]:
+    """List the strides of batch, heads and rows of some tensors."""
+    # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
+    return [
+        s
+        for shape, (stride_b, *others, _) in ((layouts[name].shape, layouts[name].strides) for name in names)
+        for s in (stride_b if shape[0] > 1 else 0, *others)
+    ]
+
+
+def _variant_of(
+    launch: Launch, tiles: HopperTiles, layouts: dict[str, TensorLayout], num_documents: int, call: Call,
+    from_key: bool, own_tensors: int, stores: bool = False,
+) -> "Variant":  # fmt: skip
+    """Choose what a launch's kernel is compiled for."""
+    pattern, num_kv_heads = call.pattern, layouts["key"].shape[1]
+    return _variant(
         num_branches=len(launch.rates),
-        group=num_heads // num_kv_heads,
+        group=layouts["query"].shape[1] // num_kv_heads,
         num_kv_heads=num_kv_heads,
         blocked=pattern.head_offsets == "blocked",
         disjoint=not pattern.count_overlaps,
@@ -331,29 +348,11 @@ def _plan_launch(
         side=sides_met(pattern, call.is_causal, from_key)[0],
         from_key=from_key,
         first=launch.first,
-        own_tensors=1 if kernel == "fwd" and launch.first else 2,
-        head_dim=head_dim,
+        own_tensors=own_tensors,
+        head_dim=layouts["query"].shape[-1],
+        stores=stores,
         **tiles._asdict(),
     )
-    # A single row's batch stride means nothing, but past 2^31 its width would compile the kernel anew.
-    strides = [
-        s for name in strided for s in (layouts[name].strides[0] if batch > 1 else 0, *layouts[name].strides[1:3])
-    ]
-    rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
-    padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
-    own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
-    met_rows = [
-        x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
-    ]
-    arguments = (
-        *map(Pointer, pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
-        *strides, call.scale, length, num_documents,
-        num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
-        launch.rates, heads, classes, periods, runs, together, runs * classes,
-    )  # fmt: skip
-    kernels = {"fwd": hopper_fwd_kernel, "dq": hopper_bwd_dq_kernel, "dkdv": hopper_bwd_dkdv_kernel}
-    grid = (min(processors, runs * classes), 1, 1)
-    return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4)
 
 
 @functools.cache

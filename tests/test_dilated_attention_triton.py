@@ -187,14 +187,7 @@ HOPPER_CALLS = [
     Call(DilationPattern.geometric(128, 1024, preset="paper"), 1, 2, 2, 1536, 128, boundaries=(0, 5, 700, 701, 1536)),
     Call(DilationPattern((96, 480, 960), (1, 3, 6)), 1, 2, 2, 1440, 128),
     Call(DilationPattern((256, 512), (2, 4)), 1, 4, 4, 1024, 64),
-    Call(
-        DilationPattern((160, 480), (1, 3), dilate_queries=True, window="sliding", count_overlaps=False),
-        2,
-        4,
-        2,
-        960,
-        64,
-    ),
+    Call(DilationPattern((160, 480), (1, 3), **RETROFIT | {"dilate_queries": True}), 2, 4, 2, 960, 64),
 ]
 
 
@@ -264,6 +257,28 @@ def test_hopper_kernels_leave_the_cpu_alone():
     assert hopper_refuses(call.tensors(torch.bfloat16), call) in (
         "the device is no Hopper", "this triton has no Gluon for Hopper"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "preset, heads, kv_heads, head_dim, refusal",
+    [
+        ("paper", 16, 16, 128, None),
+        ("paper", 16, 8, 64, None),
+        ("paper", 32, 8, 128, "share 69206016 bytes"),
+        ("retrofit", 16, 16, 128, "dense queries"),
+    ],
+)
+def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache(
+    preset, heads, kv_heads, head_dim, refusal, monkeypatch
+):
+    monkeypatch.setattr(dilated_attention_hopper, "_processors", lambda device: 132)
+    query, key = (
+        layout_of(torch.empty(1, n, 4096, head_dim, dtype=torch.bfloat16, device="meta")) for n in (heads, kv_heads)
+    )
+    found = dilated_attention_hopper._one_kernel_refusal(
+        query, key, DilationPattern.geometric(2048, 4096, preset=preset)
+    )
+    assert found is None if refusal is None else refusal in found
 
 
 @pytest.mark.gpu

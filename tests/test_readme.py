@@ -18,7 +18,7 @@ from checkpoints import make_checkpoint
 from PIL import Image, ImageChops, ImageStat
 from torchscale_decoder import random_weights
 
-from modeling_longnet import LongNetConfig
+from modeling_longnet import LongNetConfig, dilated_attention_hopper
 from modeling_longnet.dilation_pattern import PRESETS
 
 
@@ -267,6 +267,10 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
     ]
     stated = re.search(r"they take ([\d.]+) % of what these do at 1,048,576 tokens, and ([\d.]+) % with D=64", prose)
     assert [float(x) for x in stated.groups()] == pytest.approx(shares, abs=0.05)
+    # test_backward_order checks the eighth, and one KV head where that is more.
+    assert (
+        int(re.search(r"up to an eighth of it, or (\d+) MiB", prose)[1]) * 2**20 == dilated_attention_hopper.MOST_SUMS
+    )
     (auto,) = (
         r
         for r in rows
