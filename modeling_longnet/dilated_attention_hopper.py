@@ -257,8 +257,8 @@ def _plan_bwd_launch(
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("dk", "dv")),
         Pointer("cu_seqlens") if num_documents else None, *_strides(("dk", "dv"), layouts), call.scale, length,
         num_documents, num_documents.bit_length(), launch.period, tiles_per_period, launch.windows,
-        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes, number, counter, first_mark,
-        before,
+        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes,
+        number, counter, first_mark, before,
     )  # fmt: skip
     grid = (min(_processors(layouts["query"].device), runs * classes), 1, 1)
     # Launches of the same lanes overlap: each waits for the one before lane by lane.
