@@ -7,7 +7,7 @@ rate, 16-byte aligned.
 
 import functools
 from collections.abc import Sequence
-from math import gcd, inf, prod
+from math import gcd, inf
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,6 @@ TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
-MOST_SUMS_OF_DENSE = 2**31  # bytes, for all heads at a time: few of them leave processors idle at high rates
 MOST_SHARED = 2**25  # bytes, more than half of L2: with more, rows of dq leave it between two tiles
 
 
@@ -150,11 +149,7 @@ def hopper_refusal(
 def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: DilationPattern) -> str | None:
     """Say why the backward takes two kernels where Hopper's serve, None if it takes one."""
     if not pattern.dilate_queries:
-        lanes, least = query.shape[0] * key.shape[1], min(_meeting(x) for x in key_launches(pattern)) - 1
-        if lanes * least < _processors(query.device) // 2:
-            return f"{lanes} KV heads with {least} tiles each at a time leave processors idle"
-        sums = 4 * prod(query.shape)
-        return f"{sums} bytes of float32 rows" if sums > MOST_SUMS_OF_DENSE else None
+        return "far tiles of dense queries come to a block when it has left the cache"
     if not pattern.count_overlaps and pattern.window == "segment":
         return "tiles that meet nothing would break the chain of those that wait for each other"
     # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
@@ -195,8 +190,8 @@ def hopper_bwd_launches(
 ) -> tuple[list[KernelLaunch], Scratch]:
     """Plan the launches of all gradients, and what they need beside the results.
 
-    The float32 rows in which dilated queries' gradients are added up are kept within an eighth of the call's tensors: as
-    many KV heads at a time as fit.
+    The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
+    time as fit.
     """
     pattern = call.pattern
     batch, num_heads, length, head_dim = layouts["query"].shape
@@ -205,7 +200,7 @@ def hopper_bwd_launches(
     lanes = batch * num_kv_heads
     tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
     at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim)))
-    at_once = _cdiv(lanes, _cdiv(lanes, at_once)) if pattern.dilate_queries else lanes
+    at_once = _cdiv(lanes, _cdiv(lanes, at_once))
     branches = key_launches(pattern)
     # The first branch's first tile of each block writes; what no whole block covers has to be zero before.
     stores = branches[0].first and num_documents == 0 and branches[0].windows[0] % TILE == 0
@@ -252,11 +247,7 @@ def _plan_bwd_launch(
     group = num_heads // num_kv_heads
     tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
-    if not pattern.dilate_queries and num_documents == 0:
-        periods = _parts(launch, tiles_per_period, len(lanes), layouts["query"].device)
-        classes = _cdiv(tiles_per_period, periods)
     runs = periods * len(lanes)
-    together = 1 if pattern.dilate_queries else _cdiv(runs, _groups(launch, runs, layouts["query"].device))
     variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores)
     arguments = (
         *map(Pointer, ("dk", "dv", "stats", "marks", "tallies")),
@@ -266,36 +257,14 @@ def _plan_bwd_launch(
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("dk", "dv")),
         Pointer("cu_seqlens") if num_documents else None, *_strides(("dk", "dv"), layouts), call.scale, length,
         num_documents, num_documents.bit_length(), launch.period, tiles_per_period, launch.windows,
-        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, together,
-        runs * classes, number, counter, first_mark, before,
+        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes,
+        number, counter, first_mark, before,
     )  # fmt: skip
     grid = (min(_processors(layouts["query"].device), runs * classes), 1, 1)
     # Launches of the same lanes overlap: each waits for the one before lane by lane.
     options = {"launch_pdl": True} if before > 0 else {}
     planned = KernelLaunch(hopper_bwd_kernel, grid, arguments, {"V": variant}, num_warps=4, **options)
     return planned, classes * periods
-
-
-def _meeting(launch: Launch) -> int:
-    """Count the tiles of a branch's keys that a block of dense queries meets: at most; one less on average."""
-    return (launch.windows[0] - launch.previous_windows[0]) // (TILE * launch.rate) + 2
-
-
-def _groups(launch: Launch, runs: int, device: torch.device) -> int:
-    """Choose into how many groups to part runs, so that each has the tiles at work that meet a block together.
-
-    With fewer at work, the block has left the cache when the next tile comes to it; more would wait.
-    """
-    return max(1, round(runs * (_meeting(launch) - 1) / _processors(device)))
-
-
-def _parts(launch: Launch, tiles: int, lanes: int, device: torch.device) -> int:
-    """Choose into how many parts to cut a progression of so many tiles, so that all processors are at work.
-
-    A part is long enough for its first tiles, which tiles of the part above wait for, to be drawn before these.
-    """
-    meeting = _meeting(launch)
-    return max(1, min(round(_processors(device) / ((meeting - 1) * lanes)), tiles // (2 * meeting)))
 
 
 def _plan_launch(

@@ -31,16 +31,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _met,
     _store_key_rows,
 )
-from .dilated_attention_order_kernels import (
-    Tiles,
-    _blocks_met,
-    _in_turn,
-    _lowest,
-    _met_below,
-    _met_by_next,
-    _placed,
-    _rows_of,
-)
+from .dilated_attention_order_kernels import Tiles, _blocks_met, _met_by_next, _placed, _rows_of
 from .dilated_attention_tile_kernels import RUNTIME, _band
 
 
@@ -64,7 +55,7 @@ except ImportError as error:
 GOES_ON, HEAD, BATCH, LANE, START, TOKENS, X_FIRST, COUNT, BASE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
     gl.constexpr(i) for i in range(14)
 )
-MARK, MET_FIRST, MET_STOP, MET_BELOW, OWN_BASE = (gl.constexpr(i) for i in range(14, 19))
+MARK, MET_FIRST, MET_STOP = gl.constexpr(14), gl.constexpr(15), gl.constexpr(16)
 FIELDS = gl.constexpr(32)
 PLACES = gl.constexpr(2)  # of the rings of records, score gradients and turns
 
@@ -120,7 +111,7 @@ def _count(ptr):
 
 @gluon.jit
 def _write(shared, written, head, batch, lane, start, goes_on, tokens, x_first, count, base, first, stop, blocks,
-           head_edge, tail_edge, mark, met_first, met_stop, met_below, own_base):  # fmt: skip
+           head_edge, tail_edge, mark, met_first, met_stop):  # fmt: skip
     field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [1], [0]))
     record = gl.where(field == HEAD, head, 0)
     record = gl.where(field == BATCH, batch, record)
@@ -139,8 +130,6 @@ def _write(shared, written, head, batch, lane, start, goes_on, tokens, x_first, 
     record = gl.where(field == MARK, mark, record)
     record = gl.where(field == MET_FIRST, met_first, record)
     record = gl.where(field == MET_STOP, met_stop, record)
-    record = gl.where(field == MET_BELOW, met_below, record)
-    record = gl.where(field == OWN_BASE, own_base, record)
     place = written % PLACES
     mbarrier.wait(shared.records_empty.index(place), ((written // PLACES) & 1) ^ 1)
     shared.records.index(place).store(record)
@@ -184,40 +173,39 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
                 x_first, x_last, tokens, loop_base, loop_rate, tiles, V
             )
             met_first, met_stop = _met_by_next(slot, batch, kv_head, base, loop_base, loop_rate, tiles, V)
-            met_below = 0
-            if not V.dilate and not V.packed:
-                met_below = _met_below(slot, batch, kv_head, tiles, V)
             _write(
                 shared, filled, kv_head, batch, lane, start, 1, tokens, x_first, count, loop_base, first, stop, blocks,
-                head_edge, tail_edge, tiles.first_mark + slot, met_first, met_stop, met_below, base,
+                head_edge, tail_edge, tiles.first_mark + slot, met_first, met_stop,
             )  # fmt: skip
             residue = (start + loop_base) % loop_rate
             term = (start + loop_base) // loop_rate + first
             own_residue = (start + x_first) % tiles.rate
             own_term = (start + x_first) // tiles.rate
-            for step in range(blocks * V.group):
-                if step == AHEAD:
-                    _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
-                n, inner = _in_turn(step, blocks, V)
+            fetched_of_tile = 0
+            for inner in range(V.group):
                 head = kv_head * V.group + inner
-                row = term + n * V.block_n
-                stage = fetched % V.stages
-                phase = ((fetched // V.stages) & 1) ^ 1
-                mbarrier.wait(shared.block_empty.index(stage), phase)
-                mbarrier.expect(shared.q_full.index(stage), V.block_n * V.head_dim * 2)
-                q, full = shared.q.index(stage), shared.q_full.index(stage)
-                _copy(q_desc, batch, head, residue, row, full, q, V.block_n, V)
-                mbarrier.expect(shared.do_full.index(stage), V.block_n * V.head_dim * 2)
-                do, full = shared.do.index(stage), shared.do_full.index(stage)
-                _copy(do_desc, batch, head, residue, row, full, do, V.block_n, V)
-                fetched += 1
-            if blocks * V.group <= AHEAD:
+                for n in range(blocks):
+                    if fetched_of_tile == AHEAD:
+                        _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
+                    fetched_of_tile += 1
+                    row = term + n * V.block_n
+                    stage = fetched % V.stages
+                    phase = ((fetched // V.stages) & 1) ^ 1
+                    mbarrier.wait(shared.block_empty.index(stage), phase)
+                    mbarrier.expect(shared.q_full.index(stage), V.block_n * V.head_dim * 2)
+                    q, full = shared.q.index(stage), shared.q_full.index(stage)
+                    _copy(q_desc, batch, head, residue, row, full, q, V.block_n, V)
+                    mbarrier.expect(shared.do_full.index(stage), V.block_n * V.head_dim * 2)
+                    do, full = shared.do.index(stage), shared.do_full.index(stage)
+                    _copy(do_desc, batch, head, residue, row, full, do, V.block_n, V)
+                    fetched += 1
+            if fetched_of_tile <= AHEAD:
                 _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
             filled += 1
         else:
             _count(tiles.finished_ptr + lane)
         index = _draw(tiles.drawn_ptr)
-    _write(shared, filled, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    _write(shared, filled, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -242,18 +230,18 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
         head, batch, start = _field(record, HEAD, 1), _field(record, BATCH, 1), _field(record, START, 1)
         base, first, stop = _field(record, BASE, 1), _field(record, FIRST, 1), _field(record, STOP, 1)
         blocks = _field(record, BLOCKS, 1)
-        for step in range(blocks * V.group):
-            n, inner = _in_turn(step, blocks, V)
+        for inner in range(V.group):
             row = (batch.to(gl.int64) * (tiles.heads * V.group) + head * V.group + inner) * tiles.length + start + base
-            term = first + n * V.block_n + gl.arange(0, V.block_n, layout=layout)
-            words = gl.load(stats_ptr + row + term.to(gl.int64) * rate, mask=term < stop, other=0)
-            lse2, delta = _unpack_stats(words)
-            stage = fetched % V.stages
-            mbarrier.wait(shared.block_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
-            shared.stats.index(2 * stage).store(lse2)
-            shared.stats.index(2 * stage + 1).store(-delta)
-            mbarrier.arrive(shared.stats_full.index(stage), count=1)
-            fetched += 1
+            for n in range(blocks):
+                term = first + n * V.block_n + gl.arange(0, V.block_n, layout=layout)
+                words = gl.load(stats_ptr + row + term.to(gl.int64) * rate, mask=term < stop, other=0)
+                lse2, delta = _unpack_stats(words)
+                stage = fetched % V.stages
+                mbarrier.wait(shared.block_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
+                shared.stats.index(2 * stage).store(lse2)
+                shared.stats.index(2 * stage + 1).store(-delta)
+                mbarrier.arrive(shared.stats_full.index(stage), count=1)
+                fetched += 1
         record = _read(shared, seen, 1)
         seen += 1
 
@@ -264,7 +252,6 @@ def _order_of(record):
     return (
         _field(record, LANE, 1), _field(record, START, 1), _field(record, BASE, 1), _field(record, FIRST, 1),
         _field(record, BLOCKS, 1), _field(record, MARK, 1), _field(record, MET_FIRST, 1), _field(record, MET_STOP, 1),
-        _field(record, MET_BELOW, 1),
     )  # fmt: skip
 
 
@@ -301,29 +288,24 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     seen = 1
     record = _read(shared, 0, 1)
     while _field(record, GOES_ON, 1) > 0:
-        lane, start, base, first, blocks, mark, met_first, met_stop, met_below = _order_of(record)
-        own_base = _field(record, OWN_BASE, 1)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         if tiles.before > 0:
             ptr = tiles.finished_ptr + lane
             while _look(ptr) < tiles.before:
                 pass
         mbarrier.arrive(shared.ready.index((seen - 1) % PLACES), count=1)
-        for step in range(blocks * V.group):
-            n, inner = _in_turn(step, blocks, V)
-            term = first + n * V.block_n
-            follows = (term >= met_first) & (term < met_stop)
-            if follows | (term < met_below):
-                row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
-                ptr = marks_ptr + (row + term.to(gl.int64) * rate)
-                awaited = mark + 1
-                if not V.dilate and not V.packed:
-                    awaited = gl.where(follows, mark + 1, tiles.first_mark + _lowest(term, own_base, tiles, V))
-                found = _glance(ptr)
-                while found != awaited:
+        for inner in range(V.group):
+            row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
+            for n in range(blocks):
+                term = first + n * V.block_n
+                if (term >= met_first) & (term < met_stop):
+                    ptr = marks_ptr + (row + term.to(gl.int64) * rate)
                     found = _glance(ptr)
-            mbarrier.wait(shared.turn_over.index(done % PLACES), ((done // PLACES) & 1) ^ 1)
-            mbarrier.arrive(shared.turn.index(done % PLACES), count=1)
-            done += 1
+                    while found != mark + 1:
+                        found = _glance(ptr)
+                mbarrier.wait(shared.turn_over.index(done % PLACES), ((done // PLACES) & 1) ^ 1)
+                mbarrier.arrive(shared.turn.index(done % PLACES), count=1)
+                done += 1
         record = _read(shared, seen, 1)
         seen += 1
 
@@ -353,12 +335,6 @@ def _await_added():
 
 
 @gluon.jit
-def _gives(blocks, V: gl.constexpr):
-    """Say whether a tile has something to write: what meets nothing has nothing to add."""
-    return blocks >= 0 if V.first else blocks > 0
-
-
-@gluon.jit
 def _rows_handed_over(shared, handed, consumer: gl.constexpr, V: gl.constexpr):
     """Return a place of the ring of dq as rows of dk or dv: half as wide, twice as many columns."""
     dtype: gl.constexpr = shared.k.dtype
@@ -379,37 +355,37 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
     seen = 0
     record = _look_up(shared, 0, 1)
     while _field(record, GOES_ON, 1) > 0:
-        lane, start, base, first, blocks, mark, met_first, met_stop, met_below = _order_of(record)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         residue = (start + base) % rate
         term_before = (start + base) // rate
-        for step in range(blocks * V.group):
-            n, inner = _in_turn(step, blocks, V)
+        for inner in range(V.group):
             head = lane * V.group + inner
             row = head.to(gl.int64) * tiles.length + start + base
-            term = first + n * V.block_n
-            place = handed % PLACES
-            mbarrier.wait(shared.turn.index(done % PLACES), (done // PLACES) & 1)
-            mbarrier.wait(shared.dq_full.index(place), (handed // PLACES) & 1)
-            _fence_global()
-            fresh = ((term < met_first) | (term >= met_stop)) & (term >= met_below) if V.stores else term < -1
-            for consumer in gl.static_range(V.consumers):
-                source = shared.dq.index(place * V.consumers + consumer)
-                source = source._reinterpret(sums_desc.dtype, [1, 1, 1, ROWS, COLUMNS], sums_desc.layout)
-                if fresh:
-                    tma.async_copy_shared_to_global(
-                        sums_desc, [0, head, residue, term_before + term, consumer * COLUMNS], source
-                    )
-                else:
-                    _start_adding(sums_desc, [0, head, residue, term_before + term, consumer * COLUMNS], source)
-            tma.store_wait(0)
-            mbarrier.arrive(shared.dq_empty.index(place), count=1)
-            mbarrier.arrive(shared.turn_over.index(done % PLACES), count=1)
-            _await_added()
-            _tell(marks_ptr + (row + term.to(gl.int64) * rate), mark)
-            done += 1
-            handed += 1
+            for n in range(blocks):
+                term = first + n * V.block_n
+                place = handed % PLACES
+                mbarrier.wait(shared.turn.index(done % PLACES), (done // PLACES) & 1)
+                mbarrier.wait(shared.dq_full.index(place), (handed // PLACES) & 1)
+                _fence_global()
+                fresh = (term < met_first) | (term >= met_stop) if V.stores else term < -1
+                for consumer in gl.static_range(V.consumers):
+                    source = shared.dq.index(place * V.consumers + consumer)
+                    source = source._reinterpret(sums_desc.dtype, [1, 1, 1, ROWS, COLUMNS], sums_desc.layout)
+                    if fresh:
+                        tma.async_copy_shared_to_global(
+                            sums_desc, [0, head, residue, term_before + term, consumer * COLUMNS], source
+                        )
+                    else:
+                        _start_adding(sums_desc, [0, head, residue, term_before + term, consumer * COLUMNS], source)
+                tma.store_wait(0)
+                mbarrier.arrive(shared.dq_empty.index(place), count=1)
+                mbarrier.arrive(shared.turn_over.index(done % PLACES), count=1)
+                _await_added()
+                _tell(marks_ptr + (row + term.to(gl.int64) * rate), mark)
+                done += 1
+                handed += 1
         mbarrier.wait(shared.ready.index(seen % PLACES), (seen // PLACES) & 1)
-        if (_field(record, COUNT, 1) == V.block_m) & _gives(blocks, V):
+        if _field(record, COUNT, 1) == V.block_m:
             head, batch = _field(record, HEAD, 1), _field(record, BATCH, 1)
             row = start + _field(record, X_FIRST, 1)
             _start_rows(dv_desc, shared, handed, batch, head, row, tiles.rate, V)
@@ -585,30 +561,25 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             s = _scores(s, shared, done, consumer, V)
             begun = done
-            steps = blocks * V.group
-            # Masks are for the blocks at both ends.
-            whole_from = (head_edge if V.dilate else blocks - tail_edge) * V.group
-            whole_to = (tail_edge if V.dilate else blocks - head_edge) * V.group
-            for step in range(0, gl.minimum(whole_from, steps - 1)):
-                n, _ = _in_turn(step, blocks, V)
-                dk, dv, dq, s, done = _block(
-                    dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
-                    band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            for _ in range(whole_from, gl.minimum(whole_to, steps - 1)):
-                dk, dv, dq, s, done = _block(
-                    dk, dv, dq, s, done, begun, extra, shared, base, rate, first, stop,
-                    band_start, band_end, scale2, False, False, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            for step in range(whole_to, steps - 1):
-                n, _ = _in_turn(step, blocks, V)
-                dk, dv, dq, s, done = _block(
-                    dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
-                    band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            n, _ = _in_turn(steps - 1, blocks, V)
+            for inner in range(V.group):
+                last = blocks - gl.where(inner == V.group - 1, 1, 0)
+                for n in range(0, gl.minimum(head_edge, last)):
+                    dk, dv, dq, s, done = _block(
+                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
+                        band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+                for n in range(head_edge, gl.minimum(tail_edge, last)):
+                    dk, dv, dq, s, done = _block(
+                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
+                        band_start, band_end, scale2, False, False, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+                for n in range(tail_edge, last):
+                    dk, dv, dq, s, done = _block(
+                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
+                        band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
             dk, dv, dq, s, done = _block(
-                dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
+                dk, dv, dq, s, done, begun, extra, shared, base, rate, first + (blocks - 1) * V.block_n, stop,
                 band_start, band_end, scale2, True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
             mbarrier.wait(shared.ds_full.index((done - 1) % PLACES), ((done - 1) // PLACES) & 1)
@@ -619,14 +590,13 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
         dk *= outputs.gradients.scale
         record = _look_up(shared, filled, 4)  # once more: registers are scarce
         count = _field(record, COUNT, 4)
-        gives = _gives(blocks, V)
-        if gives & (count == V.block_m):
+        if count == V.block_m:
             handed = done + extra
             _hand_over(dv.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
             handed += 1
             _hand_over(dk.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
             extra += 2
-        elif gives:  # the copy engine would not stop after count rows
+        else:  # the copy engine would not stop after count rows
             mbarrier.wait(shared.ready.index(filled % PLACES), (filled // PLACES) & 1)
             head, batch = _field(record, HEAD, 4), _field(record, BATCH, 4)
             start, x_first = _field(record, START, 4), _field(record, X_FIRST, 4)
@@ -666,13 +636,13 @@ def _allocate(dtype: gl.constexpr, V: gl.constexpr):
 
 @gluon.jit(do_not_specialize=(
     *RUNTIME, "heads", "first_lane", "classes", "periods", "runs", "tiles",
-    "together", "number", "counters", "first_mark", "before",
+    "number", "counters", "first_mark", "before",
 ))  # fmt: skip
 def hopper_bwd_kernel(
     dk_ptr, dv_ptr, stats_ptr, marks_ptr, tallies_ptr, k_desc, v_desc, q_desc, do_desc, sums_desc, dk_desc, dv_desc,
     cu_seqlens_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, length, num_documents,
     search_steps, period, tiles_per_period, windows, previous_windows, rates, heads, first_lane, classes, periods,
-    runs, together, tiles, number, counters, first_mark, before,
+    runs, tiles, number, counters, first_mark, before,
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute what a branch adds to all gradients of some lanes, each after ``before`` tiles of branches before."""
@@ -684,8 +654,7 @@ def hopper_bwd_kernel(
     fence_async_shared()
     work = Tiles(
         heads, first_lane, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
-        windows[0], previous_windows[0], rates[0], classes, periods, runs, together, tiles, first_mark,
-        tallies_ptr + number,
+        windows[0], previous_windows[0], rates[0], classes, periods, runs, tiles, first_mark, tallies_ptr + number,
         tallies_ptr + counters, before,
     )  # fmt: skip
     gradients = KeyGradients(

@@ -3,22 +3,11 @@
 The tiles that meet a block of queries add to its gradient one after the other, the last one first. A tile's
 predecessor is therefore the tile after it in its progression; where that one does not meet a block, no later one
 does, and the tile is the block's first.
-
-Of dense queries a progression may be cut into *parts*, which are worked off at the same time. Where two parts meet the
-same blocks, the lower part is there first: it begins with them, the upper one ends with them.
 """
 
 from typing import Any, NamedTuple
 
-from .dilated_attention_tile_kernels import (
-    _band,
-    _block_range,
-    _count_before,
-    _document,
-    _offset,
-    _tile,
-    _window_start,
-)
+from .dilated_attention_tile_kernels import _band, _block_range, _document, _offset, _tile
 
 
 try:
@@ -32,8 +21,8 @@ class Tiles(NamedTuple):
     """All tiles of a launch.
 
     A *class* is a place in a period (or a slot of packed documents); a *run* of tiles, one per lane and period, has
-    one tile in each class; a *lane* is a KV head of one row of the batch. Parts are periods here. ``together`` runs are
-    worked off at a time, last class first. ``before`` counts a lane's tiles in the launches before.
+    one tile in each class; a *lane* is a KV head of one row of the batch. Runs are worked off one after the other, last
+    class first. ``before`` counts a lane's tiles in the launches before.
     """
 
     heads: Any
@@ -50,7 +39,6 @@ class Tiles(NamedTuple):
     classes: Any
     periods: Any
     runs: Any
-    together: Any
     tiles: Any
     first_mark: Any
     drawn_ptr: Any
@@ -61,12 +49,8 @@ class Tiles(NamedTuple):
 @triton.jit
 def _placed(index, tiles):
     """Return the slot, KV head, batch row and lane (counted from the launch's first) of the tile of a number."""
-    at_once = tiles.together * tiles.classes
-    before = index // at_once * tiles.together
-    rest = index % at_once
-    size = tl.maximum(tl.minimum(tiles.together, tiles.runs - before), 1)
-    run = before + rest % size
-    slot = run % tiles.periods * tiles.classes + (tiles.classes - 1 - rest // size)
+    run = index // tiles.classes
+    slot = run % tiles.periods * tiles.classes + (tiles.classes - 1 - index % tiles.classes)
     lane = run // tiles.periods
     at = lane + tiles.first_lane
     return slot, at % tiles.heads, at // tiles.heads, lane
@@ -99,17 +83,6 @@ def _blocks_met(x_first, x_last, tokens, base, rate, tiles, V: tl.constexpr):
 
 
 @triton.jit
-def _in_turn(step, blocks, V: tl.constexpr):
-    """Return the block of a tile's step, and which of the query heads that share its keys it belongs to.
-
-    Dilated queries come in rising order: each tile starts at its own diagonal, where the next one has been before it.
-    Dense ones come in falling order, so that all tiles that meet a block do so at about the same time.
-    """
-    block = step // V.group
-    return block if V.dilate else blocks - 1 - block, step % V.group
-
-
-@triton.jit
 def _met_by_next(slot, batch, kv_head, own_base, base, rate, tiles, V: tl.constexpr):
     """Return the terms ``[first, stop)`` of the blocks that the next tile of the same progression meets, if there is one.
 
@@ -117,21 +90,4 @@ def _met_by_next(slot, batch, kv_head, own_base, base, rate, tiles, V: tl.conste
     """
     _, tokens, next_base, x_first, x_last, count = _rows_of(slot + 1, batch, kv_head, tiles, V)
     first, _, blocks, _, _ = _blocks_met(x_first, x_last, tokens, base, rate, tiles, V)
-    follows = (count > 0) & (next_base == own_base) & ((slot + 1) % tiles.classes > 0)
-    return first, first + tl.where(follows, blocks, 0) * V.block_n
-
-
-@triton.jit
-def _met_below(slot, batch, kv_head, tiles, V: tl.constexpr):
-    """Return the term before which blocks of dense queries are met by the part below, too; 0 if there is none."""
-    highest = slot - slot % tiles.classes - 1
-    _, tokens, _, x_first, x_last, count = _rows_of(tl.maximum(highest, 0), batch, kv_head, tiles, V)
-    first, _, blocks, _, _ = _blocks_met(x_first, x_last, tokens, 0, 1, tiles, V)
-    return tl.where((highest >= 0) & (blocks > 0), first + blocks * V.block_n, 0)
-
-
-@triton.jit
-def _lowest(term, base, tiles, V: tl.constexpr):
-    """Return the slot of the lowest tile, of progression ``base``, that meets the block of dense queries from a term on."""
-    start = _window_start(term, tiles.window, V.sliding)
-    return _count_before(start, base, tiles.rate) // V.block_m
+    return first, first + tl.where((count > 0) & (next_base == own_base), blocks, 0) * V.block_n

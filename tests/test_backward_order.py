@@ -14,20 +14,11 @@ try:
     import triton
     import triton.language as tl
 
-    from modeling_longnet.dilated_attention_order_kernels import (
-        Tiles,
-        _blocks_met,
-        _lowest,
-        _met_below,
-        _met_by_next,
-        _placed,
-        _rows_of,
-    )
+    from modeling_longnet.dilated_attention_order_kernels import Tiles, _blocks_met, _met_by_next, _placed, _rows_of
 except ImportError:  # needs_interpreter says so
     triton = None
 
 
-RETROFIT = {"count_overlaps": False, "dilate_queries": False, "window": "sliding"}
 CASES = {
     "paper": (DilationPattern.geometric(64, 1024), 1008, 4, 2, 1, True, None),
     "both sides": (DilationPattern.geometric(128, 1024), 1000, 2, 2, 2, False, None),
@@ -39,13 +30,6 @@ CASES = {
         DilationPattern((256, 512), (1, 4), dilate_queries=True, window="sliding", count_overlaps=False),
         1024, 2, 2, 1, True, None,
     ),
-    "retrofit": (DilationPattern.geometric(128, 1024, preset="retrofit"), 2048, 4, 2, 2, True, None),
-    "parts": (DilationPattern((128, 512), (1, 2), **RETROFIT), 2048, 2, 2, 1, True, None),
-    "parts of segments": (DilationPattern((128, 512), (1, 2), dilate_queries=False), 2000, 2, 1, 1, True, None),
-    "retrofit, packed": (
-        DilationPattern.geometric(128, 1024, preset="retrofit"), 1024, 2, 2, 1, True, [0, 1, 200, 713, 1024],
-    ),
-    "dense segments": (DilationPattern((256, 512), (1, 4), dilate_queries=False), 1000, 2, 2, 1, True, None),
     "unaligned": (
         DilationPattern((160, 480), (1, 3), dilate_queries=True, window="sliding", count_overlaps=False),
         960, 2, 1, 1, True, None,
@@ -79,20 +63,9 @@ if triton is not None:
         tl.store(found_ptr + 8, blocks)
         tl.store(found_ptr + 9, met_first)
         tl.store(found_ptr + 10, met_stop)
-        if not V.dilate and not V.packed:
-            met_below = _met_below(slot, batch, kv_head, tiles, V)
-            tl.store(found_ptr + 11, met_below)
-            for n in range(blocks):
-                term = first + n * V.block_n
-                if term < met_below:
-                    tl.store(found_ptr + 12 + n, _lowest(term, base, tiles, V))
 
 
-FOUND = (
-    "slot", "lane", "start", "x_first", "count", "loop_base", "first", "stop", "blocks", "met_first", "met_stop",
-    "met_below",
-)  # fmt: skip
-MOST_BLOCKS = 512  # that a tile of these cases meets
+FOUND = ("slot", "lane", "start", "x_first", "count", "loop_base", "first", "stop", "blocks", "met_first", "met_stop")
 
 
 def tiles_of(launch, cu_seqlens) -> list[dict[str, int]]:
@@ -102,14 +75,14 @@ def tiles_of(launch, cu_seqlens) -> list[dict[str, int]]:
     tiles = Tiles(
         given["heads"], given["first_lane"], cu_seqlens, given["length"], given["num_documents"], given["search_steps"],
         given["period"], given["tiles_per_period"], given["windows"][0], given["previous_windows"][0],
-        given["rates"][0], given["classes"], given["periods"], given["runs"], given["together"], given["tiles"],
-        given["first_mark"], None, None, given["before"],
+        given["rates"][0], given["classes"], given["periods"], given["runs"], given["tiles"], given["first_mark"],
+        None, None, given["before"],
     )  # fmt: skip
+    found = torch.zeros(len(FOUND), dtype=torch.int64)
     rows = []
     for index in range(given["tiles"]):
-        found = torch.zeros(len(FOUND) + MOST_BLOCKS, dtype=torch.int64)
         reckon[(1,)](found, index, tiles, v)
-        rows.append(dict(zip((*FOUND, "below"), [*found[: len(FOUND)].tolist(), found[len(FOUND) :].tolist()])))
+        rows.append(dict(zip(FOUND, found.tolist())))
     return rows
 
 
@@ -129,8 +102,7 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None
     launches, scratch = hopper.hopper_bwd_launches(layouts, num_documents, Call(pattern, is_causal, 1.0))
     # Inputs, results and their gradients are four tensors of each number of heads.
     lane, tensors = 4 * heads // kv_heads * length * 64, 4 * 2 * (heads + kv_heads) * batch * length * 64
-    assert 4 * scratch.sums <= max(lane, tensors // 8) or not pattern.dilate_queries
-    assert 64 * scratch.marks == scratch.sums
+    assert 4 * scratch.sums <= max(lane, tensors // 8) and 64 * scratch.marks == scratch.sums
     lanes_seen, marks, finished = defaultdict(int), set(), defaultdict(int)
     for launch in launches:
         given = dict(zip(launch.kernel.arg_names, launch.arguments))
@@ -140,7 +112,7 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None
         block = launch.constants["V"].block_n.value
         rate = given["rates"][0] if launch.constants["V"].dilate.value else 1
         visitors, keys, fresh = defaultdict(list), defaultdict(int), defaultdict(int)
-        for turn, tile in enumerate(tiles_of(launch, cu_seqlens)):
+        for tile in tiles_of(launch, cu_seqlens):
             lane = given["first_lane"] + tile["lane"]
             finished[lane] += 1
             if tile["count"] <= 0:
@@ -151,25 +123,19 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None
                 term = tile["first"] + n * block
                 assert term % block == 0 and term < tile["stop"]
                 row = tile["start"] + tile["loop_base"] + rate * term
-                awaited = tile["below"][n] if term < tile["met_below"] else None
-                if tile["met_first"] <= term < tile["met_stop"]:
-                    awaited = tile["slot"] + 1
-                visitors[lane, row].append((tile["slot"], awaited, turn))
-                if awaited is None:
-                    for t in range(row, min(row + rate * block, length), rate):  # the whole block is written
-                        fresh[lane, t] += 1
+                met = tile["met_first"] <= term < tile["met_stop"]
+                visitors[lane, row].append((tile["slot"], met))
+                if not met:
+                    for t in range(term, min(term + block, tile["stop"])):
+                        fresh[lane, tile["start"] + tile["loop_base"] + rate * t] += 1
         assert max(keys.values()) == 1  # nobody else writes a key's gradients
-        for found in visitors.values():
-            turns = {slot: turn for slot, _, turn in found}
-            waiting = {awaited: slot for slot, awaited, _ in found}
-            assert len(turns) == len(waiting) == len(found)  # nobody comes twice, no two wait for the same
-            slot = waiting.pop(None)  # the first waits for nobody,
-            while waiting:
-                before, slot = slot, waiting.pop(slot)  # all others for the one before,
-                assert turns[before] < turns[slot]  # which has drawn a lower number
+        for order in visitors.values():
+            assert not order[0][1]  # the first waits for nobody,
+            for (before, _), (slot, met) in zip(order, order[1:]):
+                assert met and before == slot + 1  # all others for the one that has drawn a lower number just before
         if launch.constants["V"].stores.value:
             rows = {(lane, row) for lane in {lane for lane, _ in keys} for row in range(length)}
-            assert rows == set(fresh) and set(fresh.values()) == {1}  # what is not zeroed before is written, once
+            assert rows == set(fresh)  # what is not zeroed before is written
         used = range(given["first_mark"], given["first_mark"] + given["classes"] * given["periods"])
         assert 0 not in used and not marks & set(used)  # no mark of another launch is mistaken
         marks |= set(used)
