@@ -37,6 +37,7 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
+ROUNDS = 16  # of tiles to each program, between which long and short ones even out
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
 MOST_SHARED = 2**25  # bytes, more than half of L2: with more, rows of dq leave it between two tiles
 
@@ -288,9 +289,9 @@ def _plan_launch(
     tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     processors = _processors(layouts["query"].device)
-    # As many runs at a time as fill whole rounds of programs; where there is one period only, head after head.
+    # As many runs at a time as fill whole rounds of programs, or where classes are many, enough of them to even out.
     apart = launch.period == ENDLESS or num_documents > 0
-    together = 1 if apart else processors // gcd(processors, classes)
+    together = _cdiv(ROUNDS * processors, classes) if apart else processors // gcd(processors, classes)
     runs = periods * heads * batch
     own_tensors = 1 if kernel == "fwd" and launch.first else 2
     variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors)

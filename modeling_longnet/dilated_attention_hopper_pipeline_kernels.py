@@ -202,7 +202,7 @@ def _locate(turn, work, V: gl.constexpr):
     offset = _offset(kv_head, rate, V.num_kv_heads, V.blocked) if V.dilate or V.from_key else 0
     base, x_first, x_last, count = _tile(
         tile, offset, rate, tokens, work.period, work.tiles_per_period,
-        V.dilate and V.side == BEFORE and not V.from_key, V.block_m,
+        V.side == BEFORE and not V.from_key, V.block_m,
     )  # fmt: skip
     return head, kv_head, batch, start, tokens, base, x_first, x_last, gl.where(index < work.tiles, count, 0)
 
