@@ -293,9 +293,8 @@ def _plan_launch(
     apart = launch.period == ENDLESS or num_documents > 0
     together = _cdiv(ROUNDS * processors, classes) if apart else processors // gcd(processors, classes)
     runs = periods * heads * batch
-    # The forward begins a tile before the one before has ended.
-    own_tensors, own_places = (1, 2) if kernel == "fwd" else (2, 1)
-    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors, own_places)
+    own_tensors = 1 if kernel == "fwd" and launch.first else 2
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors)
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
     own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
@@ -334,7 +333,7 @@ def _strides(names: Sequence[str], layouts: dict[str, TensorLayout]) -> list[int
 
 def _variant_of(
     launch: Launch, tiles: HopperTiles, layouts: dict[str, TensorLayout], num_documents: int, call: Call,
-    from_key: bool, own_tensors: int, own_places: int = 1, stores: bool = False,
+    from_key: bool, own_tensors: int, stores: bool = False,
 ) -> "Variant":  # fmt: skip
     """Choose what a launch's kernel is compiled for."""
     pattern, num_kv_heads = call.pattern, layouts["key"].shape[1]
@@ -351,7 +350,6 @@ def _variant_of(
         from_key=from_key,
         first=launch.first,
         own_tensors=own_tensors,
-        own_places=own_places,
         head_dim=layouts["query"].shape[-1],
         stores=stores,
         **tiles._asdict(),

@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_pipeline_kernels import (
     BATCH,
-    BRANCH,
     COUNT,
+    GOES_ON,
     HEAD,
-    KIND,
     LOG2E,
     ROWS,
     START,
-    TILE,
     TOKENS,
     X_FIRST,
     KeyGradients,
@@ -125,67 +123,86 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     filled = 0
     seen = 1
     record = _read_record(rings, 0)
-    while _field(record, KIND) == TILE:
+    while _field(record, GOES_ON) > 0:
         head, batch = _field(record, HEAD), _field(record, BATCH)
         start, x_first = _field(record, START), _field(record, X_FIRST)
         count, tokens = _field(record, COUNT), _field(record, TOKENS)
         base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         x = x_first + results.own_rate * index
+        begun = 0
+        if V.num_branches > 1:
+            while (blocks == 0) & (begun < V.num_branches - 1):
+                record = _read_record(rings, seen)
+                seen += 1
+                begun += 1
+                base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         at_row = (batch.to(gl.int64) * results.heads + head) * results.length + start
         lse2, delta = _unpack_stats(gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=0))
-        mbarrier.wait(rings.own_full.index(0), filled & 1)
+        mbarrier.wait(rings.own_full, filled & 1)
         dq = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
-        band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
-        stage = done % V.stages
-        phase = (done // V.stages) & 1
-        zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-        _await_turn(rings, done, consumer, V)
-        mbarrier.wait(rings.k_full.index(stage), phase)
-        s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(rings.v_full.index(stage), phase)
-        dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        _end_turn(rings, consumer, V)
-        s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-        mbarrier.arrive(rings.v_empty.index(stage), count=1)
-        new_ds = _ds_of_queries(
-            s, dp, lse2, delta, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
-            band_start, band_end, scale2, True, V, s_layout,
-        )  # fmt: skip
-        ds = _pack(new_ds, rings.k.dtype)
-        done += 1
-        visited = 1
-        kind = _field(record, KIND)
-        while kind > 0:  # branches of this tile
+        if blocks > 0:
             band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
-            edges = head_edge + blocks - tail_edge
-            for n in range(visited, edges):
-                dq, ds, done = _bwd_dq_block(
-                    dq, ds, done, q, do, lse2, delta, rings, base, rate,
-                    first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
-                    scale2, True, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            for _ in range(gl.maximum(edges, visited), blocks):
-                dq, ds, done = _bwd_dq_block(
-                    dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end,
-                    scale2, False, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            visited = 0
-            record = _read_record(rings, seen)
-            seen += 1
-            base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
-            kind = gl.where(_field(record, KIND) == BRANCH, 1, 0)
-        mbarrier.arrive(rings.own_empty.index(0), count=1)
-        last = (done - 1) % V.stages
-        dq = warpgroup_mma(_unpack(ds, rings.k.dtype, p_layout), rings.k.index(last), dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(rings.k_empty.index(last), count=1)
+            stage = done % V.stages
+            phase = (done // V.stages) & 1
+            zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            _await_turn(rings, done, consumer, V)
+            mbarrier.wait(rings.k_full.index(stage), phase)
+            s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(rings.v_full.index(stage), phase)
+            dp = warpgroup_mma(do, rings.v.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            _end_turn(rings, consumer, V)
+            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+            mbarrier.arrive(rings.v_empty.index(stage), count=1)
+            new_ds = _ds_of_queries(
+                s, dp, lse2, delta, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
+                band_start, band_end, scale2, True, V, s_layout,
+            )  # fmt: skip
+            ds = _pack(new_ds, rings.k.dtype)
+            done += 1
+            for branch in range(begun, V.num_branches):
+                if branch > begun:
+                    record = _read_record(rings, seen)
+                    seen += 1
+                    base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                visited = gl.where(branch == begun, 1, 0)
+                edges = head_edge + blocks - tail_edge
+                for n in range(visited, edges):
+                    dq, ds, done = _bwd_dq_block(
+                        dq, ds, done, q, do, lse2, delta, rings, base, rate,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        scale2, True, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+                for _ in range(gl.maximum(edges, visited), blocks):
+                    dq, ds, done = _bwd_dq_block(
+                        dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end,
+                        scale2, False, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+            mbarrier.arrive(rings.own_empty, count=1)
+            last = (done - 1) % V.stages
+            dq = warpgroup_mma(_unpack(ds, rings.k.dtype, p_layout), rings.k.index(last), dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(rings.k_empty.index(last), count=1)
+        else:
+            mbarrier.arrive(rings.own_empty, count=1)
         filled += 1
         dq_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
         dq *= results.scale
         _store_rows(
-            dq, dq_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, not V.first, V,
+            dq,
+            dq_ptr,
+            start,
+            x_first,
+            results.own_rate,
+            count,
+            results.stride_l,
+            consumer,
+            not V.first,
+            V,
             V.whole_rows,
-        )  # fmt: skip
+        )
+        record = _read_record(rings, seen)
+        seen += 1
 
 
 @gluon.jit
@@ -274,7 +291,7 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     filled = 0
     seen = 1
     record = _read_record(rings, 0)
-    while _field(record, KIND) == TILE:
+    while _field(record, GOES_ON) > 0:
         head, batch = _field(record, HEAD), _field(record, BATCH)
         start, x_first = _field(record, START), _field(record, X_FIRST)
         count, tokens = _field(record, COUNT), _field(record, TOKENS)
@@ -282,34 +299,35 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         x = x_first + results.gradients.own_rate * index
         band_start, band_end = _band(x, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
         edges = head_edge + blocks - tail_edge
-        mbarrier.wait(rings.own_full.index(0), filled & 1)
+        mbarrier.wait(rings.own_full, filled & 1)
         dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
-        s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-        dp = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-        dk, dv, s, dp, done = _bwd_dkdv_block(
-            dk, dv, s, dp, done, k, v, rings, results, base, rate,
-            first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end, scale2,
-            True, True, consumer, V, s_layout, p_layout,
-        )  # fmt: skip
-        for inner in range(V.group):
-            visited = gl.where(inner == 0, 1, 0)
-            for n in range(visited, edges):
-                dk, dv, s, dp, done = _bwd_dkdv_block(
-                    dk, dv, s, dp, done, k, v, rings, results, base, rate,
-                    first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
-                    scale2, False, True, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-            for _ in range(gl.maximum(edges, visited), blocks):
-                dk, dv, s, dp, done = _bwd_dkdv_block(
-                    dk, dv, s, dp, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
-                    False, False, consumer, V, s_layout, p_layout,
-                )  # fmt: skip
-        dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-        last = (done - 1) % V.stages
-        mbarrier.arrive(rings.k_empty.index(last), count=1)
-        mbarrier.arrive(rings.v_empty.index(last), count=1)
-        mbarrier.arrive(rings.own_empty.index(0), count=1)
+        if blocks > 0:
+            s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            dp = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            dk, dv, s, dp, done = _bwd_dkdv_block(
+                dk, dv, s, dp, done, k, v, rings, results, base, rate,
+                first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end, scale2,
+                True, True, consumer, V, s_layout, p_layout,
+            )  # fmt: skip
+            for inner in range(V.group):
+                visited = gl.where(inner == 0, 1, 0)
+                for n in range(visited, edges):
+                    dk, dv, s, dp, done = _bwd_dkdv_block(
+                        dk, dv, s, dp, done, k, v, rings, results, base, rate,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        scale2, False, True, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+                for _ in range(gl.maximum(edges, visited), blocks):
+                    dk, dv, s, dp, done = _bwd_dkdv_block(
+                        dk, dv, s, dp, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
+                        False, False, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+            dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+            last = (done - 1) % V.stages
+            mbarrier.arrive(rings.k_empty.index(last), count=1)
+            mbarrier.arrive(rings.v_empty.index(last), count=1)
+        mbarrier.arrive(rings.own_empty, count=1)
         filled += 1
         dk *= results.gradients.scale
         _store_key_rows(dk, dv, results.gradients, head, batch, start, x_first, count, consumer, V, V.whole_rows)
@@ -329,27 +347,29 @@ def hopper_bwd_dq_kernel(
     """Compute the gradients of tiles of queries through all branches of the launch."""
     k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
     v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
-    rings = _allocate(own_desc.dtype, False, V)
+    rings = _allocate(own_desc.dtype, V)
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
-    results = Results(None, dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate)
+    results = Results(
+        None, None, dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate
+    )
     sources = Sources(own_desc, other_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
     if V.consumers == 3:
         gl.warp_specialize(
             [(_consume_dq, (rings, results, 0, V)), (_consume_dq, (rings, results, 1, V)),
-             (_consume_dq, (rings, results, 2, V)), (_produce, (sources, rings, work, False, V))],
+             (_consume_dq, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
             [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [(_consume_dq, (rings, results, 0, V)), (_consume_dq, (rings, results, 1, V)),
-             (_produce, (sources, rings, work, False, V))],
+             (_produce, (sources, rings, work, V))],
             [4, 1], [CONSUMER, PRODUCER],
         )  # fmt: skip
 
@@ -363,7 +383,7 @@ def hopper_bwd_dkdv_kernel(
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of tiles of a branch's keys and values, query head after query head: no atomics."""
-    rings = _allocate(own_desc.dtype, False, V)
+    rings = _allocate(own_desc.dtype, V)
     stats = gl.allocate_shared_memory(
         gl.float32, [2 * V.stages, V.block_n], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
@@ -383,7 +403,7 @@ def hopper_bwd_dkdv_kernel(
     PRODUCER: gl.constexpr = V.registers[1]
     gl.warp_specialize(
         [(_consume_dkdv, (rings, results, 0, V)), (_consume_dkdv, (rings, results, 1, V)),
-         (_produce, (sources, rings, work, False, V)),
+         (_produce, (sources, rings, work, V)),
          (_bring_stats, (stats_ptr, stats, stats_full, stats_empty, work, V))],
         [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
     )  # fmt: skip

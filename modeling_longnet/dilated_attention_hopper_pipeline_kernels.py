@@ -30,13 +30,10 @@ BEFORE = gl.constexpr(0)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)  # of a consumer: what one warpgroup multiplies at once
-AHEAD = gl.constexpr(
-    2
-)  # blocks of the next tile that are fetched before its own rows, if there is one place for these
-END, BRANCH, TILE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # what a record begins
+AHEAD = gl.constexpr(2)  # blocks of the next tile that are fetched before its own rows, whose place is free later
 
-# A record: what the producer tells the consumers about one branch of one tile, if the tile meets something there.
-HEAD, BATCH, START, X_FIRST, KIND, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
+# A record: what the producer tells the consumers about one branch of one tile.
+HEAD, BATCH, START, X_FIRST, GOES_ON, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
     gl.constexpr(i) for i in range(14)
 )
 WINDOW, PREVIOUS_WINDOW = gl.constexpr(14), gl.constexpr(15)
@@ -48,7 +45,7 @@ class Variant:
     """What a kernel is compiled for.
 
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
-    ``own_tensors``: how many tensors' own rows are copied, ``own_places``: for how many tiles at a time. ``side``: as in ``dilated_attention_tile_kernels``.
+    ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     ``stores``: the first tile that meets a block writes what others add to.
     """
@@ -65,7 +62,6 @@ class Variant:
     from_key: bool
     first: bool
     own_tensors: int
-    own_places: int
     head_dim: int
     block_m: int
     block_n: int
@@ -113,10 +109,7 @@ class Work(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """Shared memory of a program: rows, records and their barriers.
-
-    ``staged``: of the forward; what launches before have left of a tile's rows comes there, and its results leave.
-    """
+    """Shared memory of a program: rows, records and their barriers."""
 
     own: Any
     other: Any
@@ -132,13 +125,10 @@ class Rings(NamedTuple):
     records_full: Any
     records_empty: Any
     turns: Any
-    staged: Any
-    staged_full: Any
-    staged_empty: Any
 
 
 class Sources(NamedTuple):
-    """Descriptors of what the producer copies: own rows, others of the same tile, and per branch what these meet."""
+    """Descriptors of what the producer copies: own rows, and per branch what these meet."""
 
     own: Any
     other: Any
@@ -149,10 +139,11 @@ class Sources(NamedTuple):
 class Results(NamedTuple):
     """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats).
 
-    ``rows``: the descriptor of the rows, None for dq.
+    ``rows``: the descriptor of the rows; ``staged``: shared memory that they leave from. Of dq there is neither.
     """
 
     rows: Any
+    staged: Any
     rows_ptr: Any
     numbers_ptr: Any
     stride_b: Any
@@ -250,7 +241,7 @@ def _in_order(n, blocks, head, tail):
 
 @gluon.jit
 def _write_record(
-    rings, written, head, batch, start, x_first, kind, count, tokens,
+    rings, written, head, batch, start, x_first, goes_on, count, tokens,
     base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
 ):  # fmt: skip
     field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -258,7 +249,7 @@ def _write_record(
     record = gl.where(field == BATCH, batch, record)
     record = gl.where(field == START, start, record)
     record = gl.where(field == X_FIRST, x_first, record)
-    record = gl.where(field == KIND, kind, record)
+    record = gl.where(field == GOES_ON, goes_on, record)
     record = gl.where(field == COUNT, count, record)
     record = gl.where(field == TOKENS, tokens, record)
     record = gl.where(field == BASE, base, record)
@@ -312,39 +303,20 @@ def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_RO
 
 @gluon.jit
 def _copy_own(sources, rings, filled, batch, head, first_row, rate, V: gl.constexpr):
-    place = filled % V.own_places
-    full = rings.own_full.index(place)
-    mbarrier.wait(rings.own_empty.index(place), ((filled // V.own_places) & 1) ^ 1)
-    mbarrier.expect(full, V.own_tensors * V.block_m * V.head_dim * 2)
+    mbarrier.wait(rings.own_empty, (filled & 1) ^ 1)
+    mbarrier.expect(rings.own_full, V.own_tensors * V.block_m * V.head_dim * 2)
     residue = first_row % rate
     term = first_row // rate
     for consumer in gl.static_range(V.consumers):
-        at = term + consumer * ROWS
-        which = place * V.consumers + consumer
-        _copy(sources.own, batch, head, residue, at, full, rings.own.index(which), ROWS, V)
+        place = term + consumer * ROWS
+        _copy(sources.own, batch, head, residue, place, rings.own_full, rings.own.index(consumer), ROWS, V)
         if V.own_tensors == 2:
-            _copy(sources.other, batch, head, residue, at, full, rings.other.index(which), ROWS, V)
+            _copy(sources.other, batch, head, residue, place, rings.own_full, rings.other.index(consumer), ROWS, V)
 
 
 @gluon.jit
-def _copy_earlier(sources, rings, filled, batch, head, first_row, rate, V: gl.constexpr):
-    """Fetch a tile's results of the launches before, when those of the tile before have left."""
-    mbarrier.wait(rings.staged_empty, filled & 1)
-    mbarrier.expect(rings.staged_full, V.block_m * V.head_dim * 2)
-    for consumer in gl.static_range(V.consumers):
-        at = first_row // rate + consumer * ROWS
-        _copy(
-            sources.other, batch, head, first_row % rate, at, rings.staged_full, rings.staged.index(consumer), ROWS, V
-        )
-
-
-@gluon.jit
-def _produce(sources, rings, work, EARLIER: gl.constexpr, V: gl.constexpr):
-    """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet.
-
-    EARLIER: and at its end its results of the launches before.
-    """
-    ahead: gl.constexpr = AHEAD if V.own_places == 1 else 0
+def _produce(sources, rings, work, V: gl.constexpr):
+    """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet."""
     fetched = 0
     filled = 0
     written = 0
@@ -360,48 +332,40 @@ def _produce(sources, rings, work, EARLIER: gl.constexpr, V: gl.constexpr):
                     window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
                         branch, x_first, x_last, tokens, kv_head, tile_base, work, V
                     )
+                    if inner == 0:
+                        _write_record(
+                            rings, written, head, batch, start, x_first, 1, count, tokens,
+                            base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
+                        )  # fmt: skip
+                        written += 1
                     residue = (start + base) % rate
                     term = (start + base) // rate + first
-                    if V.first and not V.from_key and branch == V.num_branches - 1:
-                        # What meets nothing has to be written, too: one block beyond the end, of zeros, is not met.
-                        nothing = (blocks == 0) & (blocks_of_tile == 0)
-                        blocks = gl.where(nothing, 1, blocks)
-                        term = gl.where(nothing, work.length, term)
-                    if blocks > 0:
-                        if inner == 0:
-                            _write_record(
-                                rings, written, head, batch, start, x_first, gl.where(blocks_of_tile > 0, BRANCH, TILE),
-                                count, tokens, base, rate, first, stop, blocks, head_edge, tail_edge, window,
-                                previous_window,
-                            )  # fmt: skip
-                            written += 1
-                        for n in range(blocks):
-                            if blocks_of_tile == ahead:
-                                _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
-                            blocks_of_tile += 1
-                            row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
-                            stage = fetched % V.stages
-                            phase = ((fetched // V.stages) & 1) ^ 1
-                            mbarrier.wait(rings.k_empty.index(stage), phase)
-                            mbarrier.expect(rings.k_full.index(stage), V.block_n * V.head_dim * 2)
-                            _copy(
-                                sources.k[branch], batch, head_met, residue, row, rings.k_full.index(stage),
-                                rings.k.index(stage), V.block_n, V,
-                            )  # fmt: skip
-                            mbarrier.wait(rings.v_empty.index(stage), phase)
-                            mbarrier.expect(rings.v_full.index(stage), V.block_n * V.head_dim * 2)
-                            _copy(
-                                sources.v[branch], batch, head_met, residue, row, rings.v_full.index(stage),
-                                rings.v.index(stage), V.block_n, V,
-                            )  # fmt: skip
-                            fetched += 1
-            if blocks_of_tile > 0:
-                if blocks_of_tile <= ahead:
-                    _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
-                if EARLIER:
-                    _copy_earlier(sources, rings, filled, batch, head, start + x_first, own_rate, V)
-                filled += 1
-    _write_record(rings, written, 0, 0, 0, 0, END, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
+                    for n in range(blocks):
+                        if blocks_of_tile == AHEAD:
+                            _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile += 1
+                        row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                        stage = fetched % V.stages
+                        phase = ((fetched // V.stages) & 1) ^ 1
+                        mbarrier.wait(rings.k_empty.index(stage), phase)
+                        mbarrier.expect(rings.k_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.k[branch], batch, head_met, residue, row, rings.k_full.index(stage),
+                            rings.k.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        mbarrier.wait(rings.v_empty.index(stage), phase)
+                        mbarrier.expect(rings.v_full.index(stage), V.block_n * V.head_dim * 2)
+                        _copy(
+                            sources.v[branch], batch, head_met, residue, row, rings.v_full.index(stage),
+                            rings.v.index(stage), V.block_n, V,
+                        )  # fmt: skip
+                        fetched += 1
+                    # Not later than here: the consumers take no further record before they have their own rows.
+                    if blocks_of_tile <= AHEAD:
+                        _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile = AHEAD + 1
+            filled += 1
+    _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
 
 
 @gluon.jit
@@ -418,12 +382,6 @@ def _await_turn(rings, done, consumer: gl.constexpr, V: gl.constexpr):
 def _end_turn(rings, consumer: gl.constexpr, V: gl.constexpr):
     if V.turns:
         mbarrier.arrive(rings.turns.index((consumer + 1) % V.consumers), count=1)
-
-
-@gluon.jit
-def _of_threads(x):
-    """Return ``[ROWS, 2 n]`` accumulators as ``[ROWS, n / 4, 4, 2]``: of a row, each of four threads holds one third index."""
-    return gl.reshape(x, [ROWS, x.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
@@ -473,7 +431,7 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
 
 
 @gluon.jit
-def _hand_in(x, rings, results, batch, head, start, x_first, count, consumer: gl.constexpr, V: gl.constexpr):
+def _hand_in(x, results, batch, head, start, x_first, count, consumer: gl.constexpr, V: gl.constexpr):
     """Write a consumer's ``[ROWS, D]`` rows where they lie: the copy engine does, beside the next tile's products.
 
     It would not stop after ``count`` rows; what ends sooner is written by the consumer itself.
@@ -483,8 +441,9 @@ def _hand_in(x, rings, results, batch, head, start, x_first, count, consumer: gl
     rate = results.own_rate
     x = x.to(dtype)
     if count >= (consumer + 1) * ROWS:
-        staged = rings.staged.index(consumer)
-        gl.thread_barrier()  # nobody reads any more what came there
+        staged = results.staged.index(consumer)
+        tma.store_wait(0)  # what was staged before has left
+        gl.thread_barrier()
         staged.store(x)
         fence_async_shared()
         gl.thread_barrier()
@@ -518,26 +477,24 @@ def _barriers(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(dtype: gl.constexpr, STAGED: gl.constexpr, V: gl.constexpr):
+def _allocate(dtype: gl.constexpr, V: gl.constexpr):
     own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
     block_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([V.block_n, V.head_dim], dtype)
-    own = gl.allocate_shared_memory(dtype, [V.own_places * V.consumers, ROWS, V.head_dim], own_layout)
+    own = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
     other = own
     if V.own_tensors == 2:
-        other = gl.allocate_shared_memory(dtype, [V.own_places * V.consumers, ROWS, V.head_dim], own_layout)
-    staged = own
-    if STAGED:
-        staged = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+        other = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
     k = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     v = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     records = gl.allocate_shared_memory(gl.int32, [2, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     turns = records
     if V.turns:
         turns = _barriers(V.consumers, 1)
+    own_full = _barriers(1, 1).index(0)
+    own_empty = _barriers(1, V.consumers).index(0)
     return Rings(
-        own, other, k, v, records, _barriers(V.own_places, 1), _barriers(V.own_places, V.consumers),
+        own, other, k, v, records, own_full, own_empty,
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
         _barriers(2, 1), _barriers(2, V.consumers), turns,
-        staged, _barriers(1, 1).index(0), _barriers(1, V.consumers).index(0),
     )  # fmt: skip
