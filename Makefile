@@ -26,6 +26,8 @@ test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python tests/test_liger_layers.py
 	.venv/bin/python tests/test_cross_entropy_triton.py
 	.venv/bin/python tests/test_decoding_token.py
+	.venv/bin/python tests/test_backward_order.py
+	.venv/bin/python tests/test_dealt_tiles.py
 
 # Everything again, on the oldest transformers that pyproject.toml allows.
 test-oldest: .venv/.test .venv/.oldest

@@ -20,7 +20,6 @@ from .dilated_attention_hopper_pipeline_kernels import (
     KeyGradients,
     Results,
     Sources,
-    Work,
     _allocate,
     _await_turn,
     _barriers,
@@ -28,16 +27,17 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _end_turn,
     _field,
     _in_order,
-    _locate,
     _met,
     _pack,
     _produce,
     _read_record,
+    _settle,
     _store_key_rows,
     _store_rows,
     _unpack,
     _walk,
 )
+from .dilated_attention_order_kernels import Work, _locate
 from .dilated_attention_tile_kernels import RUNTIME, _band
 
 
@@ -77,6 +77,8 @@ def _ds_of_queries(
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 1))
     if MASKED:
         p = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), p, 0.0)
+    if V.head_dim == 64:  # with 128 it gains nothing
+        _settle(p)
     return p * (dp - gl.expand_dims(delta, 1))
 
 
@@ -212,7 +214,9 @@ def _bring_stats(stats_ptr, stats, stats_full, stats_empty, work, V: gl.constexp
     fetched = 0
     turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
     for turn in range(turns):
-        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(turn, work, V)
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(
+            turn, gl.program_id(0), gl.num_programs(0), work, V
+        )
         if count > 0:
             window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
                 0, x_first, x_last, tokens, kv_head, tile_base, work, V

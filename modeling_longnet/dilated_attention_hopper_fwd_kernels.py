@@ -13,7 +13,6 @@ from .dilated_attention_hopper_pipeline_kernels import (
     X_FIRST,
     Results,
     Sources,
-    Work,
     _allocate,
     _await_turn,
     _branch_of,
@@ -28,6 +27,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _store_rows,
     _unpack,
 )
+from .dilated_attention_order_kernels import Work
 from .dilated_attention_tile_kernels import RUNTIME, _band
 
 

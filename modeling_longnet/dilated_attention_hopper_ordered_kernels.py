@@ -29,6 +29,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _copy,
     _end_turn,
     _met,
+    _settle,
     _store_key_rows,
 )
 from .dilated_attention_order_kernels import Tiles, _blocks_met, _met_by_next, _placed, _rows_of
@@ -494,6 +495,7 @@ def _block(
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 0))
     if MASKED:
         p = gl.where(_met(base, rate, term, stop, band_start, band_end, V, s_layout), p, 0.0)
+    _settle(p)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = (p * dp).to(q.dtype)
     own = shared.ds.index(place * V.consumers + consumer)
@@ -506,7 +508,10 @@ def _block(
     mbarrier.arrive(shared.ds_full.index(place), count=1)
     _await_turn(shared, done, consumer, V)
     dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), p_layout), do, dv, is_async=True)
-    dk = warpgroup_mma(own, q, dk, is_async=True)
+    if V.head_dim == 64:
+        dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+    else:  # registers are too scarce
+        dk = warpgroup_mma(own, q, dk, is_async=True)
     # The other consumer may be half a block behind: what is asked for of it is the block before.
     if V.head_dim == 2 * V.block_n:  # dq has dp's shape, whose registers are free
         dq = dp

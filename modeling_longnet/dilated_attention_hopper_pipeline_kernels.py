@@ -15,7 +15,8 @@ phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .dilated_attention_tile_kernels import _band, _block_range, _document, _offset, _pick, _tile
+from .dilated_attention_order_kernels import _locate
+from .dilated_attention_tile_kernels import _band, _block_range, _offset, _pick
 
 
 try:
@@ -84,30 +85,6 @@ class Variant:
         return gl.constexpr(gl.BlockedLayout([1, 8], [32 // width, width], [4, 1], [1, 0]))
 
 
-class Work(NamedTuple):
-    """All tiles of a launch, and their order.
-
-    A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
-    one tile in each class. ``together`` runs are worked off at a time, longest class first.
-    """
-
-    heads: Any
-    cu_seqlens_ptr: Any
-    length: Any
-    num_documents: Any
-    search_steps: Any
-    period: Any
-    tiles_per_period: Any
-    windows: Any
-    previous_windows: Any
-    rates: Any
-    classes: Any
-    periods: Any
-    runs: Any
-    together: Any
-    tiles: Any
-
-
 class Rings(NamedTuple):
     """Shared memory of a program: rows, records and their barriers."""
 
@@ -168,43 +145,6 @@ class KeyGradients(NamedTuple):
     stride_dvl: Any
     scale: Any
     own_rate: Any
-
-
-@gluon.jit
-def _place(turn, work):
-    """Return the index of this program's tile of a turn, its slot, head and batch row.
-
-    Long tiles come first and every other turn runs backwards: all programs get nearly equal sums.
-    """
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    index = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
-    at_once = work.together * work.classes
-    before = index // at_once * work.together
-    rest = index % at_once
-    size = gl.maximum(gl.minimum(work.together, work.runs - before), 1)
-    run = before + rest % size
-    slot = run % work.periods * work.classes + rest // size
-    run = run // work.periods
-    return index, slot, run % work.heads, run // work.heads
-
-
-@gluon.jit
-def _locate(turn, work, V: gl.constexpr):
-    """Find a tile: its head, KV head, batch row, document, and its rows."""
-    index, slot, head, batch = _place(turn, work)
-    kv_head = head if V.from_key else head // V.group
-    rate = work.rates[0] if V.dilate or V.from_key else 1
-    start, tokens, tile = _document(
-        work.cu_seqlens_ptr, work.cu_seqlens_ptr, slot, batch, work.length, work.num_documents, work.search_steps,
-        work.period, work.tiles_per_period, rate * V.block_m, V.packed, False,
-    )  # fmt: skip
-    offset = _offset(kv_head, rate, V.num_kv_heads, V.blocked) if V.dilate or V.from_key else 0
-    base, x_first, x_last, count = _tile(
-        tile, offset, rate, tokens, work.period, work.tiles_per_period,
-        V.side == BEFORE and not V.from_key, V.block_m,
-    )  # fmt: skip
-    return head, kv_head, batch, start, tokens, base, x_first, x_last, gl.where(index < work.tiles, count, 0)
 
 
 @gluon.jit
@@ -322,7 +262,9 @@ def _produce(sources, rings, work, V: gl.constexpr):
     written = 0
     turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
     for turn in range(turns):
-        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(turn, work, V)
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(
+            turn, gl.program_id(0), gl.num_programs(0), work, V
+        )
         if count > 0:
             own_rate = work.rates[0] if V.dilate or V.from_key else 1
             blocks_of_tile = 0
@@ -382,6 +324,27 @@ def _await_turn(rings, done, consumer: gl.constexpr, V: gl.constexpr):
 def _end_turn(rings, consumer: gl.constexpr, V: gl.constexpr):
     if V.turns:
         mbarrier.arrive(rings.turns.index((consumer + 1) % V.consumers), count=1)
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _settle(x):
+    """Have ptxas reckon all of ``[ROWS, n]``, none of it negative, before what comes next.
+
+    Otherwise it waits for products that are on their way as early as it can, and has the rest to do when they are done.
+    It moves nothing past a place where a thread might end: here with minus nan of all ones, which no arithmetic yields.
+    """
+    words = gl.reshape(
+        x.to(gl.int32, bitcast=True), [ROWS, x.shape[1] // 8, 4, 2]
+    )  # the third index tells threads apart
+    gl.inline_asm_elementwise(
+        "{ .reg .pred ends; setp.eq.b32 ends, $1, 0xffffffff; @ends exit; mov.b32 $0, 0; }", "=r,r",
+        [gl.reduce(gl.reduce(words, 3, _either), 1, _either)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

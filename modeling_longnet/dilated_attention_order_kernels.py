@@ -1,13 +1,14 @@
-"""Which tile of keys comes when in the backward of one kernel, and after whom: integer arithmetic, nothing but kernels.
+"""Which tile comes when in the Hopper kernels, and after whom: integer arithmetic, nothing but kernels.
 
-The tiles that meet a block of queries add to its gradient one after the other, the last one first. A tile's
-predecessor is therefore the tile after it in its progression; where that one does not meet a block, no later one
-does, and the tile is the block's first.
+Most kernels deal their tiles out in rounds: a program knows all of its tiles beforehand. In the backward of one kernel
+programs draw them. There, the tiles that meet a block of queries add to its gradient one after the other, the last one
+first. A tile's predecessor is therefore the tile after it in its progression; where that one does not meet a block, no
+later one does, and the tile is the block's first.
 """
 
 from typing import Any, NamedTuple
 
-from .dilated_attention_tile_kernels import _band, _block_range, _document, _offset, _tile
+from .dilated_attention_tile_kernels import BEFORE, _band, _block_range, _document, _offset, _tile
 
 
 try:
@@ -17,8 +18,32 @@ except ImportError as error:
     raise ImportError("the fused kernels need triton; install it or use another backend") from error
 
 
+class Work(NamedTuple):
+    """All tiles of a launch, dealt out in rounds.
+
+    A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
+    one tile in each class. ``together`` runs are worked off at a time, longest class first.
+    """
+
+    heads: Any
+    cu_seqlens_ptr: Any
+    length: Any
+    num_documents: Any
+    search_steps: Any
+    period: Any
+    tiles_per_period: Any
+    windows: Any
+    previous_windows: Any
+    rates: Any
+    classes: Any
+    periods: Any
+    runs: Any
+    together: Any
+    tiles: Any
+
+
 class Tiles(NamedTuple):
-    """All tiles of a launch.
+    """All tiles of a launch, to be drawn.
 
     A *class* is a place in a period (or a slot of packed documents); a *run* of tiles, one per lane and period, has
     one tile in each class; a *lane* is a KV head of one row of the batch. Runs are worked off one after the other, last
@@ -44,6 +69,41 @@ class Tiles(NamedTuple):
     drawn_ptr: Any
     finished_ptr: Any
     before: Any
+
+
+@triton.jit
+def _dealt(turn, program, programs, work):
+    """Return the index of a program's tile of a turn, its slot, head and batch row.
+
+    Long tiles come first and every other turn runs backwards: all programs get nearly equal sums.
+    """
+    index = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
+    at_once = work.together * work.classes
+    before = index // at_once * work.together
+    rest = index % at_once
+    size = tl.maximum(tl.minimum(work.together, work.runs - before), 1)
+    run = before + rest % size
+    slot = run % work.periods * work.classes + rest // size
+    run = run // work.periods
+    return index, slot, run % work.heads, run // work.heads
+
+
+@triton.jit
+def _locate(turn, program, programs, work, V: tl.constexpr):
+    """Find the tile of a program's turn: its head, KV head, batch row, document, and its rows."""
+    index, slot, head, batch = _dealt(turn, program, programs, work)
+    kv_head = head if V.from_key else head // V.group
+    rate = work.rates[0] if V.dilate or V.from_key else 1
+    start, tokens, tile = _document(
+        work.cu_seqlens_ptr, work.cu_seqlens_ptr, slot, batch, work.length, work.num_documents, work.search_steps,
+        work.period, work.tiles_per_period, rate * V.block_m, V.packed, False,
+    )  # fmt: skip
+    offset = _offset(kv_head, rate, V.num_kv_heads, V.blocked) if V.dilate or V.from_key else 0
+    base, x_first, x_last, count = _tile(
+        tile, offset, rate, tokens, work.period, work.tiles_per_period,
+        V.side == BEFORE and not V.from_key, V.block_m,
+    )  # fmt: skip
+    return head, kv_head, batch, start, tokens, base, x_first, x_last, tl.where(index < work.tiles, count, 0)
 
 
 @triton.jit

@@ -264,6 +264,7 @@ def test_hopper_kernels_leave_the_cpu_alone():
     [
         ("paper", 16, 16, 128, None),
         ("paper", 16, 8, 64, None),
+        ("paper", 16, 8, 128, None),
         ("paper", 32, 8, 128, "share 69206016 bytes"),
         ("retrofit", 16, 16, 128, "dense queries"),
     ],

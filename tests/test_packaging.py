@@ -132,6 +132,15 @@ def test_the_release_workflow_is_one_and_runs_what_exists():
         assert f"\n{target}:" in makefile, target
 
 
+def test_all_tests_that_are_interpreted_are_run_where_the_interpreter_is():
+    recipe = re.search(r"\ntest-kernels: \.venv.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text())[1]
+    tests = {f"tests/{path.name}": path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    scripts = {
+        name for name, text in tests.items() if re.search(r"^    interpret\(__file__", text, flags=re.MULTILINE)
+    }
+    assert len(scripts) > 5 and scripts == set(re.findall(r"python (\S+)", recipe))
+
+
 @pytest.mark.parametrize(
     ("tag", "heading", "released"),
     [("v1.2.3", "## 1.2.3 (2026-12-01)", True), ("v1.2.4", "## 1.2.3 (2026-12-01)", False)]
