@@ -109,10 +109,10 @@ def test_bad_options_are_refused_by_the_parser(script, options, message, tmp_pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("script", ["tune_hopper", "profile_decoding", "benchmark_attention"])
+@pytest.mark.parametrize("script", ["tune_hopper", "profile_decoding", "benchmark_attention", "compare_checkouts"])
 def test_without_a_gpu_its_benchmarks_say_so_and_do_nothing(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *([str(ROOT)] if script == "compare_checkouts" else [])])
     with pytest.raises(SystemExit, match="^no CUDA device; "):
         importlib.import_module(script).main()
     assert list(tmp_path.iterdir()) == []
