@@ -338,9 +338,8 @@ def _settle(x):
     Otherwise it waits for products that are on their way as early as it can, and has the rest to do when they are done.
     It moves nothing past a place where a thread might end: here with minus nan of all ones, which no arithmetic yields.
     """
-    words = gl.reshape(
-        x.to(gl.int32, bitcast=True), [ROWS, x.shape[1] // 8, 4, 2]
-    )  # the third index tells threads apart
+    # Of each row, the third index tells four threads apart.
+    words = gl.reshape(x.to(gl.int32, bitcast=True), [ROWS, x.shape[1] // 8, 4, 2])
     gl.inline_asm_elementwise(
         "{ .reg .pred ends; setp.eq.b32 ends, $1, 0xffffffff; @ends exit; mov.b32 $0, 0; }", "=r,r",
         [gl.reduce(gl.reduce(words, 3, _either), 1, _either)], dtype=gl.int32, is_pure=False, pack=1,
