@@ -121,6 +121,22 @@ def _field(record, which: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def _look(ptr):
+    """Read a word that another program may write; what it has written before is seen, too."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _await_launches_before(tiles, lane):
+    """Wait until all tiles of a lane in the launches before have finished."""
+    if tiles.before > 0:
+        while _look(tiles.finished_ptr + lane) < tiles.before:
+            pass
+
+
+@gluon.jit
 def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
     """Draw tiles; fetch each one's keys and values and, in rising order, the blocks of queries that it meets."""
     loop_rate = tiles.rate if V.dilate else 1
@@ -165,7 +181,8 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
             if fetched_of_tile <= AHEAD:
                 _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
             filled += 1
-        else:
+        else:  # it counts, and may not be taken for one of the launches before
+            _await_launches_before(tiles, lane)
             _count(tiles.finished_ptr + lane)
         index = _draw(tiles.drawn_ptr)
     _write(shared, filled, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -219,14 +236,6 @@ def _order_of(record):
 
 
 @gluon.jit
-def _look(ptr):
-    """Read a word that another program may write; what it has written before is seen, too."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _glance(ptr):
     """Read a word that another program may write; the copy engine, which comes later, sees what was written before."""
     return gl.inline_asm_elementwise(
@@ -252,10 +261,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     record = _read(shared, 0, 1)
     while _field(record, GOES_ON, 1) > 0:
         lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
-        if tiles.before > 0:
-            ptr = tiles.finished_ptr + lane
-            while _look(ptr) < tiles.before:
-                pass
+        _await_launches_before(tiles, lane)
         mbarrier.arrive(shared.ready.index((seen - 1) % PLACES), count=1)
         for inner in range(V.group):
             row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
