@@ -15,19 +15,13 @@ demo: .venv/.demo
 test: .venv/.test
 	.venv/bin/python -m pytest -n auto
 
-# The kernels' logic without a GPU, in Triton's interpreter. It knows older numpy only: they live in a folder beside.
-test-kernels: export TRITON_INTERPRET = 1
+# The kernels' logic without a GPU, in Triton's interpreter, and what else needs Triton but no GPU. The interpreter knows
+# older numpy only: they live in a folder beside.
 test-kernels: export PYTHONPATH = .venv/kernels:.:tests
 test-kernels: .venv/.test .venv/.kernels
-	.venv/bin/python tests/test_dilated_attention_triton.py 0
-	.venv/bin/python tests/test_dilated_attention_triton.py 1
-	.venv/bin/python tests/test_cached_attention_triton.py
-	.venv/bin/python tests/test_halo_attention_triton.py
-	.venv/bin/python tests/test_liger_layers.py
-	.venv/bin/python tests/test_cross_entropy_triton.py
-	.venv/bin/python tests/test_decoding_token.py
-	.venv/bin/python tests/test_backward_order.py
-	.venv/bin/python tests/test_dealt_tiles.py
+	.venv/bin/python -m pytest -n auto tests/test_dilated_attention_triton.py tests/test_cached_attention_triton.py \
+	  tests/test_halo_attention_triton.py tests/test_liger_layers.py tests/test_cross_entropy_triton.py \
+	  tests/test_decoding_token.py tests/test_backward_order.py tests/test_dealt_tiles.py
 
 # Everything again, on the oldest transformers that pyproject.toml allows.
 test-oldest: .venv/.test .venv/.oldest

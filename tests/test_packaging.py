@@ -138,7 +138,7 @@ def test_all_tests_that_are_interpreted_are_run_where_the_interpreter_is():
     scripts = {
         name for name, text in tests.items() if re.search(r"^    interpret\(__file__", text, flags=re.MULTILINE)
     }
-    assert len(scripts) > 5 and scripts == set(re.findall(r"python (\S+)", recipe))
+    assert len(scripts) > 5 and scripts == set(re.findall(r"tests/test_\S+", recipe))
 
 
 @pytest.mark.parametrize(
