@@ -46,17 +46,15 @@ class Call(NamedTuple):
         return ",".join(map(str, self))
 
 
-def call(text: str) -> Call:
+def read_call(text: str) -> Call:
     """Read a call; argparse reports what is wrong."""
     fields = text.split(",")
     if len(fields) != 5 or fields[0] not in PRESETS or not all(x.isdigit() and int(x) > 0 for x in fields[1:]):
         raise argparse.ArgumentTypeError(f"{text!r} is not PRESET,HEAD_DIM,TOKENS,HEADS,KV_HEADS, as {CALLS[0]}")
-    found = Call(fields[0], *map(int, fields[1:]))
-    if found.heads % found.kv_heads:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: {found.heads} heads do not share {found.kv_heads} KV heads evenly"
-        )
-    return found
+    call = Call(fields[0], *map(int, fields[1:]))
+    if call.heads % call.kv_heads:
+        raise argparse.ArgumentTypeError(f"{text!r}: {call.heads} heads do not share {call.kv_heads} KV heads evenly")
+    return call
 
 
 def checkout(text: str) -> Path:
@@ -68,43 +66,22 @@ def checkout(text: str) -> Path:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "checkouts", type=checkout, nargs="+", metavar="FOLDER", help="the first is what others are compared with"
-    )
-    parser.add_argument("--calls", type=call, nargs="+", default=[call(x) for x in CALLS], metavar="CALL")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=180.0, help="after which a checkout hangs")
-    parser.add_argument(
-        "--work", choices=["check", "time"], help=argparse.SUPPRESS
-    )  # what a process of a checkout does
-    return parser.parse_args()
-
-
-def prepare(call: Call, length: int, first_segment: int):
-    """Return a pattern and a forward and a backward on random tensors, laid out as a model holds them."""
-    import torch
-
-    from modeling_longnet import DilationPattern
-    from modeling_longnet.dilated_attention_triton import triton_attention
-
-    pattern = DilationPattern.geometric(first_segment, max(first_segment, length), preset=call.preset)
-    query, key, value, do = (
-        torch.randn(1, length, n, call.head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for n in (call.heads, call.kv_heads, call.kv_heads, call.heads)
-    )
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-
-    def forward():
-        return triton_attention(
-            *leaves, pattern, is_causal=True, attention_mask=None, cu_seqlens=None, scale=call.head_dim**-0.5
-        )[0]
-
-    return pattern, leaves, do, forward
+    add = parser.add_argument
+    add("checkouts", type=checkout, nargs="+", metavar="FOLDER", help="the first is what others are compared with")
+    add("--calls", type=read_call, nargs="+", default=[read_call(x) for x in CALLS], metavar="CALL")
+    add("--rounds", type=int, default=2, help="of timing all checkouts")
+    add("--seconds", type=float, default=180.0, help="after which a checkout counts as hung")
+    add("--work", choices=["check", "time"], help=argparse.SUPPRESS)  # what a process of one checkout does
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} times nothing; give 1 or more")
+    return args
 
 
 def check(call: Call) -> str:
     """Compile what the call needs and compare it; return what is wrong, or nothing."""
     import torch
+    from benchmark_attention import fused, geometric_pattern, random_tensors
 
     from modeling_longnet import DilationPattern, dilated_attention
     from modeling_longnet import dilated_attention_hopper as hopper
@@ -112,17 +89,21 @@ def check(call: Call) -> str:
     tiles = call.heads * -(-call.length // hopper.TILE) / torch.cuda.get_device_properties().multi_processor_count
     fewest_tiles = hopper._fewest_tiles
     hopper._fewest_tiles = lambda *kernel: 0 if fewest_tiles(*kernel) <= tiles else inf
-    branches = len(DilationPattern.geometric(2048, max(2048, call.length), preset=call.preset).branches)
-    pattern, leaves, do, forward = prepare(call, CHECKED_AT, CHECKED_AT >> (branches - 1))
+    branches = len(geometric_pattern(call.length, call.preset).branches)
+    pattern = DilationPattern.geometric(CHECKED_AT >> (branches - 1), CHECKED_AT, preset=call.preset)
+    *inputs, do = random_tensors(1, CHECKED_AT, call.heads, call.kv_heads, call.head_dim)
+
+    def results(attention, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, do.to(dtype))]
+
     runs = []
     for _ in range(2):
-        junk = [torch.full_like(x, torch.nan) for x in (*leaves, do)]
+        junk = [torch.full_like(x, torch.nan) for x in (*inputs, do)]
         del junk
-        out = forward()
-        runs.append([out, *torch.autograd.grad(out, leaves, do)])
-    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
-    out = dilated_attention(*exact_leaves, pattern, backend="eager")
-    exact = [out, *torch.autograd.grad(out, exact_leaves, do.double())]
+        runs.append(results(fused(pattern), torch.bfloat16))
+    exact = results(lambda q, k, v: dilated_attention(q, k, v, pattern, backend="eager"), torch.float64)
     faults = []
     for name, ours, again, true in zip(("out", "dq", "dk", "dv"), *runs, exact):
         error = ((ours.double() - true).norm() / true.norm()).item()
@@ -134,20 +115,29 @@ def check(call: Call) -> str:
 
 
 def measure(call: Call) -> dict[str, float]:
-    """Return milliseconds and useful TFLOP/s of forward and backward."""
+    """Return milliseconds of forward and backward, and the forward's useful FLOPs."""
     import torch
-    from benchmark_attention import median_ms
+    from benchmark_attention import fused, geometric_pattern, median_ms, random_tensors
 
-    pattern, leaves, do, forward = prepare(call, call.length, 2048)
-    flops = pattern.attention_flops(call.length, call.heads, call.head_dim, num_kv_heads=call.kv_heads)
+    pattern = geometric_pattern(call.length, call.preset)
+    *inputs, do = random_tensors(1, call.length, call.heads, call.kv_heads, call.head_dim)
+    leaves = [x.requires_grad_() for x in inputs]
+    attention = fused(pattern)
+    out = attention(*leaves)
+    backward = median_ms(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), BUDGET_MS)
     with torch.no_grad():
-        forward_ms = median_ms(forward, BUDGET_MS)
-    out = forward()
-    backward_ms = median_ms(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), BUDGET_MS)
-    return {
-        "forward": forward_ms, "backward": backward_ms, "forward TFLOP/s": flops / forward_ms / 1e9,
-        "backward TFLOP/s": 2.5 * flops / backward_ms / 1e9,
-    }  # fmt: skip
+        forward = median_ms(lambda: attention(*leaves), BUDGET_MS)
+    flops = pattern.attention_flops(call.length, call.heads, call.head_dim, num_kv_heads=call.kv_heads)
+    return {"forward": forward, "backward": backward, "flops": flops}
+
+
+def work(args: argparse.Namespace) -> list:
+    """Do what a process of one checkout does, with that checkout's package."""
+    import modeling_longnet
+
+    if not Path(modeling_longnet.__file__).resolve().is_relative_to(args.checkouts[0]):
+        raise SystemExit(f"python imports {modeling_longnet.__file__} instead of the package in {args.checkouts[0]}")
+    return [{"check": check, "time": measure}[args.work](call) for call in args.calls]
 
 
 def start(folder: Path, work: str, calls: list[Call]) -> subprocess.Popen:
@@ -182,6 +172,18 @@ def faults_of(checkouts: list[Path], calls: list[Call], seconds: float) -> dict[
     return faults
 
 
+def report(call: Call, names: list[str], found: list[list[dict[str, float]]]) -> None:
+    """Print the medians of a call, given what each round of each checkout has found."""
+    print(call)
+    for part, share in (("forward", 1), ("backward", 2.5)):
+        medians = [statistics.median(x[part] for x in rounds) for rounds in found]
+        for name, rounds, ms in zip(names, found, medians):
+            print(
+                f"  {part:8} {ms:9.3f} ms  {share * rounds[0]['flops'] / ms / 1e9:4.0f} TFLOP/s  {medians[0] / ms:5.3f}x  "
+                f"{name}  (rounds: {' '.join(f'{x[part]:.3f}' for x in rounds)})"
+            )
+
+
 def main() -> None:
     args = arguments()
     import torch
@@ -189,7 +191,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device; this measures kernels that only an NVIDIA GPU runs")
     if args.work:
-        print(json.dumps([{"check": check, "time": measure}[args.work](x) for x in args.calls]))
+        print(json.dumps(work(args)))
         return
     import triton
 
@@ -198,24 +200,17 @@ def main() -> None:
     for folder, fault in faults.items():
         print(f"NOT TIMED {folder}: {fault}")
     right = [folder for folder in args.checkouts if folder not in faults]
-    times: dict[Path, list[list[dict[str, float]]]] = {folder: [] for folder in right}
+    if not right:
+        raise SystemExit("no checkout is right; nothing is timed")
+    times: list[list[list[dict[str, float]]]] = [[] for _ in right]  # of each checkout, round and call
     for n in range(args.rounds):
-        for folder in right[:: -1 if n % 2 else 1]:
-            found = answer(start(folder, "time", args.calls), time.monotonic() + args.seconds)
+        for i in range(len(right))[:: -1 if n % 2 else 1]:
+            found = answer(start(right[i], "time", args.calls), time.monotonic() + args.seconds)
             if isinstance(found, str):
-                raise SystemExit(f"{folder} {found}")
-            times[folder].append(found)
-    for i, call in enumerate(args.calls):
-        print(call)
-        for part in ("forward", "backward"):
-            medians = {x: statistics.median(found[i][part] for found in times[x]) for x in right}
-            for folder, ms in medians.items():
-                rate = times[folder][0][i][f"{part} TFLOP/s"] * times[folder][0][i][part] / ms
-                spread = [f"{found[i][part]:.3f}" for found in times[folder]]
-                print(
-                    f"  {part:8} {ms:9.3f} ms  {rate:4.0f} TFLOP/s  {medians[right[0]] / ms:5.3f}x  {folder.name}  "
-                    f"(rounds: {' '.join(spread)})"
-                )
+                raise SystemExit(f"{right[i]} {found}")
+            times[i].append(found)
+    for n, call in enumerate(args.calls):
+        report(call, [folder.name for folder in right], [[x[n] for x in rounds] for rounds in times])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, capsys):
             code = FAULTS.get(folder.name, "print('[\"\"]')")
         else:
             ms = MS[folder.name] + 0.01 * len(started)
-            found = {"forward": ms, "backward": 2 * ms, "forward TFLOP/s": 100 / ms, "backward TFLOP/s": 125 / ms}
+            found = {"forward": ms, "backward": 2 * ms, "flops": 100e9}
             code = f"print({json.dumps([found] * len(calls))!r})"
         return subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -75,6 +75,26 @@ def test_checkouts_that_are_wrong_or_hang_are_named_and_not_timed(run):
     ]
 
 
+def test_without_a_checkout_that_is_right_the_run_fails(run):
+    with pytest.raises(SystemExit, match="^no checkout is right; nothing is timed$"):
+        run("wrong", options=["--calls", "paper,64,4096,4,2"])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_measured_is_the_package_of_the_checkout(inside, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules,
+        "modeling_longnet",
+        SimpleNamespace(__file__=str(tmp_path / ("this" if inside else "other") / "modeling_longnet/__init__.py")),
+    )
+    args = SimpleNamespace(checkouts=[tmp_path / "this"], work="time", calls=[])
+    if inside:
+        assert compare_checkouts.work(args) == []
+        return
+    with pytest.raises(SystemExit, match="^python imports .*other.* instead of the package in .*this$"):
+        compare_checkouts.work(args)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -84,6 +104,7 @@ def test_checkouts_that_are_wrong_or_hang_are_named_and_not_timed(run):
             "is not PRESET,HEAD_DIM,TOKENS,HEADS,KV_HEADS, as paper,128,32768,16,16",
         ),
         ([str(ROOT), "--calls", "other,128,4096,2,2"], "is not PRESET,HEAD_DIM,TOKENS,HEADS,KV_HEADS"),
+        ([str(ROOT), "--rounds", "0"], "--rounds 0 times nothing; give 1 or more"),
         ([str(ROOT), "--calls", "paper,128,4096,3,2"], "3 heads do not share 2 KV heads evenly"),
     ],
 )
@@ -96,14 +117,10 @@ def test_wrong_options_are_refused_by_the_parser(options, message, tmp_path, mon
 
 
 @pytest.mark.gpu
-def test_a_checkout_is_as_fast_as_itself():
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/compare_checkouts.py"),
-        str(ROOT),
-        "--calls",
-        "paper,64,4096,2,2",
-    ]
-    run = subprocess.run([*command, "--rounds", "1"], capture_output=True, text=True)
+def test_the_same_checkout_twice_is_about_as_fast():
+    script = str(ROOT / "benchmarks/compare_checkouts.py")
+    command = [sys.executable, script, str(ROOT), str(ROOT), "--calls", "paper,64,8192,16,16"]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert [line.split()[5] for line in run.stdout.splitlines()[2:]] == ["1.000x", "1.000x"]
+    ratios = [float(line.split()[5].removesuffix("x")) for line in run.stdout.splitlines()[2:]]
+    assert len(ratios) == 4 and ratios[0] == ratios[2] == 1 and all(2 / 3 < ratio < 3 / 2 for ratio in ratios)
