@@ -8,7 +8,7 @@ and marks what has arrived in memory. ``dilated_attention_hopper_ordered_kernels
 from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_bwd_kernels import _unpack_stats
-from .dilated_attention_hopper_pipeline_kernels import AHEAD, ROWS, _copy
+from .dilated_attention_hopper_pipeline_kernels import AHEAD, ROWS, _copy, _field, _hand_out, _look_up, _read_record
 from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
 
 
@@ -93,31 +93,7 @@ def _write(shared, written, head, batch, lane, start, goes_on, tokens, x_first, 
     record = gl.where(field == MARK, mark, record)
     record = gl.where(field == MET_FIRST, met_first, record)
     record = gl.where(field == MET_STOP, met_stop, record)
-    place = written % PLACES
-    mbarrier.wait(shared.records_empty.index(place), ((written // PLACES) & 1) ^ 1)
-    shared.records.index(place).store(record)
-    mbarrier.arrive(shared.records_full.index(place), count=1)
-
-
-@gluon.jit
-def _look_up(shared, seen, WARPS: gl.constexpr):
-    place = seen % PLACES
-    mbarrier.wait(shared.records_full.index(place), (seen // PLACES) & 1)
-    return shared.records.index(place).load(gl.BlockedLayout([FIELDS], [32], [WARPS], [0]))
-
-
-@gluon.jit
-def _read(shared, seen, WARPS: gl.constexpr):
-    record = _look_up(shared, seen, WARPS)
-    mbarrier.arrive(shared.records_empty.index(seen % PLACES), count=1)
-    return record
-
-
-@gluon.jit
-def _field(record, which: gl.constexpr, WARPS: gl.constexpr):
-    # Every thread holds the whole record: this is a choice of register.
-    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([FIELDS], [32], [WARPS], [0]))
-    return gl.sum(gl.where(field == which, record, 0), 0)
+    _hand_out(shared, written, record)
 
 
 @gluon.jit
@@ -205,11 +181,11 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
     rate = tiles.rate if V.dilate else 1
     fetched = 0
     seen = 1
-    record = _read(shared, 0, 1)
-    while _field(record, GOES_ON, 1) > 0:
-        head, batch, start = _field(record, HEAD, 1), _field(record, BATCH, 1), _field(record, START, 1)
-        base, first, stop = _field(record, BASE, 1), _field(record, FIRST, 1), _field(record, STOP, 1)
-        blocks = _field(record, BLOCKS, 1)
+    record = _read_record(shared, 0, 1)
+    while _field(record, GOES_ON) > 0:
+        head, batch, start = _field(record, HEAD), _field(record, BATCH), _field(record, START)
+        base, first, stop = _field(record, BASE), _field(record, FIRST), _field(record, STOP)
+        blocks = _field(record, BLOCKS)
         for inner in range(V.group):
             row = (batch.to(gl.int64) * (tiles.heads * V.group) + head * V.group + inner) * tiles.length + start + base
             for n in range(blocks):
@@ -222,7 +198,7 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
                 shared.stats.index(2 * stage + 1).store(-delta)
                 mbarrier.arrive(shared.stats_full.index(stage), count=1)
                 fetched += 1
-        record = _read(shared, seen, 1)
+        record = _read_record(shared, seen, 1)
         seen += 1
 
 
@@ -230,8 +206,8 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
 def _order_of(record):
     """Return a record's lane, the progression of queries and its blocks, and what these wait for."""
     return (
-        _field(record, LANE, 1), _field(record, START, 1), _field(record, BASE, 1), _field(record, FIRST, 1),
-        _field(record, BLOCKS, 1), _field(record, MARK, 1), _field(record, MET_FIRST, 1), _field(record, MET_STOP, 1),
+        _field(record, LANE), _field(record, START), _field(record, BASE), _field(record, FIRST),
+        _field(record, BLOCKS), _field(record, MARK), _field(record, MET_FIRST), _field(record, MET_STOP),
     )  # fmt: skip
 
 
@@ -258,8 +234,8 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     rate = tiles.rate if V.dilate else 1
     done = 0
     seen = 1
-    record = _read(shared, 0, 1)
-    while _field(record, GOES_ON, 1) > 0:
+    record = _read_record(shared, 0, 1)
+    while _field(record, GOES_ON) > 0:
         lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         _await_launches_before(tiles, lane)
         mbarrier.arrive(shared.ready.index((seen - 1) % PLACES), count=1)
@@ -275,7 +251,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
                 mbarrier.wait(shared.turn_over.index(done % PLACES), ((done // PLACES) & 1) ^ 1)
                 mbarrier.arrive(shared.turn.index(done % PLACES), count=1)
                 done += 1
-        record = _read(shared, seen, 1)
+        record = _read_record(shared, seen, 1)
         seen += 1
 
 
@@ -323,7 +299,7 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
     handed = 0
     seen = 0
     record = _look_up(shared, 0, 1)
-    while _field(record, GOES_ON, 1) > 0:
+    while _field(record, GOES_ON) > 0:
         lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         residue = (start + base) % rate
         term_before = (start + base) // rate
@@ -354,9 +330,9 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
                 done += 1
                 handed += 1
         mbarrier.wait(shared.ready.index(seen % PLACES), (seen // PLACES) & 1)
-        if _field(record, COUNT, 1) == V.block_m:
-            head, batch = _field(record, HEAD, 1), _field(record, BATCH, 1)
-            row = start + _field(record, X_FIRST, 1)
+        if _field(record, COUNT) == V.block_m:
+            head, batch = _field(record, HEAD), _field(record, BATCH)
+            row = start + _field(record, X_FIRST)
             _start_rows(dv_desc, shared, handed, batch, head, row, tiles.rate, V)
             _start_rows(dk_desc, shared, handed + 1, batch, head, row, tiles.rate, V)
             _await_added()

@@ -37,8 +37,6 @@ from .dilated_attention_hopper_errands_kernels import (
     Shared,
     _add_in_turn,
     _bring_stats,
-    _field,
-    _look_up,
     _produce,
     _rows_handed_over,
     _watch_marks,
@@ -50,6 +48,8 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _await_turn,
     _barriers,
     _end_turn,
+    _field,
+    _look_up,
     _met,
     _settle,
     _store_key_rows,
@@ -209,12 +209,12 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
     done = 0
     extra = 0  # things handed over that were no blocks
     filled = 0
-    record = _look_up(shared, 0, 4)
-    while _field(record, GOES_ON, 4) > 0:
-        tokens, x_first = _field(record, TOKENS, 4), _field(record, X_FIRST, 4)
-        base, first, stop = _field(record, BASE, 4), _field(record, FIRST, 4), _field(record, STOP, 4)
+    record = _look_up(shared, 0)
+    while _field(record, GOES_ON) > 0:
+        tokens, x_first = _field(record, TOKENS), _field(record, X_FIRST)
+        base, first, stop = _field(record, BASE), _field(record, FIRST), _field(record, STOP)
         blocks, head_edge, tail_edge = (
-            _field(record, BLOCKS, 4), _field(record, HEAD_EDGE, 4), _field(record, TAIL_EDGE, 4)
+            _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE)
         )  # fmt: skip
         band_start, band_end = _band(
             x_first + outputs.gradients.own_rate * index, outputs.window, outputs.previous_window, tokens, True, V.side, V.sliding,
@@ -255,8 +255,8 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             _hand_over_dq(dq, shared, done - 1 + extra, consumer, V)
         mbarrier.arrive(shared.own_empty, count=1)
         dk *= outputs.gradients.scale
-        record = _look_up(shared, filled, 4)  # once more: registers are scarce
-        count = _field(record, COUNT, 4)
+        record = _look_up(shared, filled)  # once more: registers are scarce
+        count = _field(record, COUNT)
         if count == V.block_m:
             handed = done + extra
             _hand_over(dv.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
@@ -265,14 +265,14 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             extra += 2
         else:  # the copy engine would not stop after count rows
             mbarrier.wait(shared.ready.index(filled % PLACES), (filled // PLACES) & 1)
-            head, batch = _field(record, HEAD, 4), _field(record, BATCH, 4)
-            start, x_first = _field(record, START, 4), _field(record, X_FIRST, 4)
+            head, batch = _field(record, HEAD), _field(record, BATCH)
+            start, x_first = _field(record, START), _field(record, X_FIRST)
             _store_key_rows(dk, dv, outputs.gradients, head, batch, start, x_first, count, consumer, V, o_layout)
         mbarrier.arrive(shared.records_empty.index(filled % PLACES), count=1)
         gl.thread_barrier()
         mbarrier.arrive(shared.stored.index(filled % PLACES), count=1)
         filled += 1
-        record = _look_up(shared, filled, 4)
+        record = _look_up(shared, filled)
 
 
 @gluon.jit

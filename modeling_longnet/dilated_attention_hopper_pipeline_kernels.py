@@ -201,6 +201,12 @@ def _write_record(
     record = gl.where(field == TAIL_EDGE, tail_edge, record)
     record = gl.where(field == WINDOW, window, record)
     record = gl.where(field == PREVIOUS_WINDOW, previous_window, record)
+    _hand_out(rings, written, record)
+
+
+@gluon.jit
+def _hand_out(rings, written, record):
+    """Give a record to those who read records: ``records`` has two places."""
     place = written % 2
     mbarrier.wait(rings.records_empty.index(place), ((written // 2) & 1) ^ 1)
     rings.records.index(place).store(record)
@@ -208,18 +214,24 @@ def _write_record(
 
 
 @gluon.jit
-def _read_record(rings, seen):
+def _look_up(rings, seen, WARPS: gl.constexpr = 4):
+    """Read a record and leave it in its place."""
     place = seen % 2
     mbarrier.wait(rings.records_full.index(place), (seen // 2) & 1)
-    record = rings.records.index(place).load(gl.BlockedLayout([FIELDS], [32], [4], [0]))
-    mbarrier.arrive(rings.records_empty.index(place), count=1)
+    return rings.records.index(place).load(gl.BlockedLayout([rings.records.shape[1]], [32], [WARPS], [0]))
+
+
+@gluon.jit
+def _read_record(rings, seen, WARPS: gl.constexpr = 4):
+    record = _look_up(rings, seen, WARPS)
+    mbarrier.arrive(rings.records_empty.index(seen % 2), count=1)
     return record
 
 
 @gluon.jit
 def _field(record, which: gl.constexpr):
     # Every thread holds the whole record: this is a choice of register.
-    field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([FIELDS], [32], [4], [0]))
+    field = gl.arange(0, record.shape[0], layout=record.type.layout)
     return gl.sum(gl.where(field == which, record, 0), 0)
 
 
