@@ -100,7 +100,7 @@ def random_tensors(length: int, head_dim: int, heads: int = HEADS) -> dict[str, 
 def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> list[Callable[[], None]]:
     """Return what runs each launch of one kernel; those of the backward are preceded by that of the statistics.
 
-    The launches of the backward in one kernel wait for each other and are one.
+    Launches that wait for each other are one.
     """
     layouts = [fused.layout_of(tensors[name]) for name in ("do", "query", "key", "value", "out")]
     kind = fused.Kind(None, False, Call(pattern, True, tensors["query"].shape[-1] ** -0.5))
@@ -115,7 +115,9 @@ def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) 
     runs = [functools.partial(one.run, **tensors) for one in found]
     if scratch is None:
         return runs
-    whole = Plan(plan.device, plan.launches[1:])
+    whole = Plan(
+        plan.device, tuple(x for x in plan.launches if x.kernel.__name__ in (KERNELS[kernel], "scale_kernel"))
+    )
     return [runs[0], lambda: whole.run(**tensors, **fused._allocate(scratch, plan.device))]
 
 

@@ -38,6 +38,7 @@ TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
 ROUNDS = 16  # of tiles to each program, between which long and short ones even out
+DRAWN_ROUNDS = 4  # likewise, where programs draw
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
 MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it between two tiles
 
@@ -56,7 +57,7 @@ class HopperTiles(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Sizes of what the backward in one kernel needs beside its results, in elements.
+    """Sizes of what the backward needs beside its results, in elements.
 
     ``sums``: float32, ``[heads, L, D]``; ``cleared``: they must be zero before. ``marks``, ``tallies``: int32, zero.
     """
@@ -172,18 +173,44 @@ def hopper_fwd_launch(
     return _plan_launch("fwd", launch, ("out", "lse"), ("out",), own, met, layouts, num_documents, call)
 
 
-def hopper_dq_launch(launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call) -> KernelLaunch:
-    """Plan one launch of the gradient of the queries; unless it is the first, it adds to dq."""
-    own, met = ("query", "do"), ("key", "value")
-    return _plan_launch("dq", launch, ("dq", "stats"), ("dq",), own, met, layouts, num_documents, call)
-
-
-def hopper_dkdv_launch(
-    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call
+def hopper_dq_launch(
+    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call, number: int | None = None
 ) -> KernelLaunch:
-    """Plan one launch of the gradients of keys and values; unless it is the first, it adds to dk and dv."""
+    """Plan one launch of the gradient of the queries; unless it is the first, it adds to dq.
+
+    Args:
+        number: its counter's, if it may begin before those of keys and values, of ``hopper_dkdv_launches``, have ended.
+    """
+    own, met = ("query", "do"), ("key", "value")
+    drawn = number is not None
+    pointers = ("dq", "stats", "tallies" if drawn else None)
+    return _plan_launch(
+        "dq", launch, pointers, ("dq",), own, met, layouts, num_documents, call, (number or 0,), drawn, overlaps=drawn
+    )
+
+
+def hopper_dkdv_launches(
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call
+) -> tuple[list[KernelLaunch], int]:
+    """Plan the launches of the gradients of keys and values; also return how many counters they need.
+
+    They overlap: each adds to what those before have left, KV head by KV head.
+    """
     own, met = ("key", "value"), ("query", "do")
-    return _plan_launch("dkdv", launch, ("dk", "dv", "stats"), ("dk", "dv"), own, met, layouts, num_documents, call)
+    pointers = ("dk", "dv", "stats", "tallies")
+    batch, num_kv_heads, length, head_dim = layouts["key"].shape
+    tiles = _tiles("dkdv", head_dim, call.pattern.dilate_queries)
+    planned, before = [], 0
+    for number, launch in enumerate(launches):
+        order = (number, len(launches) + 1, before)
+        planned.append(
+            _plan_launch(
+                "dkdv", launch, pointers, ("dk", "dv"), own, met, layouts, num_documents, call, order, True, number > 0
+            )
+        )
+        _, classes, periods = _cut(launch, tiles, length, num_documents)
+        before += classes * periods * tiles.block_m // 64
+    return planned, len(launches) + 1 + batch * num_kv_heads
 
 
 def hopper_bwd_launches(
@@ -269,8 +296,9 @@ def _plan_bwd_launch(
 
 
 def _plan_launch(
-    kernel: str, launch: Launch, pointers: Sequence[str], strided: Sequence[str], own: Sequence[str],
-    met: Sequence[str], layouts: dict[str, TensorLayout], num_documents: int, call: Call,
+    kernel: str, launch: Launch, pointers: Sequence[str | None], strided: Sequence[str], own: Sequence[str],
+    met: Sequence[str], layouts: dict[str, TensorLayout], num_documents: int, call: Call, order: Sequence[int] = (),
+    drawn: bool = False, overlaps: bool = False,
 ) -> KernelLaunch:  # fmt: skip
     """Plan a kernel's launch over all tiles of a progression: one program per processor.
 
@@ -280,6 +308,9 @@ def _plan_launch(
         own: tensors of which a tile owns rows.
         met: the pair of tensors whose rows it meets.
         num_documents: that are packed; 0 if none are.
+        order: the kernel's last arguments, of its place among others.
+        drawn: whether programs draw tiles instead of getting them dealt out.
+        overlaps: whether it may begin before the launch before has ended.
     """
     pattern = call.pattern
     from_key = kernel == "dkdv"
@@ -291,10 +322,11 @@ def _plan_launch(
     processors = _processors(layouts["query"].device)
     # As many runs at a time as fill whole rounds of programs, or where classes are many, enough of them to even out.
     apart = launch.period == ENDLESS or num_documents > 0
-    together = _cdiv(ROUNDS * processors, classes) if apart else processors // gcd(processors, classes)
+    rounds = DRAWN_ROUNDS if drawn else ROUNDS
+    together = _cdiv(rounds * processors, classes) if apart else processors // gcd(processors, classes)
     runs = periods * heads * batch
     own_tensors = 1 if kernel == "fwd" and launch.first else 2
-    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors)
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors, drawn=drawn)
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
     own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
@@ -302,14 +334,15 @@ def _plan_launch(
         x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
     ]
     arguments = (
-        *map(Pointer, pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
+        *(name and Pointer(name) for name in pointers), *own_rows, *met_rows, Pointer("cu_seqlens") if num_documents else None,
         *_strides(strided, layouts), call.scale, length, num_documents,
         num_documents.bit_length(), launch.period, tiles_per_period, launch.windows, launch.previous_windows,
-        launch.rates, heads, classes, periods, runs, together, runs * classes,
+        launch.rates, heads, classes, periods, runs, together, runs * classes, *order,
     )  # fmt: skip
     kernels = {"fwd": hopper_fwd_kernel, "dq": hopper_bwd_dq_kernel, "dkdv": hopper_bwd_dkdv_kernel}
     grid = (min(processors, runs * classes), 1, 1)
-    return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4)
+    options = {"launch_pdl": True} if overlaps else {}
+    return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4, **options)
 
 
 def _cut(launch: Launch, tiles: HopperTiles, length: int, num_documents: int) -> tuple[int, int, int]:
@@ -333,7 +366,7 @@ def _strides(names: Sequence[str], layouts: dict[str, TensorLayout]) -> list[int
 
 def _variant_of(
     launch: Launch, tiles: HopperTiles, layouts: dict[str, TensorLayout], num_documents: int, call: Call,
-    from_key: bool, own_tensors: int, stores: bool = False,
+    from_key: bool, own_tensors: int, stores: bool = False, drawn: bool = False,
 ) -> "Variant":  # fmt: skip
     """Choose what a launch's kernel is compiled for."""
     pattern, num_kv_heads = call.pattern, layouts["key"].shape[1]
@@ -352,6 +385,7 @@ def _variant_of(
         own_tensors=own_tensors,
         head_dim=layouts["query"].shape[-1],
         stores=stores,
+        drawn=drawn,
         **tiles._asdict(),
     )
 

@@ -21,12 +21,15 @@ from .dilated_attention_hopper_pipeline_kernels import (
     Results,
     Sources,
     _allocate,
+    _await_count,
     _await_turn,
     _barriers,
     _branch_of,
+    _count,
     _end_turn,
     _field,
     _in_order,
+    _let_next_start,
     _met,
     _pack,
     _produce,
@@ -35,9 +38,8 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _store_key_rows,
     _store_rows,
     _unpack,
-    _walk,
 )
-from .dilated_attention_order_kernels import Work, _locate
+from .dilated_attention_order_kernels import Work
 from .dilated_attention_tile_kernels import RUNTIME, _band
 
 
@@ -55,12 +57,18 @@ except ImportError as error:
 
 
 class KeyResults(NamedTuple):
-    """Where a consumer of keys writes; and the ring of what it reads of each query."""
+    """Where a consumer of keys writes, and the ring of what it reads of each query.
+
+    ``finished_ptr``: counts what consumers have finished of each lane, of which ``before`` come before.
+    """
 
     stats: Any
     stats_full: Any
     stats_empty: Any
     gradients: KeyGradients
+    heads: Any
+    finished_ptr: Any
+    before: Any
 
 
 @gluon.jit
@@ -208,33 +216,31 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit
-def _bring_stats(stats_ptr, stats, stats_full, stats_empty, work, V: gl.constexpr):
+def _bring_stats(stats_ptr, rings, results, work, V: gl.constexpr):
     """Fetch lse and delta of each block of queries, in the producer's order; strided words are no copy engine's work."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     fetched = 0
-    turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
-    for turn in range(turns):
-        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(
-            turn, gl.program_id(0), gl.num_programs(0), work, V
-        )
-        if count > 0:
-            window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
-                0, x_first, x_last, tokens, kv_head, tile_base, work, V
-            )
-            for inner in range(V.group):
-                query_head = kv_head * V.group + inner
-                at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
-                for n in range(blocks):
-                    term = first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
-                    term += gl.arange(0, V.block_n, layout=layout)
-                    words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
-                    lse2, delta = _unpack_stats(words)
-                    stage = fetched % V.stages
-                    mbarrier.wait(stats_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
-                    stats.index(2 * stage).store(lse2)
-                    stats.index(2 * stage + 1).store(delta)
-                    mbarrier.arrive(stats_full.index(stage), count=1)
-                    fetched += 1
+    seen = 1
+    record = _read_record(rings, 0, 1)
+    while _field(record, GOES_ON) > 0:
+        head, batch, start = _field(record, HEAD), _field(record, BATCH), _field(record, START)
+        base, rate, first, stop, blocks, head_edge, tail_edge, _, _ = _branch_of(record)
+        for inner in range(V.group):
+            query_head = head * V.group + inner
+            at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
+            for n in range(blocks):
+                term = first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                term += gl.arange(0, V.block_n, layout=layout)
+                words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
+                lse2, delta = _unpack_stats(words)
+                stage = fetched % V.stages
+                mbarrier.wait(results.stats_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
+                results.stats.index(2 * stage).store(lse2)
+                results.stats.index(2 * stage + 1).store(delta)
+                mbarrier.arrive(results.stats_full.index(stage), count=1)
+                fetched += 1
+        record = _read_record(rings, seen, 1)
+        seen += 1
 
 
 @gluon.jit
@@ -334,18 +340,22 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         mbarrier.arrive(rings.own_empty, count=1)
         filled += 1
         dk *= results.gradients.scale
+        finished_ptr = results.finished_ptr + batch * results.heads + head
+        _await_count(finished_ptr, results.before)
         _store_key_rows(dk, dv, results.gradients, head, batch, start, x_first, count, consumer, V, V.whole_rows)
+        gl.thread_barrier()
+        _count(finished_ptr, 1)
         record = _read_record(rings, seen)
         seen += 1
 
 
-@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles", "number"))
 def hopper_bwd_dq_kernel(
-    dq_ptr, stats_ptr, own_desc, other_desc,
+    dq_ptr, stats_ptr, tallies_ptr, own_desc, other_desc,
     k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
     v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
     cu_seqlens_ptr, stride_dqb, stride_dqh, stride_dql, scale, length, num_documents, search_steps,
-    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles, number,
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of tiles of queries through all branches of the launch."""
@@ -356,6 +366,7 @@ def hopper_bwd_dq_kernel(
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
+        tallies_ptr + number if V.drawn else None, None, 0,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
     results = Results(
@@ -378,15 +389,21 @@ def hopper_bwd_dq_kernel(
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+@gluon.jit(do_not_specialize=(
+    *RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles", "number", "counters", "before"
+))  # fmt: skip
 def hopper_bwd_dkdv_kernel(
-    dk_ptr, dv_ptr, stats_ptr, own_desc, other_desc, q_desc, do_desc,
+    dk_ptr, dv_ptr, stats_ptr, tallies_ptr, own_desc, other_desc, q_desc, do_desc,
     cu_seqlens_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl,
     scale, length, num_documents, search_steps,
-    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
-    V: gl.constexpr,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles, number,
+    counters, before, V: gl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of tiles of a branch's keys and values, query head after query head: no atomics."""
+    """Compute the gradients of tiles of a branch's keys and values, query head after query head: no sums by atomics.
+
+    Launches of the branches overlap; what a tile adds comes after all of its lane in the launches ``before``.
+    """
+    _let_next_start()
     rings = _allocate(own_desc.dtype, V)
     stats = gl.allocate_shared_memory(
         gl.float32, [2 * V.stages, V.block_n], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -396,18 +413,19 @@ def hopper_bwd_dkdv_kernel(
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
-        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles, tallies_ptr + number,
+        tallies_ptr + counters, before,
     )  # fmt: skip
     gradients = KeyGradients(
         dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0]
     )
-    results = KeyResults(stats, stats_full, stats_empty, gradients)
+    results = KeyResults(stats, stats_full, stats_empty, gradients, heads, tallies_ptr + counters, before)
     sources = Sources(own_desc, other_desc, (q_desc,), (do_desc,))
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
     gl.warp_specialize(
         [(_consume_dkdv, (rings, results, 0, V)), (_consume_dkdv, (rings, results, 1, V)),
          (_produce, (sources, rings, work, V)),
-         (_bring_stats, (stats_ptr, stats, stats_full, stats_empty, work, V))],
+         (_bring_stats, (stats_ptr, rings, results, work, V))],
         [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
     )  # fmt: skip

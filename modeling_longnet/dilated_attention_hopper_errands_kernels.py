@@ -8,7 +8,18 @@ and marks what has arrived in memory. ``dilated_attention_hopper_ordered_kernels
 from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_bwd_kernels import _unpack_stats
-from .dilated_attention_hopper_pipeline_kernels import AHEAD, ROWS, _copy, _field, _hand_out, _look_up, _read_record
+from .dilated_attention_hopper_pipeline_kernels import (
+    AHEAD,
+    ROWS,
+    _await_count,
+    _copy,
+    _count,
+    _draw,
+    _field,
+    _hand_out,
+    _look_up,
+    _read_record,
+)
 from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
 
 
@@ -61,18 +72,6 @@ class Shared(NamedTuple):
 
 
 @gluon.jit
-def _draw(ptr):
-    """Take the next number of a counter."""
-    return gl.atomic_add(ptr, 1, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _count(ptr):
-    """Count one more, after all that was written before; a whole warp calls."""
-    gl.atomic_add(ptr, 1, sem="release", scope="gpu")
-
-
-@gluon.jit
 def _write(shared, written, head, batch, lane, start, goes_on, tokens, x_first, count, base, first, stop, blocks,
            head_edge, tail_edge, mark, met_first, met_stop):  # fmt: skip
     field = gl.arange(0, FIELDS, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -94,22 +93,6 @@ def _write(shared, written, head, batch, lane, start, goes_on, tokens, x_first, 
     record = gl.where(field == MET_FIRST, met_first, record)
     record = gl.where(field == MET_STOP, met_stop, record)
     _hand_out(shared, written, record)
-
-
-@gluon.jit
-def _look(ptr):
-    """Read a word that another program may write; what it has written before is seen, too."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _await_launches_before(tiles, lane):
-    """Wait until all tiles of a lane in the launches before have finished."""
-    if tiles.before > 0:
-        while _look(tiles.finished_ptr + lane) < tiles.before:
-            pass
 
 
 @gluon.jit
@@ -158,8 +141,8 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
                 _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
             filled += 1
         else:  # it counts, and may not be taken for one of the launches before
-            _await_launches_before(tiles, lane)
-            _count(tiles.finished_ptr + lane)
+            _await_count(tiles.finished_ptr + lane, tiles.before)
+            _count(tiles.finished_ptr + lane, 1)
         index = _draw(tiles.drawn_ptr)
     _write(shared, filled, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -237,7 +220,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     record = _read_record(shared, 0, 1)
     while _field(record, GOES_ON) > 0:
         lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
-        _await_launches_before(tiles, lane)
+        _await_count(tiles.finished_ptr + lane, tiles.before)
         mbarrier.arrive(shared.ready.index((seen - 1) % PLACES), count=1)
         for inner in range(V.group):
             row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
@@ -339,7 +322,7 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
             handed += 2
         mbarrier.wait(shared.stored.index(seen % PLACES), (seen // PLACES) & 1)
         mbarrier.arrive(shared.records_empty.index(seen % PLACES), count=1)
-        _count(tiles.finished_ptr + lane)
+        _count(tiles.finished_ptr + lane, 1)
         seen += 1
         record = _look_up(shared, seen, 1)
 

@@ -217,7 +217,7 @@ def hopper_fwd_kernel(
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
-        windows, previous_windows, rates, classes, periods, runs, together, tiles,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles, None, None, 0,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
     staged = rings.own

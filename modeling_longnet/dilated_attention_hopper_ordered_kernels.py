@@ -49,6 +49,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _barriers,
     _end_turn,
     _field,
+    _let_next_start,
     _look_up,
     _met,
     _settle,
@@ -313,10 +314,7 @@ def hopper_bwd_kernel(
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute what a branch adds to all gradients of some lanes, each after ``before`` tiles of branches before."""
-    # Programs of the next launch may start where this one's have ended: they wait lane by lane.
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
+    _let_next_start()
     shared = _allocate(k_desc.dtype, V)
     fence_async_shared()
     work = Tiles(

@@ -15,7 +15,7 @@ phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .dilated_attention_order_kernels import _locate
+from .dilated_attention_order_kernels import _dealt, _locate
 from .dilated_attention_tile_kernels import _band, _block_range, _offset, _pick
 
 
@@ -48,7 +48,7 @@ class Variant:
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
     ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
-    ``stores``: the first tile that meets a block writes what others add to.
+    ``stores``: the first tile that meets a block writes what others add to. ``drawn``: programs draw their tiles.
     """
 
     num_branches: int
@@ -70,6 +70,7 @@ class Variant:
     registers: tuple[int, int]
     turns: bool
     stores: bool = False
+    drawn: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -238,10 +239,52 @@ def _field(record, which: gl.constexpr):
 @gluon.jit
 def _branch_of(record):
     return (
-        _field(record, BASE), _field(record, RATE), _field(record, FIRST), _field(record, STOP),
-        _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE),
-        _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
+        _field(record, BASE), _field(record, RATE), _field(record, FIRST),
+        _field(record, STOP), _field(record, BLOCKS), _field(record, HEAD_EDGE),
+        _field(record, TAIL_EDGE), _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
     )  # fmt: skip
+
+
+@gluon.jit
+def _let_next_start():
+    """Let programs of the next launch start where this one's have ended; they wait for what they need."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _await_grids_before():
+    """Wait until all launches before have ended, so that what waits for this one waits for them, too."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _draw(ptr):
+    """Take the next number of a counter."""
+    return gl.atomic_add(ptr, 1, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def _count(ptr, more):
+    """Count on, after all that was written before; whole warps call."""
+    gl.atomic_add(ptr, more, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _look(ptr):
+    """Read a word that another program may write; what it has written before is seen, too."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _await_count(ptr, count):
+    """Wait until a counter has come so far; what has been written before that is seen."""
+    if count > 0:
+        while _look(ptr) < count:
+            pass
 
 
 @gluon.jit
@@ -267,16 +310,26 @@ def _copy_own(sources, rings, filled, batch, head, first_row, rate, V: gl.conste
 
 
 @gluon.jit
+def _next_tile(turn, work, V: gl.constexpr):
+    if V.drawn:
+        return _draw(work.drawn_ptr)
+    else:
+        return _dealt(turn, gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
 def _produce(sources, rings, work, V: gl.constexpr):
     """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet."""
     fetched = 0
     filled = 0
     written = 0
-    turns = (work.tiles + gl.num_programs(0) - 1) // gl.num_programs(0)
-    for turn in range(turns):
-        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(
-            turn, gl.program_id(0), gl.num_programs(0), work, V
-        )
+    turn = 0
+    index = _next_tile(turn, work, V)
+    while index < work.tiles:
+        head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(index, work, V)
+        if V.from_key and not V.first:  # what meets nothing adds nothing
+            _, _, _, _, _, _, blocks, _, _ = _walk(0, x_first, x_last, tokens, kv_head, tile_base, work, V)
+            count = gl.where(blocks > 0, count, 0)
         if count > 0:
             own_rate = work.rates[0] if V.dilate or V.from_key else 1
             blocks_of_tile = 0
@@ -319,6 +372,14 @@ def _produce(sources, rings, work, V: gl.constexpr):
                         _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
                         blocks_of_tile = AHEAD + 1
             filled += 1
+        elif V.from_key:  # it counts, and may not be taken for one of the launches before
+            finished_ptr = work.finished_ptr + batch * work.heads + head
+            _await_count(finished_ptr, work.before)
+            _count(finished_ptr, V.consumers)
+        turn += 1
+        index = _next_tile(turn, work, V)
+    if V.drawn and not V.from_key:
+        _await_grids_before()
     _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -464,11 +525,12 @@ def _allocate(dtype: gl.constexpr, V: gl.constexpr):
     turns = records
     if V.turns:
         turns = _barriers(V.consumers, 1)
+    READERS: gl.constexpr = V.consumers + 1 if V.from_key else V.consumers  # of records
     own_full = _barriers(1, 1).index(0)
     own_empty = _barriers(1, V.consumers).index(0)
     return Rings(
         own, other, k, v, records, own_full, own_empty,
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
         _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
-        _barriers(2, 1), _barriers(2, V.consumers), turns,
+        _barriers(2, 1), _barriers(2, READERS), turns,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Which tile comes when in the Hopper kernels, and after whom: integer arithmetic, nothing but kernels.
 
-Most kernels deal their tiles out in rounds: a program knows all of its tiles beforehand. In the backward of one kernel
-programs draw them. There, the tiles that meet a block of queries add to its gradient one after the other, the last one
+The forward deals its tiles out in rounds: a program knows all of its tiles beforehand. Of the backward, programs draw
+them. In the backward of one kernel, the tiles that meet a block of queries add to its gradient one after the other, the last one
 first. A tile's predecessor is therefore the tile after it in its progression; where that one does not meet a block, no
 later one does, and the tile is the block's first.
 """
@@ -19,10 +19,12 @@ except ImportError as error:
 
 
 class Work(NamedTuple):
-    """All tiles of a launch, dealt out in rounds.
+    """All tiles of a launch, dealt out in rounds or, where there is a counter, drawn.
 
     A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
-    one tile in each class. ``together`` runs are worked off at a time, longest class first.
+    one tile in each class. ``together`` runs are worked off at a time, longest class first. A launch that has to come
+    after another counts, for each lane (KV head of one row of the batch), what its consumers have finished; ``before``
+    is what the launches before count.
     """
 
     heads: Any
@@ -40,6 +42,9 @@ class Work(NamedTuple):
     runs: Any
     together: Any
     tiles: Any
+    drawn_ptr: Any
+    finished_ptr: Any
+    before: Any
 
 
 class Tiles(NamedTuple):
@@ -72,12 +77,14 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _dealt(turn, program, programs, work):
-    """Return the index of a program's tile of a turn, its slot, head and batch row.
+def _dealt(turn, program, programs):
+    """Return the number of a program's tile of a turn. Every other turn runs backwards: all get nearly equal sums."""
+    return turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
 
-    Long tiles come first and every other turn runs backwards: all programs get nearly equal sums.
-    """
-    index = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
+
+@triton.jit
+def _locate(index, work, V: tl.constexpr):
+    """Find the tile of a number: its head, KV head, batch row, document, and its rows. Long tiles come first."""
     at_once = work.together * work.classes
     before = index // at_once * work.together
     rest = index % at_once
@@ -85,13 +92,7 @@ def _dealt(turn, program, programs, work):
     run = before + rest % size
     slot = run % work.periods * work.classes + rest // size
     run = run // work.periods
-    return index, slot, run % work.heads, run // work.heads
-
-
-@triton.jit
-def _locate(turn, program, programs, work, V: tl.constexpr):
-    """Find the tile of a program's turn: its head, KV head, batch row, document, and its rows."""
-    index, slot, head, batch = _dealt(turn, program, programs, work)
+    head, batch = run % work.heads, run // work.heads
     kv_head = head if V.from_key else head // V.group
     rate = work.rates[0] if V.dilate or V.from_key else 1
     start, tokens, tile = _document(

@@ -21,7 +21,7 @@ from .compiled_kernels import Pointer, Rows
 from .dilated_attention_hopper import (
     Scratch,
     hopper_bwd_launches,
-    hopper_dkdv_launch,
+    hopper_dkdv_launches,
     hopper_dq_launch,
     hopper_fwd_launch,
     hopper_refusal,
@@ -351,8 +351,10 @@ def _backward_plan(
     if hopper_refusal("bwd", [query, key, value, do], kind.call.pattern, kind.padded, kind.call.is_causal) is None:
         launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
         return Plan(query.device, (stats, *launches)), scratch
-    for_queries, for_keys = _dq_launches(layouts, kind), _dkdv_launches(layouts, kind)
-    return Plan(query.device, (stats, *for_queries, *for_keys)), None
+    for_keys, counters = _dkdv_launches(layouts, kind)
+    for_queries = _dq_launches(layouts, kind, overlaps=counters > 0)
+    scratch = Scratch(0, 0, counters, False) if counters else None
+    return Plan(query.device, (stats, *for_keys, *for_queries)), scratch
 
 
 def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor]:
@@ -364,12 +366,14 @@ def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor
     return {"sums": sums, "marks": words[: scratch.marks], "tallies": words[scratch.marks :]}
 
 
-def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLaunch]:
+def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, overlaps: bool) -> list[KernelLaunch]:
+    """Plan the launches of the gradient of the queries, which may begin before those of the keys have ended."""
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
     launches = query_launches(pattern)
     if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
-        return [hopper_dq_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
+        number = len(key_launches(pattern)) if overlaps and len(launches) == 1 else None
+        return [hopper_dq_launch(launch, layouts, kind.num_documents, kind.call, number) for launch in launches]
     tiles = kernel_tiles("dq", query, pattern)
     return [
         _plan_launch(
@@ -381,12 +385,13 @@ def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLau
     ]  # fmt: skip
 
 
-def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelLaunch]:
+def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> tuple[list[KernelLaunch], int]:
+    """Plan the launches of the gradients of keys and values; also return how many counters they need."""
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
     launches = key_launches(pattern)
     if hopper_refusal("dkdv", read, pattern, kind.padded, kind.call.is_causal) is None:
-        return [hopper_dkdv_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches]
+        return hopper_dkdv_launches(launches, layouts, kind.num_documents, kind.call)
     tiles = kernel_tiles("dkdv", query, pattern)
     return [
         _plan_launch(
@@ -395,7 +400,7 @@ def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> list[KernelL
             ("query", "do"), layouts, kind,
         )
         for launch in launches
-    ]  # fmt: skip
+    ], 0  # fmt: skip
 
 
 def _backward(

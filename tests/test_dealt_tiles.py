@@ -1,5 +1,6 @@
 """Which program of a Hopper kernel gets which tiles, through Triton's interpreter: each one once, and equal sums of work."""
 
+import heapq
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ try:
     import triton
     import triton.language as tl
 
-    from modeling_longnet.dilated_attention_order_kernels import Work, _locate
+    from modeling_longnet.dilated_attention_order_kernels import Work, _dealt, _locate
 except ImportError:  # needs_interpreter says so
     triton = None
 
@@ -24,7 +25,8 @@ PROGRAMS = 132
 CASES = {
     "retrofit": (DilationPattern.geometric(2048, 32768, preset="retrofit"), 32768, 16, 16, 1, 128, None),
     "retrofit, short": (DilationPattern.geometric(2048, 8192, preset="retrofit"), 8192, 16, 16, 1, 128, None),
-    "retrofit, grouped": (DilationPattern.geometric(2048, 16384, preset="retrofit"), 16384, 32, 8, 2, 64, None),
+    "retrofit, grouped": (DilationPattern.geometric(2048, 16384, preset="retrofit"), 16384, 16, 4, 1, 128, None),
+    "retrofit, batch": (DilationPattern.geometric(2048, 8192, preset="retrofit"), 8192, 8, 8, 2, 64, None),
     "paper": (DilationPattern.geometric(2048, 16384, preset="paper"), 16384, 16, 8, 1, 128, None),
     "packed": (
         DilationPattern.geometric(256, 1024, preset="retrofit"), 4096, 4, 2, 1, 128, [0, 1, 200, 200, 2713, 4096],
@@ -40,30 +42,47 @@ def test_programs_get_every_tile_once_and_equal_work():
 if triton is not None:
 
     @triton.jit
-    def reckon(found_ptr, turn, programs, work, V: tl.constexpr, SIZE: tl.constexpr):
+    def reckon(found_ptr, first, work, V: tl.constexpr, SIZE: tl.constexpr):
+        index = first + tl.arange(0, SIZE)
+        head, _, batch, start, _, _, x_first, _, count = _locate(index, work, V)
+        at = found_ptr + tl.arange(0, SIZE)
+        tl.store(at, head)
+        tl.store(at + SIZE, batch)
+        tl.store(at + 2 * SIZE, start + tl.zeros([SIZE], tl.int64))
+        tl.store(at + 3 * SIZE, x_first)
+        tl.store(at + 4 * SIZE, count)
+
+    @triton.jit
+    def deal(found_ptr, turn, programs, SIZE: tl.constexpr):
         program = tl.arange(0, SIZE)
-        head, _, batch, start, _, _, x_first, _, count = _locate(turn, program, programs, work, V)
-        tl.store(found_ptr + program, head)
-        tl.store(found_ptr + SIZE + program, batch)
-        tl.store(found_ptr + 2 * SIZE + program, start + tl.zeros([SIZE], tl.int64))
-        tl.store(found_ptr + 3 * SIZE + program, x_first)
-        tl.store(found_ptr + 4 * SIZE + program, count)
+        tl.store(found_ptr + program, _dealt(turn, program, programs))
 
 
-def tiles_of(launch, cu_seqlens) -> list[list[tuple[int, ...]]]:
-    """Return head, batch row, first row of the document, first row in it and number of rows of each program's tiles."""
-    given = dict(zip(launch.kernel.arg_names, launch.arguments)) | {"cu_seqlens_ptr": cu_seqlens}
-    v = SimpleNamespace(**{name: getattr(x, "value", x) for name, x in vars(launch.constants["V"]).items()})
-    work = Work(**{name: given[name] for name in Work._fields})
-    programs, size = launch.grid[0], 256
-    dealt: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
-    for turn in range(-(-work.tiles // programs)):
-        found = torch.zeros(5, size, dtype=torch.int64)
-        reckon[(1,)](found, turn, programs, work, v, size)
-        for program, tile in enumerate(zip(*found[:, :programs].tolist())):
-            if tile[-1] > 0:
-                dealt[program].append(tile)
-    return dealt
+SIZE = 256  # of what is reckoned at once
+
+
+def tiles_of(planned, cu_seqlens) -> list[tuple[int, ...]]:
+    """Return head, batch row, first row of the document, first row in it and number of rows of each tile."""
+    given = dict(zip(planned.kernel.arg_names, planned.arguments)) | {"cu_seqlens_ptr": cu_seqlens}
+    v = SimpleNamespace(**{name: getattr(x, "value", x) for name, x in vars(planned.constants["V"]).items()})
+    work = Work(**{name: given.get(name) for name in Work._fields})
+    tiles: list[tuple[int, ...]] = []
+    for first in range(0, work.tiles, SIZE):
+        found = torch.zeros(5, SIZE, dtype=torch.int64)
+        reckon[(1,)](found, first, work, v, SIZE)
+        tiles += zip(*found.tolist())
+    return tiles[: work.tiles]
+
+
+def dealt(tiles: int, programs: int) -> list[list[int]]:
+    """Return the numbers of each program's tiles."""
+    shares: list[list[int]] = [[] for _ in range(programs)]
+    for turn in range(-(-tiles // programs)):
+        found = torch.zeros(SIZE, dtype=torch.int64)
+        deal[(1,)](found, turn, programs, SIZE)
+        for share, index in zip(shares, found.tolist()):
+            share += [index] if index < tiles else []
+    return shares
 
 
 def pairs_of(rows: range, launch, length: int, by_key: bool) -> int:
@@ -95,32 +114,69 @@ def check(pattern, length, heads, kv_heads, batch, head_dim, documents) -> None:
     }
     num_documents = 0 if documents is None else len(documents) - 1
     cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32)
-    plans = [(hopper.hopper_fwd_launch, x, heads, False) for x in query_launches(pattern)]
-    plans += [(hopper.hopper_dkdv_launch, x, kv_heads, True) for x in key_launches(pattern)]
-    for plan, launch, own_heads, by_key in plans:
-        planned = plan(launch, layouts, num_documents, Call(pattern, True, 1.0))
-        dealt = tiles_of(planned, cu_seqlens)
-        rate = launch.rates[0] if pattern.dilate_queries or by_key else 1
+    options = (layouts, num_documents, Call(pattern, True, 1.0))
+    by_query, by_key = query_launches(pattern), key_launches(pattern)
+    forward = [(hopper.hopper_fwd_launch(launch, *options), launch, False) for launch in by_query]
+    planned, counters = hopper.hopper_dkdv_launches(by_key, *options)
+    backward = [(*found, True) for found in zip(planned, by_key)]
+    number = len(by_key) if len(by_query) == 1 else None
+    backward += [(hopper.hopper_dq_launch(launch, *options, number), launch, False) for launch in by_query]
+    assert counters == len(by_key) + 1 + batch * kv_heads
+
+    costs: list[list[tuple[tuple[int, int], int]]] = []  # of each launch's tiles, beside their KV heads
+    finished = dict.fromkeys(((row, head) for row in range(batch) for head in range(kv_heads)), 0)
+    for plan, launch, owns_keys in [*forward, *backward]:
+        tiles = tiles_of(plan, cu_seqlens)
+        group = 1 if owns_keys else heads // kv_heads
+        rate = launch.rates[0] if pattern.dilate_queries or owns_keys else 1
         ends = documents or [0, length]
         rows = [(x % launch.period, start + x) for start, end in pairwise(ends) for x in range(end - start)]
         expected = [
             (head, row, x)
-            for row in range(batch) for head in range(own_heads) for inside, x in rows
-            if inside % rate == head // (own_heads // kv_heads) % rate
+            for row in range(batch) for head in range(kv_heads * group) for inside, x in rows
+            if inside % rate == head // group % rate
         ]  # fmt: skip
         found = [
             (head, row, start + x_first + rate * i)
-            for tiles in dealt for head, row, start, x_first, count in tiles for i in range(count)
+            for head, row, start, x_first, count in tiles for i in range(count)
         ]  # fmt: skip
         assert sorted(found) == sorted(expected)
-        if num_documents:  # nobody knows beforehand what they cost
-            continue
-        work = [
-            [pairs_of(range(x, x + rate * count, rate), launch, length, by_key) for *_, x, count in tiles]
-            for tiles in dealt
-        ]
-        most, mean, longest = max(map(sum, work)), sum(map(sum, work)) / PROGRAMS, max(max(x, default=0) for x in work)
-        assert most <= max(1.05 * mean, mean + longest / 2), (launch, most / mean, longest / mean)
+        if owns_keys:  # what a tile waits for is what the launches before count, two consumers each
+            assert set(finished.values()) == {plan.arguments[-1]}
+            for head, row, *_ in tiles:
+                finished[row, head] += 2
+        costs.append([
+            ((row, head // group), pairs_of(range(x, x + rate * count, rate), launch, length, owns_keys))
+            for head, row, _, x, count in tiles
+        ])  # fmt: skip
+    if num_documents:  # nobody knows beforehand what they cost
+        return
+    for work in costs[: len(forward)]:
+        sums = [sum(work[i][1] for i in share) for share in dealt(len(work), PROGRAMS)]
+        mean, longest = sum(sums) / PROGRAMS, max(cost for _, cost in work)
+        assert max(sums) <= max(1.05 * mean, mean + longest / 2), (max(sums) / mean, longest / mean)
+    if not pattern.dilate_queries:
+        ends, mean = (
+            drawn(costs[len(forward) :]),
+            sum(cost for work in costs[len(forward) :] for _, cost in work) / PROGRAMS,
+        )
+        assert ends <= 1.04 * mean, ends / mean
+
+
+def drawn(launches: list[list[tuple[tuple[int, int], int]]]) -> int:
+    """Return when all is done if programs draw, and tiles of keys end after those of their lane in launches before."""
+    free = [0] * PROGRAMS
+    ended: dict[tuple[int, int], int] = {}
+    for n, work in enumerate(launches):
+        now = dict(ended)
+        for lane, cost in work:
+            end = heapq.heappop(free) + cost
+            if n < len(launches) - 1:
+                end = max(end, ended.get(lane, 0))
+                now[lane] = max(now.get(lane, 0), end)
+            heapq.heappush(free, end)
+        ended = now
+    return max(free)
 
 
 if __name__ == "__main__":  # run by the test, in a process of its own
