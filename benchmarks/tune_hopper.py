@@ -106,7 +106,7 @@ def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) 
     kind = fused.Kind(None, False, Call(pattern, True, tensors["query"].shape[-1] ** -0.5))
     forward = kernel == "fwd"
     plan, scratch = (
-        (fused._forward_plan(*layouts[1:4], kind), None) if forward else fused._backward_plan(*layouts, False, kind)
+        fused._forward_plan(*layouts[1:4], kind) if forward else fused._backward_plan(*layouts, False, kind)
     )
     names = [KERNELS[kernel], "stats_kernel"]
     found = [Plan(plan.device, (x,)) for x in plan.launches if x.kernel.__name__ in names]
@@ -118,7 +118,8 @@ def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) 
     whole = Plan(
         plan.device, tuple(x for x in plan.launches if x.kernel.__name__ in (KERNELS[kernel], "scale_kernel"))
     )
-    return [runs[0], lambda: whole.run(**tensors, **fused._allocate(scratch, plan.device))]
+    statistics = [] if forward else runs[:1]
+    return [*statistics, lambda: whole.run(**tensors, **fused._allocate(scratch, plan.device))]
 
 
 def check(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> str:

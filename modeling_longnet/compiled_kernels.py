@@ -69,7 +69,7 @@ def launch(kernel, grid: tuple[int, int, int], arguments: tuple, constants: dict
         kernel: of ``triton.jit`` or ``gluon.jit``.
         arguments: all that are no constants, in the kernel's order.
         constants: the compile-time arguments, by name; hashable.
-        options: ``num_warps``, ``num_stages``, ``launch_pdl``.
+        options: ``num_warps``, ``num_stages``, ``launch_pdl``, ``maxnreg``.
 
     Returns:
         The compiled kernel; None from Triton's interpreter, which compiles nothing.

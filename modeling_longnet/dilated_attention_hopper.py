@@ -7,7 +7,7 @@ rate, 16-byte aligned.
 
 import functools
 from collections.abc import Sequence
-from math import gcd, inf
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,7 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
-ROUNDS = 16  # of tiles to each program, between which long and short ones even out
-DRAWN_ROUNDS = 4  # likewise, where programs draw
+ROUNDS = 4  # of tiles to each program, at least, that are worked off longest first, before those of the next heads
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
 MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it between two tiles
 
@@ -46,7 +45,9 @@ MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it
 class HopperTiles(NamedTuple):
     """Rows that a program owns and rows of a block, depth of the rings, registers of consumers and producer.
 
-    ``turns``: consumers issue their products in turns.
+    ``turns``: consumers issue their products in turns. ``consumers`` share a program's rows, ``programs`` a processor.
+    ``holds_own``: the forward's consumers keep their queries in registers. Against blocks of 64 rows, reading both sides of
+    a product takes all that shared memory can give.
     """
 
     block_m: int
@@ -54,6 +55,9 @@ class HopperTiles(NamedTuple):
     stages: int
     registers: tuple[int, int]
     turns: bool = False
+    consumers: int = 2
+    programs: int = 1
+    holds_own: bool = False
 
 
 class Scratch(NamedTuple):
@@ -75,15 +79,18 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """
     if head_dim == 128:
         return {
-            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else HopperTiles(128, 64, 4, (224, 56)),
+            "fwd": HopperTiles(128, 128, 2, (240, 24))
+            if dilate
+            else HopperTiles(128, 64, 4, (224, 56), holds_own=True),
             "dq": HopperTiles(128, 64, 3, (224, 56)),
             "dkdv": HopperTiles(128, 64, 3, (240, 24)),
             "bwd": HopperTiles(128, 64, 2, (240, 24)),
         }[kernel]
-    # Dense queries loop long enough for a third consumer to pay; the shorter tiles of dilated ones waste less at edges.
-    three = HopperTiles(192, 64, 4, (160, 32), turns=True)
+    # Dense queries loop long enough for a third consumer to pay. Of dilated ones, tiles are short: two programs on a
+    # processor are not at a tile's end at the same time.
+    three = HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3)
     return {
-        "fwd": HopperTiles(128, 128, 4, (240, 24), turns=True) if dilate else three,
+        "fwd": HopperTiles(128, 64, 4, (232, 24), consumers=1, programs=2) if dilate else three,
         "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
         "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True),
         "bwd": HopperTiles(128, 64, 4, (240, 24), turns=True),
@@ -165,28 +172,65 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def hopper_fwd_launch(
-    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call
-) -> KernelLaunch:
-    """Plan one forward launch, which goes on from what (out, lse) hold unless it is the first."""
+def hopper_fwd_launches(
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call
+) -> tuple[list[KernelLaunch], Scratch]:
+    """Plan the launches of the forward, and what they need beside the results.
+
+    Each goes on from what (out, lse) hold unless it is the first. Where a tile's rows are whole tiles of the launches
+    before, it waits for these alone, and launches overlap.
+    """
     own, met = ("query", "out"), ("key", "value")
-    return _plan_launch("fwd", launch, ("out", "lse"), ("out",), own, met, layouts, num_documents, call)
+    batch, num_heads, length, head_dim = layouts["query"].shape
+    rows = _tiles("fwd", head_dim, call.pattern.dilate_queries).block_m
+    stretch = 0 if num_documents else _stretch(launches, rows)
+    counted = stretch > 0
+    stretches = _cdiv(length, stretch) if counted else 1
+    last = length - (stretches - 1) * stretch
+    planned, before, before_in_last = [], 0, 0
+    for number, launch in enumerate(launches):
+        planned.append(
+            _plan_launch(
+                "fwd", launch, ("out", "lse", "tallies"), ("out",), own, met, layouts, num_documents, call,
+                (number, len(launches), before, stretch, stretches, before_in_last), before > 0, counted,
+            )
+        )  # fmt: skip
+        if counted:
+            before += stretch // (rows * launch.rate)
+            before_in_last += _cdiv(last, rows * launch.rate)
+    return planned, Scratch(0, 0, len(launches) + counted * batch * num_heads * stretches, False)
 
 
-def hopper_dq_launch(
-    launch: Launch, layouts: dict[str, TensorLayout], num_documents: int, call: Call, number: int | None = None
-) -> KernelLaunch:
-    """Plan one launch of the gradient of the queries; unless it is the first, it adds to dq.
+def _stretch(launches: Sequence[Launch], rows: int) -> int:
+    """Return a number of rows such that all launches' tiles of ``rows`` lie in whole stretches of it, 0 if none does.
+
+    It is 0, too, if there is but one launch: nothing waits for its tiles.
+    """
+    spans = [rows * launch.rate for launch in launches]
+    longest = max(spans)
+    aligned = all(
+        longest % span == 0 and (launch.period == ENDLESS or launch.period % span == 0)
+        for launch, span in zip(launches, spans)
+    )
+    return longest if aligned and len(launches) > 1 else 0
+
+
+def hopper_dq_launches(
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, before: int = 0
+) -> list[KernelLaunch]:
+    """Plan the launches of the gradient of the queries; unless it is the first, each adds to dq.
 
     Args:
-        number: its counter's, if it may begin before those of keys and values, of ``hopper_dkdv_launches``, have ended.
+        before: counters of ``hopper_dkdv_launches``, of which the last has not ended when the first of these begins.
     """
     own, met = ("query", "do"), ("key", "value")
-    drawn = number is not None
-    pointers = ("dq", "stats", "tallies" if drawn else None)
-    return _plan_launch(
-        "dq", launch, pointers, ("dq",), own, met, layouts, num_documents, call, (number or 0,), drawn, overlaps=drawn
-    )
+    return [
+        _plan_launch(
+            "dq", launch, ("dq", "stats", "tallies"), ("dq",), own, met, layouts, num_documents, call,
+            (before + number,), overlaps=before > 0 and number == 0,
+        )
+        for number, launch in enumerate(launches)
+    ]  # fmt: skip
 
 
 def hopper_dkdv_launches(
@@ -202,15 +246,15 @@ def hopper_dkdv_launches(
     tiles = _tiles("dkdv", head_dim, call.pattern.dilate_queries)
     planned, before = [], 0
     for number, launch in enumerate(launches):
-        order = (number, len(launches) + 1, before)
+        order = (number, len(launches), before)
         planned.append(
             _plan_launch(
-                "dkdv", launch, pointers, ("dk", "dv"), own, met, layouts, num_documents, call, order, True, number > 0
+                "dkdv", launch, pointers, ("dk", "dv"), own, met, layouts, num_documents, call, order, number > 0
             )
         )
         _, classes, periods = _cut(launch, tiles, length, num_documents)
-        before += classes * periods * tiles.block_m // 64
-    return planned, len(launches) + 1 + batch * num_kv_heads
+        before += classes * periods * tiles.consumers
+    return planned, len(launches) + batch * num_kv_heads
 
 
 def hopper_bwd_launches(
@@ -298,9 +342,9 @@ def _plan_bwd_launch(
 def _plan_launch(
     kernel: str, launch: Launch, pointers: Sequence[str | None], strided: Sequence[str], own: Sequence[str],
     met: Sequence[str], layouts: dict[str, TensorLayout], num_documents: int, call: Call, order: Sequence[int] = (),
-    drawn: bool = False, overlaps: bool = False,
+    overlaps: bool = False, counted: bool = False,
 ) -> KernelLaunch:  # fmt: skip
-    """Plan a kernel's launch over all tiles of a progression: one program per processor.
+    """Plan a kernel's launch over all tiles of a progression: as many programs as processors can hold at once.
 
     Args:
         pointers: the kernel's leading arguments.
@@ -309,8 +353,8 @@ def _plan_launch(
         met: the pair of tensors whose rows it meets.
         num_documents: that are packed; 0 if none are.
         order: the kernel's last arguments, of its place among others.
-        drawn: whether programs draw tiles instead of getting them dealt out.
         overlaps: whether it may begin before the launch before has ended.
+        counted: whether its tiles of queries are counted.
     """
     pattern = call.pattern
     from_key = kernel == "dkdv"
@@ -319,17 +363,14 @@ def _plan_launch(
     heads = num_kv_heads if from_key else num_heads
     tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
-    processors = _processors(layouts["query"].device)
-    # As many runs at a time as fill whole rounds of programs, or where classes are many, enough of them to even out.
-    apart = launch.period == ENDLESS or num_documents > 0
-    rounds = DRAWN_ROUNDS if drawn else ROUNDS
-    together = _cdiv(rounds * processors, classes) if apart else processors // gcd(processors, classes)
+    programs = tiles.programs * _processors(layouts["query"].device)
     runs = periods * heads * batch
+    together = _cdiv(runs, max(1, runs * classes // (ROUNDS * programs)))
     own_tensors = 1 if kernel == "fwd" and launch.first else 2
-    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors, drawn=drawn)
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors, counted=counted)
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
     padding = [None] * (0 if from_key else MAX_BRANCHES - len(rates))
-    own_rows = [_rows(name, layouts[name], launch.rate, 64) for name in own]
+    own_rows = [_rows(name, layouts[name], launch.rate, tiles.block_m // tiles.consumers) for name in own]
     met_rows = [
         x for name in met for x in [*(_rows(name, layouts[name], rate, tiles.block_n) for rate in rates), *padding]
     ]
@@ -340,8 +381,10 @@ def _plan_launch(
         launch.rates, heads, classes, periods, runs, together, runs * classes, *order,
     )  # fmt: skip
     kernels = {"fwd": hopper_fwd_kernel, "dq": hopper_bwd_dq_kernel, "dkdv": hopper_bwd_dkdv_kernel}
-    grid = (min(processors, runs * classes), 1, 1)
+    grid = (min(programs, runs * classes), 1, 1)
     options = {"launch_pdl": True} if overlaps else {}
+    if tiles.programs > 1:  # Gluon takes all registers for one otherwise
+        options["maxnreg"] = 65536 // tiles.programs // 256
     return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4, **options)
 
 
@@ -366,7 +409,7 @@ def _strides(names: Sequence[str], layouts: dict[str, TensorLayout]) -> list[int
 
 def _variant_of(
     launch: Launch, tiles: HopperTiles, layouts: dict[str, TensorLayout], num_documents: int, call: Call,
-    from_key: bool, own_tensors: int, stores: bool = False, drawn: bool = False,
+    from_key: bool, own_tensors: int, stores: bool = False, counted: bool = False,
 ) -> "Variant":  # fmt: skip
     """Choose what a launch's kernel is compiled for."""
     pattern, num_kv_heads = call.pattern, layouts["key"].shape[1]
@@ -385,8 +428,8 @@ def _variant_of(
         own_tensors=own_tensors,
         head_dim=layouts["query"].shape[-1],
         stores=stores,
-        drawn=drawn,
-        **tiles._asdict(),
+        counted=counted,
+        **{name: x for name, x in tiles._asdict().items() if name != "programs"},
     )
 
 

@@ -22,6 +22,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     Sources,
     _allocate,
     _await_count,
+    _await_grids_before,
     _await_turn,
     _barriers,
     _branch_of,
@@ -37,10 +38,11 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _settle,
     _store_key_rows,
     _store_rows,
+    _terms_met,
     _unpack,
 )
 from .dilated_attention_order_kernels import Work
-from .dilated_attention_tile_kernels import RUNTIME, _band
+from .dilated_attention_tile_kernels import RUNTIME
 
 
 try:
@@ -79,12 +81,12 @@ def _unpack_stats(stats):
 
 @gluon.jit
 def _ds_of_queries(
-    s, dp, lse2, delta, base, rate, first, stop, band_start, band_end, scale2,
+    s, dp, lse2, delta, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 1))
     if MASKED:
-        p = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), p, 0.0)
+        p = gl.where(_met(first, row_first, row_stop, V, s_layout), p, 0.0)
     if V.head_dim == 64:  # with 128 it gains nothing
         _settle(p)
     return p * (dp - gl.expand_dims(delta, 1))
@@ -92,7 +94,7 @@ def _ds_of_queries(
 
 @gluon.jit
 def _bwd_dq_block(
-    dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end, scale2,
+    dq, ds, done, q, do, lse2, delta, rings, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
@@ -110,9 +112,7 @@ def _bwd_dq_block(
     _end_turn(rings, consumer, V)
     s, dp = warpgroup_mma_wait(1, deps=(s, dp))
     mbarrier.arrive(rings.v_empty.index(stage), count=1)
-    new_ds = _ds_of_queries(
-        s, dp, lse2, delta, base, rate, first, stop, band_start, band_end, scale2, MASKED, V, s_layout
-    )
+    new_ds = _ds_of_queries(s, dp, lse2, delta, first, row_first, row_stop, scale2, MASKED, V, s_layout)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     mbarrier.arrive(rings.k_empty.index(last), count=1)
     return dq, _pack(new_ds, rings.k.dtype), done + 1
@@ -148,10 +148,11 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         at_row = (batch.to(gl.int64) * results.heads + head) * results.length + start
         lse2, delta = _unpack_stats(gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=0))
-        mbarrier.wait(rings.own_full, filled & 1)
         dq = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
-            band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+            mbarrier.wait(rings.own_full, filled & 1)
+            filled += 1
+            row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
             stage = done % V.stages
             phase = (done // V.stages) & 1
             zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
@@ -164,8 +165,8 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             mbarrier.arrive(rings.v_empty.index(stage), count=1)
             new_ds = _ds_of_queries(
-                s, dp, lse2, delta, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
-                band_start, band_end, scale2, True, V, s_layout,
+                s, dp, lse2, delta, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
+                row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             ds = _pack(new_ds, rings.k.dtype)
             done += 1
@@ -174,28 +175,24 @@ def _consume_dq(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     record = _read_record(rings, seen)
                     seen += 1
                     base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
-                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
                 visited = gl.where(branch == begun, 1, 0)
                 edges = head_edge + blocks - tail_edge
                 for n in range(visited, edges):
                     dq, ds, done = _bwd_dq_block(
-                        dq, ds, done, q, do, lse2, delta, rings, base, rate,
-                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        dq, ds, done, q, do, lse2, delta, rings,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
                         scale2, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     dq, ds, done = _bwd_dq_block(
-                        dq, ds, done, q, do, lse2, delta, rings, base, rate, first, stop, band_start, band_end,
+                        dq, ds, done, q, do, lse2, delta, rings, first, row_first, row_stop,
                         scale2, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
-            mbarrier.arrive(rings.own_empty, count=1)
             last = (done - 1) % V.stages
             dq = warpgroup_mma(_unpack(ds, rings.k.dtype, p_layout), rings.k.index(last), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(rings.k_empty.index(last), count=1)
-        else:
-            mbarrier.arrive(rings.own_empty, count=1)
-        filled += 1
         dq_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
         dq *= results.scale
         _store_rows(
@@ -245,7 +242,7 @@ def _bring_stats(stats_ptr, rings, results, work, V: gl.constexpr):
 
 @gluon.jit
 def _bwd_dkdv_block(
-    dk, dv, s, dp, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
+    dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2,
     FIRST: gl.constexpr, MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
@@ -276,7 +273,7 @@ def _bwd_dkdv_block(
     s = warpgroup_mma_wait(1, deps=(s,))
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 0))
     if MASKED:
-        p = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), p, 0.0)
+        p = gl.where(_met(first, row_first, row_stop, V, s_layout), p, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(gl.convert_layout(p.to(k.dtype), p_layout), do, dv, is_async=True)
     delta = results.stats.index(2 * stage + 1).load(columns)
@@ -307,38 +304,37 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         count, tokens = _field(record, COUNT), _field(record, TOKENS)
         base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         x = x_first + results.gradients.own_rate * index
-        band_start, band_end = _band(x, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
+        row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
         edges = head_edge + blocks - tail_edge
-        mbarrier.wait(rings.own_full, filled & 1)
         dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
+            mbarrier.wait(rings.own_full, filled & 1)
+            filled += 1
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             dp = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             dk, dv, s, dp, done = _bwd_dkdv_block(
-                dk, dv, s, dp, done, k, v, rings, results, base, rate,
-                first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end, scale2,
+                dk, dv, s, dp, done, k, v, rings, results,
+                first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop, scale2,
                 True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
             for inner in range(V.group):
                 visited = gl.where(inner == 0, 1, 0)
                 for n in range(visited, edges):
                     dk, dv, s, dp, done = _bwd_dkdv_block(
-                        dk, dv, s, dp, done, k, v, rings, results, base, rate,
-                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        dk, dv, s, dp, done, k, v, rings, results,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
                         scale2, False, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     dk, dv, s, dp, done = _bwd_dkdv_block(
-                        dk, dv, s, dp, done, k, v, rings, results, base, rate, first, stop, band_start, band_end, scale2,
+                        dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2,
                         False, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
             dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
             last = (done - 1) % V.stages
             mbarrier.arrive(rings.k_empty.index(last), count=1)
             mbarrier.arrive(rings.v_empty.index(last), count=1)
-        mbarrier.arrive(rings.own_empty, count=1)
-        filled += 1
         dk *= results.gradients.scale
         finished_ptr = results.finished_ptr + batch * results.heads + head
         _await_count(finished_ptr, results.before)
@@ -361,16 +357,16 @@ def hopper_bwd_dq_kernel(
     """Compute the gradients of tiles of queries through all branches of the launch."""
     k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
     v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
-    rings = _allocate(own_desc.dtype, V)
+    rings = _allocate(own_desc.dtype, True, V.consumers, V)
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
         windows, previous_windows, rates, classes, periods, runs, together, tiles,
-        tallies_ptr + number if V.drawn else None, None, 0,
+        tallies_ptr + number,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
     results = Results(
-        None, None, dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate
+        None, None, None, None, dq_ptr, stats_ptr, stride_dqb, stride_dqh, stride_dql, scale, heads, length, own_rate
     )
     sources = Sources(own_desc, other_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
@@ -387,6 +383,7 @@ def hopper_bwd_dq_kernel(
              (_produce, (sources, rings, work, V))],
             [4, 1], [CONSUMER, PRODUCER],
         )  # fmt: skip
+    _await_grids_before()
 
 
 @gluon.jit(do_not_specialize=(
@@ -404,7 +401,7 @@ def hopper_bwd_dkdv_kernel(
     Launches of the branches overlap; what a tile adds comes after all of its lane in the launches ``before``.
     """
     _let_next_start()
-    rings = _allocate(own_desc.dtype, V)
+    rings = _allocate(own_desc.dtype, True, V.consumers + 1, V)
     stats = gl.allocate_shared_memory(
         gl.float32, [2 * V.stages, V.block_n], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )

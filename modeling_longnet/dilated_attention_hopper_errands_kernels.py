@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_bwd_kernels import _unpack_stats
 from .dilated_attention_hopper_pipeline_kernels import (
-    AHEAD,
     ROWS,
     _await_count,
+    _await_written,
     _copy,
     _count,
     _draw,
+    _fence_global,
     _field,
     _hand_out,
     _look_up,
@@ -39,6 +40,7 @@ GOES_ON, HEAD, BATCH, LANE, START, TOKENS, X_FIRST, COUNT, BASE, FIRST, STOP, BL
 )
 MARK, MET_FIRST, MET_STOP = gl.constexpr(14), gl.constexpr(15), gl.constexpr(16)
 FIELDS = gl.constexpr(32)
+AHEAD = gl.constexpr(2)  # blocks of the next tile that are fetched before its own rows, whose place is free later
 PLACES = gl.constexpr(2)  # of the rings of records, score gradients and turns
 
 
@@ -247,22 +249,6 @@ def _start_adding(descriptor, coordinates, source, _semantic=None):
 
 
 @gluon.jit
-def _fence_global():
-    """Let the copy engine come after what this thread has seen."""
-    gl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _await_added():
-    """Wait until all additions are in global memory, not just read: every lane."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; bar.warp.sync -1; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
 def _rows_handed_over(shared, handed, consumer: gl.constexpr, V: gl.constexpr):
     """Return a place of the ring of dq as rows of dk or dv: half as wide, twice as many columns."""
     dtype: gl.constexpr = shared.k.dtype
@@ -308,7 +294,7 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
                 tma.store_wait(0)
                 mbarrier.arrive(shared.dq_empty.index(place), count=1)
                 mbarrier.arrive(shared.turn_over.index(done % PLACES), count=1)
-                _await_added()
+                _await_written()
                 _tell(marks_ptr + (row + term.to(gl.int64) * rate), mark)
                 done += 1
                 handed += 1
@@ -318,7 +304,7 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
             row = start + _field(record, X_FIRST)
             _start_rows(dv_desc, shared, handed, batch, head, row, tiles.rate, V)
             _start_rows(dk_desc, shared, handed + 1, batch, head, row, tiles.rate, V)
-            _await_added()
+            _await_written()
             handed += 2
         mbarrier.wait(shared.stored.index(seen % PLACES), (seen // PLACES) & 1)
         mbarrier.arrive(shared.records_empty.index(seen % PLACES), count=1)

@@ -7,7 +7,6 @@ from .dilated_attention_hopper_pipeline_kernels import (
     HEAD,
     LN2,
     LOG2E,
-    ROWS,
     START,
     TOKENS,
     X_FIRST,
@@ -15,20 +14,24 @@ from .dilated_attention_hopper_pipeline_kernels import (
     Sources,
     _allocate,
     _await_turn,
+    _barriers,
     _branch_of,
+    _deliver,
     _end_turn,
     _field,
     _hand_in,
     _in_order,
+    _let_next_start,
     _met,
     _pack,
     _produce,
     _read_record,
     _store_rows,
+    _terms_met,
     _unpack,
 )
 from .dilated_attention_order_kernels import Work
-from .dilated_attention_tile_kernels import RUNTIME, _band
+from .dilated_attention_tile_kernels import RUNTIME
 
 
 try:
@@ -37,7 +40,6 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
-        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -47,12 +49,12 @@ except ImportError as error:
 
 @gluon.jit
 def _softmax(
-    s, peak, total, base, rate, first, stop, band_start, band_end, scale2,
+    s, peak, total, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
     if MASKED:
-        s = gl.where(_met(base, rate, first, stop, band_start, band_end, V, s_layout), s, float("-inf"))
+        s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
     shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
@@ -62,14 +64,14 @@ def _softmax(
 
 @gluon.jit
 def _attend_block(
-    acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end, scale2,
+    acc, p, peak, total, done, q, rings, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
     stage = done % V.stages
     last = (done - 1) % V.stages
-    zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+    zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
     _await_turn(rings, done, consumer, V)
     mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -78,13 +80,23 @@ def _attend_block(
     _end_turn(rings, consumer, V)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(rings.k_empty.index(stage), count=1)
-    new_p, peak, total, decay = _softmax(
-        s, peak, total, base, rate, first, stop, band_start, band_end, scale2, MASKED, V, s_layout
-    )
+    new_p, peak, total, decay = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
     return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
+
+
+@gluon.jit
+def _lse_before(record, results, index, V: gl.constexpr):
+    """Ask for the lse that the launches before have left of a tile's rows; none in the first launch."""
+    if V.first:
+        return index
+    else:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        row = (batch.to(gl.int64) * results.heads + head) * results.length + _field(record, START)
+        x = _field(record, X_FIRST) + results.own_rate * index
+        return gl.load(results.numbers_ptr + row + x, mask=index < _field(record, COUNT), other=float("-inf"))
 
 
 @gluon.jit
@@ -95,12 +107,12 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     scale2 = results.scale * LOG2E
-    index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
-    q = rings.own.index(consumer)
+    index = consumer * V.rows + gl.arange(0, V.rows, layout=rows_layout)
     done = 0
     filled = 0
     seen = 1
     record = _read_record(rings, 0)
+    upcoming = _lse_before(record, results, index, V)
     while _field(record, GOES_ON) > 0:
         head, batch = _field(record, HEAD), _field(record, BATCH)
         start, x_first = _field(record, START), _field(record, X_FIRST)
@@ -116,20 +128,24 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 begun += 1
                 base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         if V.first:
-            peak = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
-            total = gl.zeros([ROWS], gl.float32, rows_layout)
+            peak = gl.full([V.rows], float("-inf"), gl.float32, rows_layout)
+            total = gl.zeros([V.rows], gl.float32, rows_layout)
         else:
-            peak = gl.load(results.numbers_ptr + at_row + x, mask=index < count, other=float("-inf")) * LOG2E
+            peak = upcoming * LOG2E
             total = gl.where(peak == float("-inf"), 0.0, 1.0)
-        mbarrier.wait(rings.own_full, filled & 1)
-        if V.first:
-            acc = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
-        else:
-            acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
+        acc = gl.zeros([V.rows, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
-            band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+            mbarrier.wait(rings.own_full, filled & 1)
+            filled += 1
+            if V.holds_own:
+                q = rings.own.index(consumer).load(gl.DotOperandLayout(0, s_layout, 2))
+            else:
+                q = rings.own.index(consumer)
+            if not V.first:
+                acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
+            row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
             stage = done % V.stages
-            zero = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
+            zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
             _await_turn(rings, done, consumer, V)
             mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
             s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -137,8 +153,8 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(rings.k_empty.index(stage), count=1)
             new_p, peak, total, decay = _softmax(
-                s, peak, total, base, rate, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, stop,
-                band_start, band_end, scale2, True, V, s_layout,
+                s, peak, total,  first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
+                row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             if not V.first:
                 acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
@@ -149,87 +165,99 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     record = _read_record(rings, seen)
                     seen += 1
                     base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
-                band_start, band_end = _band(x, window, previous_window, tokens, False, V.side, V.sliding, V.disjoint)
+                row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
                 visited = gl.where(branch == begun, 1, 0)
                 edges = head_edge + blocks - tail_edge
                 for n in range(visited, edges):
                     acc, p, peak, total, done = _attend_block(
-                        acc, p, peak, total, done, q, rings, base, rate,
-                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, stop, band_start, band_end,
+                        acc, p, peak, total, done, q, rings,
+                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
                         scale2, True, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     acc, p, peak, total, done = _attend_block(
-                        acc, p, peak, total, done, q, rings, base, rate, first, stop, band_start, band_end,
+                        acc, p, peak, total, done, q, rings, first, row_first, row_stop,
                         scale2, False, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
-            mbarrier.arrive(rings.own_empty, count=1)
             last = (done - 1) % V.stages
             mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
             acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
+            record = _read_record(rings, seen)
+            upcoming = _lse_before(record, results, index, V)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.v_empty.index(last), count=1)
         else:
-            mbarrier.arrive(rings.own_empty, count=1)
-        filled += 1
+            record = _read_record(rings, seen)
+            upcoming = _lse_before(record, results, index, V)
+            count = count if V.first else 0
+        seen += 1
 
         skipped = total == 0.0
         total = gl.where(skipped, 1.0, total)
         out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)
         lse = gl.where(skipped, float("-inf"), (peak + gl.log2(total)) * LN2)
+        gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
         if V.dilate:
-            _hand_in(out, results, batch, head, start, x_first, count, consumer, V)
+            _hand_in(out, results, batch, head, start, x_first, count, seen - 2, consumer, V)
         else:
             out_ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
             _store_rows(
-                out,
-                out_ptr,
-                start,
-                x_first,
-                results.own_rate,
-                count,
-                results.stride_l,
-                consumer,
-                False,
-                V,
+                out, out_ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V,
                 V.whole_rows,
-            )
-        gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
-        record = _read_record(rings, seen)
-        seen += 1
-    if V.dilate:
-        tma.store_wait(0)
+            )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=(*RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles"))
+@gluon.jit(do_not_specialize=(
+    *RUNTIME, "heads", "classes", "periods", "runs", "together", "tiles", "number", "counters", "before", "stretch",
+    "stretches", "before_in_last",
+))  # fmt: skip
 def hopper_fwd_kernel(
-    out_ptr, lse_ptr, own_desc, out_desc,
+    out_ptr, lse_ptr, tallies_ptr, own_desc, out_desc,
     k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9,
     v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9,
     cu_seqlens_ptr, stride_ob, stride_oh, stride_ol, scale, length, num_documents, search_steps,
-    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles,
+    period, tiles_per_period, windows, previous_windows, rates, heads, classes, periods, runs, together, tiles, number,
+    counters, before, stretch, stretches, before_in_last,
     V: gl.constexpr,
 ):  # fmt: skip
     """Attend tiles of queries to the keys of all branches of the launch."""
+    if V.counted:
+        _let_next_start()
     k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
     v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
-    rings = _allocate(own_desc.dtype, V)
+    rings = _allocate(own_desc.dtype, False, V.consumers + 1 if V.dilate else V.consumers, V)
+    staged, staged_full, staged_empty = None, None, None
+    if V.dilate:  # tiles of dense queries take so long that their end makes no difference
+        staged = gl.allocate_shared_memory(own_desc.dtype, [V.consumers, V.rows, V.head_dim], rings.own.layout)
+        staged_full = _barriers(V.consumers, 1)
+        staged_empty = _barriers(1, 1).index(0)
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
-        windows, previous_windows, rates, classes, periods, runs, together, tiles, None, None, 0,
+        windows, previous_windows, rates, classes, periods, runs, together, tiles, tallies_ptr + number,
+        tallies_ptr + counters, before, stretch, stretches, before_in_last,
     )  # fmt: skip
     own_rate = rates[0] if V.dilate else 1
-    staged = rings.own
-    if V.dilate:  # tiles of dense queries take so long that their end makes no difference
-        staged = gl.allocate_shared_memory(own_desc.dtype, [V.consumers, ROWS, V.head_dim], rings.own.layout)
     results = Results(
-        out_desc, staged, out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads, length, own_rate
-    )
+        out_desc, staged, staged_full, staged_empty, out_ptr, lse_ptr, stride_ob, stride_oh, stride_ol, scale, heads,
+        length, own_rate,
+    )  # fmt: skip
     sources = Sources(own_desc, out_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
-    if V.consumers == 3:
+    if V.dilate and V.consumers == 1:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_produce, (sources, rings, work, V)),
+             (_deliver, (results, rings, work, V))],
+            [1, 1], [PRODUCER, PRODUCER],
+        )  # fmt: skip
+    elif V.dilate:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_produce, (sources, rings, work, V)), (_deliver, (results, rings, work, V))],
+            [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
+        )  # fmt: skip
+    elif V.consumers == 3:
         gl.warp_specialize(
             [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
              (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],

@@ -54,9 +54,10 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _met,
     _settle,
     _store_key_rows,
+    _terms_met,
 )
 from .dilated_attention_order_kernels import Tiles
-from .dilated_attention_tile_kernels import RUNTIME, _band
+from .dilated_attention_tile_kernels import RUNTIME
 
 
 try:
@@ -133,7 +134,7 @@ def _hand_over_dq(dq, shared, handed, consumer: gl.constexpr, V: gl.constexpr):
 
 @gluon.jit
 def _block(
-    dk, dv, dq, s, done, begun, extra, shared, base, rate, term, stop, band_start, band_end, scale2,
+    dk, dv, dq, s, done, begun, extra, shared, term, row_first, row_stop, scale2,
     MASKED: gl.constexpr, LAST: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
@@ -157,7 +158,7 @@ def _block(
     lse2 = shared.stats.index(2 * stage).load(columns)
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 0))
     if MASKED:
-        p = gl.where(_met(base, rate, term, stop, band_start, band_end, V, s_layout), p, 0.0)
+        p = gl.where(_met(term, row_first, row_stop, V, s_layout), p, 0.0)
     _settle(p)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = (p * dp).to(q.dtype)
@@ -217,10 +218,8 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
         blocks, head_edge, tail_edge = (
             _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE)
         )  # fmt: skip
-        band_start, band_end = _band(
-            x_first + outputs.gradients.own_rate * index, outputs.window, outputs.previous_window, tokens, True, V.side, V.sliding,
-            V.disjoint,
-        )  # fmt: skip
+        x = x_first + outputs.gradients.own_rate * index
+        row_first, row_stop = _terms_met(x, outputs.window, outputs.previous_window, tokens, base, rate, stop, V)
         mbarrier.wait(shared.own_full, filled & 1)
         dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
@@ -233,22 +232,22 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
                 last = blocks - gl.where(inner == V.group - 1, 1, 0)
                 for n in range(0, gl.minimum(head_edge, last)):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
-                        band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
+                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for n in range(head_edge, gl.minimum(tail_edge, last)):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
-                        band_start, band_end, scale2, False, False, consumer, V, s_layout, p_layout,
+                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        row_first, row_stop, scale2, False, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for n in range(tail_edge, last):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, base, rate, first + n * V.block_n, stop,
-                        band_start, band_end, scale2, True, False, consumer, V, s_layout, p_layout,
+                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
             dk, dv, dq, s, done = _block(
-                dk, dv, dq, s, done, begun, extra, shared, base, rate, first + (blocks - 1) * V.block_n, stop,
-                band_start, band_end, scale2, True, True, consumer, V, s_layout, p_layout,
+                dk, dv, dq, s, done, begun, extra, shared, first + (blocks - 1) * V.block_n,
+                row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
             mbarrier.wait(shared.ds_full.index((done - 1) % PLACES), ((done - 1) // PLACES) & 1)
             dq = _dq_product(dq, shared, done - 1, consumer, V)

@@ -15,8 +15,8 @@ phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .dilated_attention_order_kernels import _dealt, _locate
-from .dilated_attention_tile_kernels import _band, _block_range, _offset, _pick
+from .dilated_attention_order_kernels import _locate, _stretch_of
+from .dilated_attention_tile_kernels import _band, _block_range, _count_before, _offset, _pick
 
 
 try:
@@ -30,8 +30,7 @@ except ImportError as error:
 BEFORE = gl.constexpr(0)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # of a consumer: what one warpgroup multiplies at once
-AHEAD = gl.constexpr(2)  # blocks of the next tile that are fetched before its own rows, whose place is free later
+ROWS = gl.constexpr(64)  # what one warpgroup multiplies at once
 
 # A record: what the producer tells the consumers about one branch of one tile.
 HEAD, BATCH, START, X_FIRST, GOES_ON, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
@@ -48,7 +47,8 @@ class Variant:
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
     ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
-    ``stores``: the first tile that meets a block writes what others add to. ``drawn``: programs draw their tiles.
+    ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first tile that meets a block writes what others add to.
+    ``counted``: launches overlap, tiles of queries are counted.
     """
 
     num_branches: int
@@ -69,16 +69,19 @@ class Variant:
     stages: int
     registers: tuple[int, int]
     turns: bool
+    consumers: int
+    holds_own: bool
     stores: bool = False
-    drawn: bool = False
+    counted: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
             object.__setattr__(self, name, gl.constexpr(value))
 
     @property
-    def consumers(self) -> int:
-        return self.block_m // 64
+    def rows(self):
+        """Rows of a consumer."""
+        return gl.constexpr(self.block_m.value // self.consumers.value)
 
     @property
     def whole_rows(self):
@@ -87,7 +90,10 @@ class Variant:
 
 
 class Rings(NamedTuple):
-    """Shared memory of a program: rows, records and their barriers."""
+    """Shared memory of a program: rows, records and their barriers.
+
+    ``own_empty``: the ring of ``k_empty`` or ``v_empty`` that tells, with a tile's last block, that own rows are done with.
+    """
 
     own: Any
     other: Any
@@ -117,11 +123,14 @@ class Sources(NamedTuple):
 class Results(NamedTuple):
     """Where a consumer of queries writes (out and lse), or writes and reads (dq and stats).
 
-    ``rows``: the descriptor of the rows; ``staged``: shared memory that they leave from. Of dq there is neither.
+    ``rows``: the descriptor of the rows; ``staged``: shared memory that they leave from. Of dq and of dense queries there
+    is neither.
     """
 
     rows: Any
     staged: Any
+    staged_full: Any
+    staged_empty: Any
     rows_ptr: Any
     numbers_ptr: Any
     stride_b: Any
@@ -266,6 +275,23 @@ def _draw(ptr):
 
 
 @gluon.jit
+def _start_drawing(ptr):
+    """Ask for the next number of a counter, for a warp by itself; ``_drawn`` waits for it."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
+        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }",
+        "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _drawn(number):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _count(ptr, more):
     """Count on, after all that was written before; whole warps call."""
     gl.atomic_add(ptr, more, sem="release", scope="gpu")
@@ -288,6 +314,22 @@ def _await_count(ptr, count):
 
 
 @gluon.jit
+def _fence_global():
+    """Let the copy engine come after what this thread has seen."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _await_written():
+    """Wait until what the copy engine writes, or adds, is in global memory, not just read: every lane."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; bar.warp.sync -1; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
 def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_ROWS: gl.constexpr, V: gl.constexpr):
     # The descriptor sees a tensor as [B, heads, residue, term, D], where row = rate * term + residue.
     tma.async_copy_global_to_shared(
@@ -297,43 +339,45 @@ def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_RO
 
 
 @gluon.jit
-def _copy_own(sources, rings, filled, batch, head, first_row, rate, V: gl.constexpr):
-    mbarrier.wait(rings.own_empty, (filled & 1) ^ 1)
+def _copy_own(sources, rings, before, batch, head, first_row, rate, V: gl.constexpr):
+    # ``before``: blocks that have been fetched for the tiles before.
+    last = gl.maximum(before - 1, 0)
+    mbarrier.wait(rings.own_empty.index(last % V.stages), gl.where(before > 0, (last // V.stages) & 1, 1))
     mbarrier.expect(rings.own_full, V.own_tensors * V.block_m * V.head_dim * 2)
     residue = first_row % rate
     term = first_row // rate
     for consumer in gl.static_range(V.consumers):
-        place = term + consumer * ROWS
-        _copy(sources.own, batch, head, residue, place, rings.own_full, rings.own.index(consumer), ROWS, V)
+        place = term + consumer * V.rows
+        _copy(sources.own, batch, head, residue, place, rings.own_full, rings.own.index(consumer), V.rows, V)
         if V.own_tensors == 2:
-            _copy(sources.other, batch, head, residue, place, rings.own_full, rings.other.index(consumer), ROWS, V)
-
-
-@gluon.jit
-def _next_tile(turn, work, V: gl.constexpr):
-    if V.drawn:
-        return _draw(work.drawn_ptr)
-    else:
-        return _dealt(turn, gl.program_id(0), gl.num_programs(0))
+            _copy(sources.other, batch, head, residue, place, rings.own_full, rings.other.index(consumer), V.rows, V)
 
 
 @gluon.jit
 def _produce(sources, rings, work, V: gl.constexpr):
     """Fetch every tile's own rows and, in the order in which consumers visit them, the blocks that they meet."""
+    # Own rows are asked for as soon as their place is free: what comes before has a place already.
+    AHEAD: gl.constexpr = V.stages - 3 if V.stages > 3 else 0
+    INNER: gl.constexpr = V.group if V.from_key else 1
     fetched = 0
-    filled = 0
     written = 0
-    turn = 0
-    index = _next_tile(turn, work, V)
+    index = gl.program_id(0)  # the others are drawn
     while index < work.tiles:
         head, kv_head, batch, start, tokens, tile_base, x_first, x_last, count = _locate(index, work, V)
         if V.from_key and not V.first:  # what meets nothing adds nothing
             _, _, _, _, _, _, blocks, _, _ = _walk(0, x_first, x_last, tokens, kv_head, tile_base, work, V)
             count = gl.where(blocks > 0, count, 0)
         if count > 0:
+            if V.counted and not V.first:  # own rows are what the launches before have left
+                counter, expected = _stretch_of(batch, head, start + x_first, work)
+                _await_count(work.finished_ptr + counter, expected)
+                _fence_global()
             own_rate = work.rates[0] if V.dilate or V.from_key else 1
+            before = fetched
+            upcoming = 0
+            asked = False
             blocks_of_tile = 0
-            for inner in range(V.group if V.from_key else 1):
+            for inner in range(INNER):
                 head_met = kv_head * V.group + inner if V.from_key else kv_head
                 for branch in gl.static_range(V.num_branches):
                     window, previous_window, rate, base, first, stop, blocks, head_edge, tail_edge = _walk(
@@ -348,9 +392,6 @@ def _produce(sources, rings, work, V: gl.constexpr):
                     residue = (start + base) % rate
                     term = (start + base) // rate + first
                     for n in range(blocks):
-                        if blocks_of_tile == AHEAD:
-                            _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
-                        blocks_of_tile += 1
                         row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
                         stage = fetched % V.stages
                         phase = ((fetched // V.stages) & 1) ^ 1
@@ -360,6 +401,9 @@ def _produce(sources, rings, work, V: gl.constexpr):
                             sources.k[branch], batch, head_met, residue, row, rings.k_full.index(stage),
                             rings.k.index(stage), V.block_n, V,
                         )  # fmt: skip
+                        if blocks_of_tile == AHEAD:
+                            _copy_own(sources, rings, before, batch, head, start + x_first, own_rate, V)
+                        blocks_of_tile += 1
                         mbarrier.wait(rings.v_empty.index(stage), phase)
                         mbarrier.expect(rings.v_full.index(stage), V.block_n * V.head_dim * 2)
                         _copy(
@@ -367,19 +411,23 @@ def _produce(sources, rings, work, V: gl.constexpr):
                             rings.v.index(stage), V.block_n, V,
                         )  # fmt: skip
                         fetched += 1
-                    # Not later than here: the consumers take no further record before they have their own rows.
-                    if blocks_of_tile <= AHEAD:
-                        _copy_own(sources, rings, filled, batch, head, start + x_first, own_rate, V)
+                        if (branch == V.num_branches - 1) & (inner == INNER - 1) & (n == blocks - 2):
+                            upcoming = _start_drawing(work.drawn_ptr)
+                            asked = True
+                    # Not later than here: having met a block, consumers take no further record without their own rows.
+                    if (blocks_of_tile > 0) & (blocks_of_tile <= AHEAD):
+                        _copy_own(sources, rings, before, batch, head, start + x_first, own_rate, V)
                         blocks_of_tile = AHEAD + 1
-            filled += 1
+            if not asked:
+                upcoming = _start_drawing(work.drawn_ptr)
         elif V.from_key:  # it counts, and may not be taken for one of the launches before
             finished_ptr = work.finished_ptr + batch * work.heads + head
             _await_count(finished_ptr, work.before)
             _count(finished_ptr, V.consumers)
-        turn += 1
-        index = _next_tile(turn, work, V)
-    if V.drawn and not V.from_key:
-        _await_grids_before()
+            upcoming = _start_drawing(work.drawn_ptr)
+        else:
+            upcoming = _start_drawing(work.drawn_ptr)
+        index = gl.num_programs(0) + _drawn(upcoming)
     _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
 
 
@@ -412,7 +460,7 @@ def _settle(x):
     It moves nothing past a place where a thread might end: here with minus nan of all ones, which no arithmetic yields.
     """
     # Of each row, the third index tells four threads apart.
-    words = gl.reshape(x.to(gl.int32, bitcast=True), [ROWS, x.shape[1] // 8, 4, 2])
+    words = gl.reshape(x.to(gl.int32, bitcast=True), [x.shape[0], x.shape[1] // 8, 4, 2])
     gl.inline_asm_elementwise(
         "{ .reg .pred ends; setp.eq.b32 ends, $1, 0xffffffff; @ends exit; mov.b32 $0, 0; }", "=r,r",
         [gl.reduce(gl.reduce(words, 3, _either), 1, _either)], dtype=gl.int32, is_pure=False, pack=1,
@@ -422,7 +470,7 @@ def _settle(x):
 @gluon.jit
 def _pack(x, dtype: gl.constexpr):
     """Round ``[ROWS, 2 n]`` to words of two neighbours. Halves that a loop carries cost two instructions more a pair."""
-    low, high = gl.split(gl.reshape(x, [ROWS, x.shape[1] // 2, 2]))
+    low, high = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     if dtype == gl.bfloat16:
         assembly: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
     else:
@@ -434,15 +482,21 @@ def _pack(x, dtype: gl.constexpr):
 def _unpack(words, dtype: gl.constexpr, layout: gl.constexpr):
     """Undo ``_pack``, as the left side of a product."""
     halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
-    return gl.convert_layout(gl.reshape(halves, [ROWS, 2 * words.shape[1]]).to(dtype, bitcast=True), layout)
+    return gl.convert_layout(gl.reshape(halves, [words.shape[0], 2 * words.shape[1]]).to(dtype, bitcast=True), layout)
 
 
 @gluon.jit
-def _met(base, rate, first, stop, band_start, band_end, V: gl.constexpr, s_layout: gl.constexpr):
-    """Say which terms of a block each row meets: ``[ROWS, BLOCK_N]``."""
-    term = first + gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout))
-    position = gl.expand_dims(gl.where(term < stop, base + rate * term, -1), 0)
-    return (position >= gl.expand_dims(band_start, 1)) & (position < gl.expand_dims(band_end, 1))
+def _terms_met(x, window, previous_window, tokens, base, rate, stop, V: gl.constexpr):
+    """Return the terms ``[first, stop)`` that each row meets, of those below ``stop``."""
+    start, end = _band(x, window, previous_window, tokens, V.from_key, V.side, V.sliding, V.disjoint)
+    return _count_before(start, base, rate), gl.minimum(_count_before(end, base, rate), stop)
+
+
+@gluon.jit
+def _met(first, row_first, row_stop, V: gl.constexpr, s_layout: gl.constexpr):
+    """Say which terms of the block that begins with ``first`` each row meets: ``[rows, block_n]``."""
+    column = gl.expand_dims(gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout)), 0)
+    return (column >= gl.expand_dims(row_first - first, 1)) & (column < gl.expand_dims(row_stop - first, 1))
 
 
 @gluon.jit
@@ -452,7 +506,7 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
 
     ``layout``: of the threads that write; ``V.whole_rows``, or that of x to save the exchange between them.
     """
-    index = consumer * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    index = consumer * V.rows + gl.arange(0, V.rows, layout=gl.SliceLayout(1, layout))
     rows = start + x_first + rate * index.to(gl.int64)
     columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
     pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
@@ -466,30 +520,59 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
 
 
 @gluon.jit
-def _hand_in(x, results, batch, head, start, x_first, count, consumer: gl.constexpr, V: gl.constexpr):
-    """Write a consumer's ``[ROWS, D]`` rows where they lie: the copy engine does, beside the next tile's products.
+def _hand_in(x, results, batch, head, start, x_first, count, seen, consumer: gl.constexpr, V: gl.constexpr):
+    """Hand a consumer's rows to ``_deliver``; ``seen`` tiles came before.
 
-    It would not stop after ``count`` rows; what ends sooner is written by the consumer itself.
+    The copy engine would not stop after ``count`` rows: what ends sooner is written by the consumer itself.
     """
-    dtype: gl.constexpr = results.rows.dtype
-    layout: gl.constexpr = x.type.layout
-    rate = results.own_rate
-    x = x.to(dtype)
-    if count >= (consumer + 1) * ROWS:
-        staged = results.staged.index(consumer)
-        tma.store_wait(0)  # what was staged before has left
-        gl.thread_barrier()
-        staged.store(x)
+    x = x.to(results.rows.dtype)
+    mbarrier.wait(results.staged_empty, (seen & 1) ^ 1)
+    if count >= (consumer + 1) * V.rows:
+        results.staged.index(consumer).store(x)
         fence_async_shared()
-        gl.thread_barrier()
-        row = start + x_first
-        tma.async_copy_shared_to_global(
-            results.rows, [batch, head, row % rate, row // rate + consumer * ROWS, 0],
-            staged._reinterpret(dtype, [1, 1, 1, ROWS, V.head_dim], results.rows.layout),
-        )  # fmt: skip
     else:
         ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
-        _store_rows(x, ptr, start, x_first, rate, count, results.stride_l, consumer, False, V, layout)
+        layout: gl.constexpr = x.type.layout
+        _store_rows(x, ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V, layout)
+    mbarrier.arrive(results.staged_full.index(consumer), count=1)
+
+
+@gluon.jit
+def _rows_written(record, V: gl.constexpr):
+    """Return how many rows a tile of dilated queries writes: none where it adds nothing to the launches before."""
+    if V.first:
+        return _field(record, COUNT)
+    else:
+        return gl.where(_field(record, BLOCKS) > 0, _field(record, COUNT), 0)
+
+
+@gluon.jit
+def _deliver(results, rings, work, V: gl.constexpr):
+    """Have the copy engine write where they lie the rows that consumers hand in; count a tile that has arrived."""
+    dtype: gl.constexpr = results.rows.dtype
+    rate = results.own_rate
+    seen = 0
+    record = _read_record(rings, 0, 1)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        row = _field(record, START) + _field(record, X_FIRST)
+        count = _rows_written(record, V)
+        for consumer in gl.static_range(V.consumers):
+            mbarrier.wait(results.staged_full.index(consumer), seen & 1)
+            if count >= (consumer + 1) * V.rows:
+                source = results.staged.index(consumer)
+                source = source._reinterpret(dtype, [1, 1, 1, V.rows, V.head_dim], results.rows.layout)
+                tma.async_copy_shared_to_global(
+                    results.rows, [batch, head, row % rate, row // rate + consumer * V.rows, 0], source
+                )
+        tma.store_wait(0)
+        mbarrier.arrive(results.staged_empty, count=1)
+        if V.counted:
+            _await_written()
+            counter, _ = _stretch_of(batch, head, row, work)
+            _count(work.finished_ptr + counter, 1)
+        seen += 1
+        record = _read_record(rings, seen, 1)
 
 
 @gluon.jit
@@ -512,25 +595,24 @@ def _barriers(SIZE: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _allocate(dtype: gl.constexpr, V: gl.constexpr):
-    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
+def _allocate(dtype: gl.constexpr, KEEPS_K: gl.constexpr, READERS: gl.constexpr, V: gl.constexpr):
+    """Make the rings. KEEPS_K: of a block, consumers need k after their own rows; else v. READERS: of records."""
+    own_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([V.rows, V.head_dim], dtype)
     block_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([V.block_n, V.head_dim], dtype)
-    own = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+    own = gl.allocate_shared_memory(dtype, [V.consumers, V.rows, V.head_dim], own_layout)
     other = own
     if V.own_tensors == 2:
-        other = gl.allocate_shared_memory(dtype, [V.consumers, ROWS, V.head_dim], own_layout)
+        other = gl.allocate_shared_memory(dtype, [V.consumers, V.rows, V.head_dim], own_layout)
     k = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     v = gl.allocate_shared_memory(dtype, [V.stages, V.block_n, V.head_dim], block_layout)
     records = gl.allocate_shared_memory(gl.int32, [2, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     turns = records
     if V.turns:
         turns = _barriers(V.consumers, 1)
-    READERS: gl.constexpr = V.consumers + 1 if V.from_key else V.consumers  # of records
-    own_full = _barriers(1, 1).index(0)
-    own_empty = _barriers(1, V.consumers).index(0)
+    k_empty = _barriers(V.stages, V.consumers)
+    v_empty = _barriers(V.stages, V.consumers)
     return Rings(
-        own, other, k, v, records, own_full, own_empty,
-        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
-        _barriers(V.stages, 1), _barriers(V.stages, V.consumers),
+        own, other, k, v, records, _barriers(1, 1).index(0), v_empty if KEEPS_K else k_empty,
+        _barriers(V.stages, 1), k_empty, _barriers(V.stages, 1), v_empty,
         _barriers(2, 1), _barriers(2, READERS), turns,
     )  # fmt: skip

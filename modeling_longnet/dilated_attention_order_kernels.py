@@ -1,9 +1,8 @@
 """Which tile comes when in the Hopper kernels, and after whom: integer arithmetic, nothing but kernels.
 
-The forward deals its tiles out in rounds: a program knows all of its tiles beforehand. Of the backward, programs draw
-them. In the backward of one kernel, the tiles that meet a block of queries add to its gradient one after the other, the last one
-first. A tile's predecessor is therefore the tile after it in its progression; where that one does not meet a block, no
-later one does, and the tile is the block's first.
+Programs draw their tiles, but for the first. In the backward of one kernel, the tiles that meet a block of queries add
+to its gradient one after the other, the last one first. A tile's predecessor is therefore the tile after it in its
+progression; where that one does not meet a block, no later one does, and the tile is the block's first.
 """
 
 from typing import Any, NamedTuple
@@ -19,12 +18,12 @@ except ImportError as error:
 
 
 class Work(NamedTuple):
-    """All tiles of a launch, dealt out in rounds or, where there is a counter, drawn.
+    """All tiles of a launch, to be drawn.
 
     A *class* is a place in a period (or a slot of packed documents); ``runs`` of tiles, one per head and period, have
     one tile in each class. ``together`` runs are worked off at a time, longest class first. A launch that has to come
-    after another counts, for each lane (KV head of one row of the batch), what its consumers have finished; ``before``
-    is what the launches before count.
+    after another counts what it has finished; ``before`` is what the launches before count. Keys do so for each lane (KV
+    head of one row of the batch), queries for each stretch of a head's rows, of which the last may be shorter.
     """
 
     heads: Any
@@ -43,8 +42,11 @@ class Work(NamedTuple):
     together: Any
     tiles: Any
     drawn_ptr: Any
-    finished_ptr: Any
-    before: Any
+    finished_ptr: Any = None
+    before: Any = 0
+    stretch: Any = 1
+    stretches: Any = 1
+    before_in_last: Any = 0
 
 
 class Tiles(NamedTuple):
@@ -77,12 +79,6 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _dealt(turn, program, programs):
-    """Return the number of a program's tile of a turn. Every other turn runs backwards: all get nearly equal sums."""
-    return turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
-
-
-@triton.jit
 def _locate(index, work, V: tl.constexpr):
     """Find the tile of a number: its head, KV head, batch row, document, and its rows. Long tiles come first."""
     at_once = work.together * work.classes
@@ -105,6 +101,14 @@ def _locate(index, work, V: tl.constexpr):
         V.side == BEFORE and not V.from_key, V.block_m,
     )  # fmt: skip
     return head, kv_head, batch, start, tokens, base, x_first, x_last, tl.where(index < work.tiles, count, 0)
+
+
+@triton.jit
+def _stretch_of(batch, head, row, work):
+    """Return the place of the counter of the stretch that a tile of queries lies in, and how far it has to be."""
+    stretch = row // work.stretch
+    last = stretch == work.stretches - 1
+    return (batch * work.heads + head) * work.stretches + stretch, tl.where(last, work.before_in_last, work.before)
 
 
 @triton.jit

@@ -22,8 +22,8 @@ from .dilated_attention_hopper import (
     Scratch,
     hopper_bwd_launches,
     hopper_dkdv_launches,
-    hopper_dq_launch,
-    hopper_fwd_launch,
+    hopper_dq_launches,
+    hopper_fwd_launches,
     hopper_refusal,
 )
 from .dilated_attention_launches import Launch, key_launches, query_launches, sides_met
@@ -300,26 +300,24 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=MAX_PLANS)
-def _forward_plan(query: TensorLayout, key: TensorLayout, value: TensorLayout, kind: Kind) -> Plan:
+def _forward_plan(
+    query: TensorLayout, key: TensorLayout, value: TensorLayout, kind: Kind
+) -> tuple[Plan, Scratch | None]:
     pattern = kind.call.pattern
     layouts = {"query": query, "key": key, "value": value, "out": _like(query)}
     launches = query_launches(pattern)
     if hopper_refusal("fwd", list(layouts.values()), pattern, kind.padded, kind.call.is_causal) is None:
-        return Plan(
-            query.device,
-            tuple(hopper_fwd_launch(launch, layouts, kind.num_documents, kind.call) for launch in launches),
-        )
+        planned, scratch = hopper_fwd_launches(launches, layouts, kind.num_documents, kind.call)
+        return Plan(query.device, tuple(planned)), scratch
     tiles = kernel_tiles("fwd", query, pattern)
-    return Plan(
-        query.device,
-        tuple(
-            _plan_launch(
-                fwd_kernel, tiles, tiles.block_m, launch, query.shape[1], ("query", "key", "value", "out", "lse"),
-                ("query", "key", "value", "out"), ("key", "value"), layouts, kind, NUM_BRANCHES=len(launch.rates),
-            )
-            for launch in launches
-        ),
-    )  # fmt: skip
+    planned = [
+        _plan_launch(
+            fwd_kernel, tiles, tiles.block_m, launch, query.shape[1], ("query", "key", "value", "out", "lse"),
+            ("query", "key", "value", "out"), ("key", "value"), layouts, kind, NUM_BRANCHES=len(launch.rates),
+        )
+        for launch in launches
+    ]  # fmt: skip
+    return Plan(query.device, tuple(planned)), None
 
 
 def _forward(
@@ -335,8 +333,11 @@ def _forward(
         return out, lse
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
     kind = Kind(documents.packing, attention_mask is not None, call)
-    plan = _forward_plan(layout_of(query), layout_of(key), layout_of(value), kind)
-    plan.run(query=query, key=key, value=value, out=out, lse=lse, **documents._asdict())
+    plan, scratch = _forward_plan(layout_of(query), layout_of(key), layout_of(value), kind)
+    plan.run(
+        query=query, key=key, value=value, out=out, lse=lse, **_allocate(scratch, query.device),
+        **documents._asdict(),
+    )  # fmt: skip
     return out, lse
 
 
@@ -352,13 +353,13 @@ def _backward_plan(
         launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
         return Plan(query.device, (stats, *launches)), scratch
     for_keys, counters = _dkdv_launches(layouts, kind)
-    for_queries = _dq_launches(layouts, kind, overlaps=counters > 0)
-    scratch = Scratch(0, 0, counters, False) if counters else None
+    for_queries, drawn = _dq_launches(layouts, kind, counters)
+    scratch = Scratch(0, 0, counters + drawn, False) if counters + drawn else None
     return Plan(query.device, (stats, *for_keys, *for_queries)), scratch
 
 
 def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor]:
-    """Make the tensors that a backward needs beside its results."""
+    """Make the tensors that a call needs beside its results."""
     if scratch is None:
         return {}
     words = torch.zeros(scratch.marks + scratch.tallies, dtype=torch.int32, device=device)
@@ -366,14 +367,16 @@ def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor
     return {"sums": sums, "marks": words[: scratch.marks], "tallies": words[scratch.marks :]}
 
 
-def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, overlaps: bool) -> list[KernelLaunch]:
-    """Plan the launches of the gradient of the queries, which may begin before those of the keys have ended."""
+def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, before: int) -> tuple[list[KernelLaunch], int]:
+    """Plan the launches of the gradient of the queries after those of the keys; also return how many counters they need.
+
+    ``before``: counters that those of the keys need.
+    """
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
     launches = query_launches(pattern)
     if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
-        number = len(key_launches(pattern)) if overlaps and len(launches) == 1 else None
-        return [hopper_dq_launch(launch, layouts, kind.num_documents, kind.call, number) for launch in launches]
+        return hopper_dq_launches(launches, layouts, kind.num_documents, kind.call, before), len(launches)
     tiles = kernel_tiles("dq", query, pattern)
     return [
         _plan_launch(
@@ -382,7 +385,7 @@ def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, overlaps: bool) -
             layouts, kind, NUM_BRANCHES=len(launch.rates),
         )
         for launch in launches
-    ]  # fmt: skip
+    ], 0  # fmt: skip
 
 
 def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> tuple[list[KernelLaunch], int]:

@@ -41,7 +41,7 @@ class KernelLaunch:
             kernel: of ``triton.jit`` or ``gluon.jit``.
             arguments: all that are no constants, in the kernel's order; ``Pointer`` and ``Rows`` stand for tensors.
             constants: the compile-time arguments, by name; hashable.
-            options: ``num_warps``, ``num_stages``, ``launch_pdl``.
+            options: ``num_warps``, ``num_stages``, ``launch_pdl``, ``maxnreg``.
         """
         self.kernel, self.grid, self.arguments = kernel, grid, arguments
         self.constants, self.options = constants, options
