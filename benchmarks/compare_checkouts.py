@@ -4,8 +4,9 @@ Cards of one kind differ by some per cent, and a card that has been busy for sec
 times of one run, taken in turns, are compared. A checkout is a folder that holds ``modeling_longnet``. First the kernels
 of all of them are compiled side by side, output and gradients compared with the eager backend's in float64, on fresh
 inputs, with results allocated from memory that holds nan, and twice bit for bit; a checkout that is wrong, does not
-compile or hangs is named and not timed. Then each round times every checkout in a process of its own, and every other
-round runs backwards. What is printed is the median over the rounds, backward without forward.
+compile or hangs is named and not timed. Then, call by call, each checkout waits in a process of its own for its turn,
+every other round runs backwards, and ratios are of times of the same round. What is printed are medians over the rounds,
+backward without forward.
 
 A call is ``PRESET,HEAD_DIM,TOKENS,HEADS,KV_HEADS``. It is compared at ``CHECKED_AT`` tokens, with as many branches and the
 kernels that its own length would take.
@@ -17,17 +18,20 @@ kernels that its own length would take.
 import argparse
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 
 CHECKED_AT = 2048
-BUDGET_MS = 50.0  # of device time per median
+BUDGET_MS = 30.0  # of device time per turn of forward or backward
 WORST = 1e-2  # relative error
 PRESETS = ("paper", "torchscale", "retrofit")
 CALLS = ("paper,128,32768,16,16", "retrofit,128,32768,16,16", "paper,64,32768,16,16", "retrofit,64,32768,16,16")
@@ -69,7 +73,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("checkouts", type=checkout, nargs="+", metavar="FOLDER", help="the first is what others are compared with")
     add("--calls", type=read_call, nargs="+", default=[read_call(x) for x in CALLS], metavar="CALL")
-    add("--rounds", type=int, default=2, help="of timing all checkouts")
+    add("--rounds", type=int, default=12, help="of timing all checkouts")
     add("--seconds", type=float, default=180.0, help="after which a checkout counts as hung")
     add("--work", choices=["check", "time"], help=argparse.SUPPRESS)  # what a process of one checkout does
     args = parser.parse_args()
@@ -114,8 +118,8 @@ def check(call: Call) -> str:
     return ", ".join(faults)
 
 
-def measure(call: Call) -> dict[str, float]:
-    """Return milliseconds of forward and backward, and the forward's useful FLOPs."""
+def measure(call: Call) -> Iterator[float | dict[str, float]]:
+    """Yield the forward's useful FLOPs and then, each time anew, milliseconds of forward and backward."""
     import torch
     from benchmark_attention import fused, geometric_pattern, median_ms, random_tensors
 
@@ -124,63 +128,105 @@ def measure(call: Call) -> dict[str, float]:
     leaves = [x.requires_grad_() for x in inputs]
     attention = fused(pattern)
     out = attention(*leaves)
-    backward = median_ms(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), BUDGET_MS)
-    with torch.no_grad():
-        forward = median_ms(lambda: attention(*leaves), BUDGET_MS)
-    flops = pattern.attention_flops(call.length, call.heads, call.head_dim, num_kv_heads=call.kv_heads)
-    return {"forward": forward, "backward": backward, "flops": flops}
+    torch.autograd.grad(out, leaves, do, retain_graph=True)
+    yield pattern.attention_flops(call.length, call.heads, call.head_dim, num_kv_heads=call.kv_heads)
+    while True:
+        backward = median_ms(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), BUDGET_MS)
+        with torch.no_grad():
+            forward = median_ms(lambda: attention(*leaves), BUDGET_MS)
+        yield {"forward": forward, "backward": backward}
 
 
-def work(args: argparse.Namespace) -> list:
-    """Do what a process of one checkout does, with that checkout's package."""
+def work(args: argparse.Namespace) -> None:
+    """Do what a process of one checkout does, with that checkout's package: a line for an answer."""
     import modeling_longnet
 
     if not Path(modeling_longnet.__file__).resolve().is_relative_to(args.checkouts[0]):
         raise SystemExit(f"python imports {modeling_longnet.__file__} instead of the package in {args.checkouts[0]}")
-    return [{"check": check, "time": measure}[args.work](call) for call in args.calls]
+    if args.work == "check":
+        print(json.dumps(check(args.calls[0])))
+        return
+    for found in measure(args.calls[0]):
+        print(json.dumps(found), flush=True)
+        if not sys.stdin.readline():  # nobody asks any more
+            return
 
 
-def start(folder: Path, work: str, calls: list[Call]) -> subprocess.Popen:
+def start(folder: Path, work: str, call: Call) -> subprocess.Popen:
     """Start a process that imports a checkout's package."""
     path = os.pathsep.join([str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, __file__, str(folder), "--work", work, "--calls", *map(str, calls)]
+    command = [sys.executable, __file__, str(folder), "--work", work, "--calls", str(call)]
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def answer(process: subprocess.Popen, deadline: float) -> list | str:
-    """Return what a process has found, or why it has not."""
-    try:
-        out, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
+class Silence(Exception):
+    """A process has no answer; the message says why."""
+
+
+def answer(process: subprocess.Popen, deadline: float):
+    """Return what a process says next.
+
+    Raises:
+        Silence: it has ended without a word, or hangs.
+    """
+    if select.select([process.stdout], [], [], max(1.0, deadline - time.monotonic()))[0]:
+        if line := process.stdout.readline():
+            return json.loads(line)
+        raise Silence((process.stderr.read().strip().splitlines() or [f"ended with {process.wait()}"])[-1])
+    raise Silence("hangs")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Stop a process and close its pipes."""
+    process.kill()
+    with suppress(BrokenPipeError):
         process.communicate()
-        return "hangs"
-    if process.returncode:
-        return (errors.strip().splitlines() or [f"ended with {process.returncode}"])[-1]
-    return json.loads(out.splitlines()[-1])
 
 
-def faults_of(checkouts: list[Path], calls: list[Call], seconds: float) -> dict[Path, str]:
+def faults_of(checkouts: list[Path], calls: list[Call], seconds: float) -> dict[tuple[Path, Call], str]:
     """Compile and check all calls of all checkouts side by side; Triton's cache on disk then holds the kernels."""
     deadline = time.monotonic() + seconds
-    started = [(folder, call, start(folder, "check", [call])) for folder in checkouts for call in calls]
-    faults: dict[Path, str] = {}
+    started = [(folder, call, start(folder, "check", call)) for folder in checkouts for call in calls]
+    faults: dict[tuple[Path, Call], str] = {}
     for folder, call, process in started:
-        if (found := answer(process, deadline)) != [""]:
-            faults.setdefault(folder, f"{call}: {found if isinstance(found, str) else found[0]}")
+        try:
+            fault = answer(process, deadline)
+        except Silence as why:
+            fault = str(why)
+        finally:
+            end(process)
+        if fault:
+            faults[folder, call] = fault
     return faults
 
 
-def report(call: Call, names: list[str], found: list[list[dict[str, float]]]) -> None:
-    """Print the medians of a call, given what each round of each checkout has found."""
+def compare(checkouts: list[Path], call: Call, rounds: int, seconds: float) -> None:
+    """Time a call of several checkouts in turns and print what was found."""
+    processes = [start(folder, "time", call) for folder in checkouts]
+    found: list[list[dict[str, float]]] = [[] for _ in checkouts]
+    try:
+        flops = [answer(process, time.monotonic() + seconds) for process in processes][0]
+        for n in range(rounds):
+            for i in range(len(processes))[:: -1 if n % 2 else 1]:
+                with suppress(BrokenPipeError):  # the answer says what is wrong
+                    print(file=processes[i].stdin, flush=True)
+                found[i].append(answer(processes[i], time.monotonic() + seconds))
+    except Silence as why:
+        raise SystemExit(f"{call}: a checkout that was right {why}") from None
+    finally:
+        for process in processes:
+            end(process)
     print(call)
     for part, share in (("forward", 1), ("backward", 2.5)):
-        medians = [statistics.median(x[part] for x in rounds) for rounds in found]
-        for name, rounds, ms in zip(names, found, medians):
+        times = [[x[part] for x in of_one] for of_one in found]
+        for folder, ms in zip(checkouts, times):
+            ratio = statistics.median(a / b for a, b in zip(times[0], ms))
+            median = statistics.median(ms)
             print(
-                f"  {part:8} {ms:9.3f} ms  {share * rounds[0]['flops'] / ms / 1e9:4.0f} TFLOP/s  {medians[0] / ms:5.3f}x  "
-                f"{name}  (rounds: {' '.join(f'{x[part]:.3f}' for x in rounds)})"
+                f"  {part:8} {median:9.3f} ms  {share * flops / median / 1e9:4.0f} TFLOP/s  {ratio:5.3f}x  {folder.name}"
+                f"  ({min(ms):.3f} to {max(ms):.3f})"
             )
 
 
@@ -191,26 +237,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device; this measures kernels that only an NVIDIA GPU runs")
     if args.work:
-        print(json.dumps(work(args)))
+        work(args)
         return
     import triton
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, causal")
     faults = faults_of(args.checkouts, args.calls, args.seconds)
-    for folder, fault in faults.items():
-        print(f"NOT TIMED {folder}: {fault}")
-    right = [folder for folder in args.checkouts if folder not in faults]
-    if not right:
+    for (folder, call), fault in faults.items():
+        print(f"NOT TIMED {folder}, {call}: {fault}")
+    right = {call: [folder for folder in args.checkouts if (folder, call) not in faults] for call in args.calls}
+    if not any(right.values()):
         raise SystemExit("no checkout is right; nothing is timed")
-    times: list[list[list[dict[str, float]]]] = [[] for _ in right]  # of each checkout, round and call
-    for n in range(args.rounds):
-        for i in range(len(right))[:: -1 if n % 2 else 1]:
-            found = answer(start(right[i], "time", args.calls), time.monotonic() + args.seconds)
-            if isinstance(found, str):
-                raise SystemExit(f"{right[i]} {found}")
-            times[i].append(found)
-    for n, call in enumerate(args.calls):
-        report(call, [folder.name for folder in right], [[x[n] for x in rounds] for rounds in times])
+    for call, folders in right.items():
+        if folders:
+            compare(folders, call, args.rounds, args.seconds)
 
 
 if __name__ == "__main__":

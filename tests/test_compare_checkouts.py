@@ -1,6 +1,5 @@
 """Checkouts are compared in turns, against the first, and those that are wrong are named and not timed."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,28 +14,35 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare_checkouts  # noqa: E402
 
 
-# What the process of a checkout prints: its milliseconds, or what is wrong.
-MS = {"before": 2.0, "after": 1.6}
-FAULTS = {"wrong": "print('[\"dq is off by 1.0e+00\"]')", "broken": "raise ValueError('no such kernel')",
+# What the processes of a checkout say: its milliseconds, turn after turn, or what is wrong.
+MS = {"before": [2.0, 4.0, 3.0], "after": [1.0, 2.5, 2.0]}
+FAULTS = {"wrong": "print('\"dq is off by 1.0e+00\"')", "broken": "raise ValueError('no such kernel')",
           "stuck": "import time; time.sleep(60)"}  # fmt: skip
+TURNS = """
+import json, sys, time
+print(100e9, flush=True)
+for ms in {ms}:
+    if not sys.stdin.readline():
+        break
+    with open({log!r}, "a") as log:
+        print({name!r}, file=log)
+    print(json.dumps({{"forward": ms, "backward": 2 * ms}}), flush=True)
+"""
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Compare checkouts of some names, with processes that print what is said above."""
-    started = []
+    """Compare checkouts of some names, with processes that say what is said above."""
+    log = tmp_path / "turns"
+    log.touch()
 
-    def start(folder, work, calls):
-        started.append((folder.name, work))
+    def start(folder, work, call):
         if work == "check":
-            code = FAULTS.get(folder.name, "print('[\"\"]')")
+            code = FAULTS.get(folder.name, "print('\"\"')")
         else:
-            ms = MS[folder.name] + 0.01 * len(started)
-            found = {"forward": ms, "backward": 2 * ms, "flops": 100e9}
-            code = f"print({json.dumps([found] * len(calls))!r})"
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            code = TURNS.format(ms=MS[folder.name], name=folder.name, log=str(log))
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     def compare(*names, options=()):
         for name in names:
@@ -46,7 +52,7 @@ def run(tmp_path, monkeypatch, capsys):
         folders = [str(tmp_path / name) for name in names]
         monkeypatch.setattr(sys, "argv", ["compare_checkouts.py", *folders, *options])
         compare_checkouts.main()
-        return started, capsys.readouterr().out
+        return log.read_text().split(), capsys.readouterr().out
 
     monkeypatch.setattr(compare_checkouts, "start", start)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -56,23 +62,49 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_checkouts_take_turns_and_are_compared_with_the_first(run):
-    started, out = run("before", "after", options=["--calls", "paper,64,4096,4,2", "--rounds", "2"])
-    assert [name for name, work in started if work == "time"] == ["before", "after", "after", "before"]
+    turns, out = run("before", "after", options=["--calls", "paper,64,4096,4,2", "--rounds", "3"])
+    assert turns == ["before", "after", "after", "before", "before", "after"]
     lines = out.splitlines()
     assert lines[1] == "paper,64,4096,4,2" and len(lines) == 6
-    # The third to the sixth process: 2.03, 1.64, 1.65 and 2.06 ms.
-    assert lines[2].split()[:7] == ["forward", "2.045", "ms", "49", "TFLOP/s", "1.000x", "before"]
-    assert lines[3].split()[:7] == ["forward", "1.645", "ms", "61", "TFLOP/s", "1.243x", "after"]
-    assert lines[5].split()[:7] == ["backward", "3.290", "ms", "76", "TFLOP/s", "1.243x", "after"]
+    # The ratios are those of each round: 2.0, 1.6 and 1.5.
+    assert lines[2].split() == [
+        "forward",
+        "3.000",
+        "ms",
+        "33",
+        "TFLOP/s",
+        "1.000x",
+        "before",
+        "(2.000",
+        "to",
+        "4.000)",
+    ]
+    assert lines[3].split() == ["forward", "2.000", "ms", "50", "TFLOP/s", "1.600x", "after", "(1.000", "to", "2.500)"]
+    assert lines[5].split() == [
+        "backward",
+        "4.000",
+        "ms",
+        "62",
+        "TFLOP/s",
+        "1.600x",
+        "after",
+        "(2.000",
+        "to",
+        "5.000)",
+    ]
 
 
 def test_checkouts_that_are_wrong_or_hang_are_named_and_not_timed(run):
-    started, out = run("before", *FAULTS, options=["--calls", "paper,64,4096,4,2", "--seconds", "3"])
-    assert {name for name, work in started if work == "time"} == {"before"}
+    turns, out = run("before", *FAULTS, options=["--calls", "paper,64,4096,4,2", "--seconds", "3", "--rounds", "2"])
+    assert set(turns) == {"before"}
     found = [line.partition(": ")[2] for line in out.splitlines() if line.startswith("NOT TIMED")]
-    assert found == [
-        f"paper,64,4096,4,2: {fault}" for fault in ("dq is off by 1.0e+00", "ValueError: no such kernel", "hangs")
-    ]
+    assert found == ["dq is off by 1.0e+00", "ValueError: no such kernel", "hangs"]
+
+
+def test_a_checkout_that_stops_answering_ends_the_run(run):
+    """There are three turns to take, and four are asked for."""
+    with pytest.raises(SystemExit, match="^paper,64,4096,4,2: a checkout that was right ended with 0$"):
+        run("before", "after", options=["--calls", "paper,64,4096,4,2", "--rounds", "4"])
 
 
 def test_without_a_checkout_that_is_right_the_run_fails(run):
@@ -81,15 +113,17 @@ def test_without_a_checkout_that_is_right_the_run_fails(run):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_what_is_measured_is_the_package_of_the_checkout(inside, tmp_path, monkeypatch):
+def test_what_is_measured_is_the_package_of_the_checkout(inside, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         sys.modules,
         "modeling_longnet",
         SimpleNamespace(__file__=str(tmp_path / ("this" if inside else "other") / "modeling_longnet/__init__.py")),
     )
-    args = SimpleNamespace(checkouts=[tmp_path / "this"], work="time", calls=[])
+    monkeypatch.setattr(compare_checkouts, "check", lambda call: "nothing")
+    args = SimpleNamespace(checkouts=[tmp_path / "this"], work="check", calls=[None])
     if inside:
-        assert compare_checkouts.work(args) == []
+        compare_checkouts.work(args)
+        assert capsys.readouterr().out == '"nothing"\n'
         return
     with pytest.raises(SystemExit, match="^python imports .*other.* instead of the package in .*this$"):
         compare_checkouts.work(args)
