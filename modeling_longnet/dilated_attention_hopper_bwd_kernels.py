@@ -21,16 +21,12 @@ from .dilated_attention_hopper_pipeline_kernels import (
     Results,
     Sources,
     _allocate,
-    _await_count,
-    _await_grids_before,
     _await_turn,
     _barriers,
     _branch_of,
-    _count,
     _end_turn,
     _field,
     _in_order,
-    _let_next_start,
     _met,
     _pack,
     _produce,
@@ -41,6 +37,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _terms_met,
     _unpack,
 )
+from .dilated_attention_hopper_progress_kernels import _await_count, _await_grids_before, _count, _let_next_start
 from .dilated_attention_order_kernels import Work
 from .dilated_attention_tile_kernels import RUNTIME
 

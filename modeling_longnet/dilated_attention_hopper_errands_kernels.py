@@ -10,17 +10,13 @@ from typing import Any, NamedTuple
 from .dilated_attention_hopper_bwd_kernels import _unpack_stats
 from .dilated_attention_hopper_pipeline_kernels import (
     ROWS,
-    _await_count,
-    _await_written,
     _copy,
-    _count,
-    _draw,
-    _fence_global,
     _field,
     _hand_out,
     _look_up,
     _read_record,
 )
+from .dilated_attention_hopper_progress_kernels import _await_count, _await_written, _count, _draw, _fence_global
 from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
 
 

@@ -2,6 +2,7 @@
 
 from .dilated_attention_hopper_pipeline_kernels import (
     BATCH,
+    BLOCKS,
     COUNT,
     GOES_ON,
     HEAD,
@@ -16,12 +17,9 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _await_turn,
     _barriers,
     _branch_of,
-    _deliver,
     _end_turn,
     _field,
-    _hand_in,
     _in_order,
-    _let_next_start,
     _met,
     _pack,
     _produce,
@@ -30,7 +28,8 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _terms_met,
     _unpack,
 )
-from .dilated_attention_order_kernels import Work
+from .dilated_attention_hopper_progress_kernels import _await_written, _count, _let_next_start
+from .dilated_attention_order_kernels import Work, _stretch_of
 from .dilated_attention_tile_kernels import RUNTIME
 
 
@@ -40,6 +39,7 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
+        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -97,6 +97,62 @@ def _lse_before(record, results, index, V: gl.constexpr):
         row = (batch.to(gl.int64) * results.heads + head) * results.length + _field(record, START)
         x = _field(record, X_FIRST) + results.own_rate * index
         return gl.load(results.numbers_ptr + row + x, mask=index < _field(record, COUNT), other=float("-inf"))
+
+
+@gluon.jit
+def _hand_in(x, results, batch, head, start, x_first, count, seen, consumer: gl.constexpr, V: gl.constexpr):
+    """Hand a consumer's rows to ``_deliver``; ``seen`` tiles came before.
+
+    The copy engine would not stop after ``count`` rows: what ends sooner is written by the consumer itself.
+    """
+    x = x.to(results.rows.dtype)
+    mbarrier.wait(results.staged_empty, (seen & 1) ^ 1)
+    if count >= (consumer + 1) * V.rows:
+        results.staged.index(consumer).store(x)
+        fence_async_shared()
+    else:
+        ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
+        layout: gl.constexpr = x.type.layout
+        _store_rows(x, ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V, layout)
+    mbarrier.arrive(results.staged_full.index(consumer), count=1)
+
+
+@gluon.jit
+def _rows_written(record, V: gl.constexpr):
+    """Return how many rows a tile of dilated queries writes: none where it adds nothing to the launches before."""
+    if V.first:
+        return _field(record, COUNT)
+    else:
+        return gl.where(_field(record, BLOCKS) > 0, _field(record, COUNT), 0)
+
+
+@gluon.jit
+def _deliver(results, rings, work, V: gl.constexpr):
+    """Have the copy engine write where they lie the rows that consumers hand in; count a tile that has arrived."""
+    dtype: gl.constexpr = results.rows.dtype
+    rate = results.own_rate
+    seen = 0
+    record = _read_record(rings, 0, 1)
+    while _field(record, GOES_ON) > 0:
+        head, batch = _field(record, HEAD), _field(record, BATCH)
+        row = _field(record, START) + _field(record, X_FIRST)
+        count = _rows_written(record, V)
+        for consumer in gl.static_range(V.consumers):
+            mbarrier.wait(results.staged_full.index(consumer), seen & 1)
+            if count >= (consumer + 1) * V.rows:
+                source = results.staged.index(consumer)
+                source = source._reinterpret(dtype, [1, 1, 1, V.rows, V.head_dim], results.rows.layout)
+                tma.async_copy_shared_to_global(
+                    results.rows, [batch, head, row % rate, row // rate + consumer * V.rows, 0], source
+                )
+        tma.store_wait(0)
+        mbarrier.arrive(results.staged_empty, count=1)
+        if V.counted:
+            _await_written()
+            counter, _ = _stretch_of(batch, head, row, work)
+            _count(work.finished_ptr + counter, 1)
+        seen += 1
+        record = _read_record(rings, seen, 1)
 
 
 @gluon.jit

@@ -49,13 +49,13 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _barriers,
     _end_turn,
     _field,
-    _let_next_start,
     _look_up,
     _met,
     _settle,
     _store_key_rows,
     _terms_met,
 )
+from .dilated_attention_hopper_progress_kernels import _let_next_start
 from .dilated_attention_order_kernels import Tiles
 from .dilated_attention_tile_kernels import RUNTIME
 

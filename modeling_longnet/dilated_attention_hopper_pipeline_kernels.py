@@ -1,10 +1,10 @@
 """How the Hopper kernels of dilated attention work together, in Gluon: tiles, rings, the producer, what all consumers do.
 
 The mathematics is that of ``dilated_attention_tile_kernels``: tiles are strided rows where they lie, bands replace masks,
-launches go on from one another's (out, lse). What differs is who works. A program stays on its processor and takes one
+launches go on from one another's (out, lse). What differs is who works. A program stays on its processor and draws one
 tile after the other. One of its warps, the *producer*, does the integer arithmetic and has the copy engine fetch the
-tile's own rows and then, block by block, the rows that they meet. Two or three warpgroups of 64 rows each, the
-*consumers*, multiply: the products of the next block run on the tensor cores beside the softmax of this one.
+tile's own rows and then, block by block, the rows that they meet. One to three warpgroups, the *consumers*, multiply 64 or
+128 rows each: the products of the next block run on the tensor cores beside the softmax of this one.
 
 Everything goes through rings in shared memory, guarded by pairs of barriers: ``full`` when something has arrived,
 ``empty`` when all consumers are done with it. The n-th use of a ring of size R lies in place ``n % R`` and has the
@@ -15,6 +15,7 @@ phase ``n // R % 2``. Names: a program *owns* a tile's rows; what these meet are
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .dilated_attention_hopper_progress_kernels import _await_count, _count, _drawn, _fence_global, _start_drawing
 from .dilated_attention_order_kernels import _locate, _stretch_of
 from .dilated_attention_tile_kernels import _band, _block_range, _count_before, _offset, _pick
 
@@ -22,7 +23,7 @@ from .dilated_attention_tile_kernels import _band, _block_range, _count_before, 
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
@@ -30,7 +31,7 @@ except ImportError as error:
 BEFORE = gl.constexpr(0)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)  # what one warpgroup multiplies at once
+ROWS = gl.constexpr(64)  # of a consumer in the backward: what one warpgroup multiplies at once
 
 # A record: what the producer tells the consumers about one branch of one tile.
 HEAD, BATCH, START, X_FIRST, GOES_ON, COUNT, TOKENS, BASE, RATE, FIRST, STOP, BLOCKS, HEAD_EDGE, TAIL_EDGE = (
@@ -47,8 +48,8 @@ class Variant:
     ``from_key``: the tiles are keys. ``first``: the launch writes every row and need not look at what was there.
     ``own_tensors``: how many tensors' own rows are copied. ``side``: as in ``dilated_attention_tile_kernels``.
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
-    ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first tile that meets a block writes what others add to.
-    ``counted``: launches overlap, tiles of queries are counted.
+    ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first
+    tile that meets a block writes what others add to. ``counted``: launches overlap, tiles of queries are counted.
     """
 
     num_branches: int
@@ -255,81 +256,6 @@ def _branch_of(record):
 
 
 @gluon.jit
-def _let_next_start():
-    """Let programs of the next launch start where this one's have ended; they wait for what they need."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _await_grids_before():
-    """Wait until all launches before have ended, so that what waits for this one waits for them, too."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _draw(ptr):
-    """Take the next number of a counter."""
-    return gl.atomic_add(ptr, 1, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _start_drawing(ptr):
-    """Ask for the next number of a counter, for a warp by itself; ``_drawn`` waits for it."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
-        "@first atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }",
-        "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _drawn(number):
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _count(ptr, more):
-    """Count on, after all that was written before; whole warps call."""
-    gl.atomic_add(ptr, more, sem="release", scope="gpu")
-
-
-@gluon.jit
-def _look(ptr):
-    """Read a word that another program may write; what it has written before is seen, too."""
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _await_count(ptr, count):
-    """Wait until a counter has come so far; what has been written before that is seen."""
-    if count > 0:
-        while _look(ptr) < count:
-            pass
-
-
-@gluon.jit
-def _fence_global():
-    """Let the copy engine come after what this thread has seen."""
-    gl.inline_asm_elementwise(
-        "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _await_written():
-    """Wait until what the copy engine writes, or adds, is in global memory, not just read: every lane."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; bar.warp.sync -1; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
 def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_ROWS: gl.constexpr, V: gl.constexpr):
     # The descriptor sees a tensor as [B, heads, residue, term, D], where row = rate * term + residue.
     tma.async_copy_global_to_shared(
@@ -517,62 +443,6 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
     else:
         x = gl.convert_layout(x.to(ptr.dtype.element_ty), layout)
     gl.store(pointers, x, mask=mask)
-
-
-@gluon.jit
-def _hand_in(x, results, batch, head, start, x_first, count, seen, consumer: gl.constexpr, V: gl.constexpr):
-    """Hand a consumer's rows to ``_deliver``; ``seen`` tiles came before.
-
-    The copy engine would not stop after ``count`` rows: what ends sooner is written by the consumer itself.
-    """
-    x = x.to(results.rows.dtype)
-    mbarrier.wait(results.staged_empty, (seen & 1) ^ 1)
-    if count >= (consumer + 1) * V.rows:
-        results.staged.index(consumer).store(x)
-        fence_async_shared()
-    else:
-        ptr = results.rows_ptr + batch.to(gl.int64) * results.stride_b + head.to(gl.int64) * results.stride_h
-        layout: gl.constexpr = x.type.layout
-        _store_rows(x, ptr, start, x_first, results.own_rate, count, results.stride_l, consumer, False, V, layout)
-    mbarrier.arrive(results.staged_full.index(consumer), count=1)
-
-
-@gluon.jit
-def _rows_written(record, V: gl.constexpr):
-    """Return how many rows a tile of dilated queries writes: none where it adds nothing to the launches before."""
-    if V.first:
-        return _field(record, COUNT)
-    else:
-        return gl.where(_field(record, BLOCKS) > 0, _field(record, COUNT), 0)
-
-
-@gluon.jit
-def _deliver(results, rings, work, V: gl.constexpr):
-    """Have the copy engine write where they lie the rows that consumers hand in; count a tile that has arrived."""
-    dtype: gl.constexpr = results.rows.dtype
-    rate = results.own_rate
-    seen = 0
-    record = _read_record(rings, 0, 1)
-    while _field(record, GOES_ON) > 0:
-        head, batch = _field(record, HEAD), _field(record, BATCH)
-        row = _field(record, START) + _field(record, X_FIRST)
-        count = _rows_written(record, V)
-        for consumer in gl.static_range(V.consumers):
-            mbarrier.wait(results.staged_full.index(consumer), seen & 1)
-            if count >= (consumer + 1) * V.rows:
-                source = results.staged.index(consumer)
-                source = source._reinterpret(dtype, [1, 1, 1, V.rows, V.head_dim], results.rows.layout)
-                tma.async_copy_shared_to_global(
-                    results.rows, [batch, head, row % rate, row // rate + consumer * V.rows, 0], source
-                )
-        tma.store_wait(0)
-        mbarrier.arrive(results.staged_empty, count=1)
-        if V.counted:
-            _await_written()
-            counter, _ = _stretch_of(batch, head, row, work)
-            _count(work.finished_ptr + counter, 1)
-        seen += 1
-        record = _read_record(rings, seen, 1)
 
 
 @gluon.jit
