@@ -47,22 +47,15 @@ except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
 
-SLACK = gl.constexpr(8.0)  # log2 of how far weights may be above one
-
-
 @gluon.jit
 def _softmax(
     s, peak, total, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Return the weights of a block, what they are relative to, the new running sum, and by how much the old one decays.
-
-    That is an earlier maximum until the scores are SLACK beyond it: where nothing decays, nothing has to be multiplied.
-    """
+    """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
     if MASKED:
         s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
-    highest = gl.max(s, 1) * scale2
-    new_peak = gl.where(highest > peak + SLACK, highest, peak)
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
     shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
     decay = gl.exp2(peak - shift)
@@ -90,8 +83,7 @@ def _attend_block(
     new_p, peak, total, decay = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
-    if gl.min(decay, 0) < 1.0:
-        acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
     return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
 
 
