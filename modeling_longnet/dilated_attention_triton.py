@@ -363,6 +363,8 @@ def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor
     if scratch is None:
         return {}
     words = torch.zeros(scratch.marks + scratch.tallies, dtype=torch.int32, device=device)
+    if scratch.sums == 0:
+        return {"tallies": words}
     sums = (torch.zeros if scratch.cleared else torch.empty)(scratch.sums, dtype=torch.float32, device=device)
     return {"sums": sums, "marks": words[: scratch.marks], "tallies": words[scratch.marks :]}
 
