@@ -43,6 +43,7 @@ RESULTS = {"fwd": ("out", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "bwd": ("
 CANDIDATES = {
     ("fwd", 128): [
         HopperTiles(128, 64, 4, (224, 56)),
+        HopperTiles(128, 64, 4, (224, 56), holds_own=True),
         HopperTiles(128, 64, 4, (240, 24), turns=True),
         HopperTiles(128, 128, 2, (240, 24)),
         HopperTiles(128, 128, 2, (240, 24), turns=True),
@@ -50,9 +51,10 @@ CANDIDATES = {
     ("fwd", 64): [
         HopperTiles(128, 128, 4, (224, 56)),
         HopperTiles(128, 128, 4, (240, 24), turns=True),
-        HopperTiles(192, 64, 4, (152, 48)),
-        HopperTiles(192, 64, 4, (160, 32), turns=True),
-        HopperTiles(192, 128, 3, (160, 32), turns=True),
+        HopperTiles(128, 64, 4, (232, 24), consumers=1, programs=2),
+        HopperTiles(192, 64, 4, (152, 48), consumers=3),
+        HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3),
+        HopperTiles(192, 128, 3, (160, 32), turns=True, consumers=3),
     ],
     ("dq", 128): [HopperTiles(128, 64, 3, (224, 56)), HopperTiles(128, 64, 3, (232, 40), turns=True)],
     ("dq", 64): [
@@ -60,7 +62,7 @@ CANDIDATES = {
         HopperTiles(128, 64, 4, (232, 40), turns=True),
         HopperTiles(128, 128, 3, (240, 24)),
         HopperTiles(128, 128, 3, (240, 24), turns=True),
-        HopperTiles(192, 64, 4, (160, 32), turns=True),
+        HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3),
     ],
     ("dkdv", 128): [HopperTiles(128, 64, 3, (240, 24)), HopperTiles(128, 64, 3, (240, 24), turns=True)],
     ("dkdv", 64): [HopperTiles(128, 64, 4, (224, 56)), HopperTiles(128, 64, 4, (232, 40), turns=True)],

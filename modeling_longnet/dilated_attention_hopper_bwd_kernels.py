@@ -352,6 +352,7 @@ def hopper_bwd_dq_kernel(
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of tiles of queries through all branches of the launch."""
+    gl.static_assert(V.consumers == 2 or V.consumers == 3)
     k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
     v_descs = (v_desc_0, v_desc_1, v_desc_2, v_desc_3, v_desc_4, v_desc_5, v_desc_6, v_desc_7, v_desc_8, v_desc_9)
     rings = _allocate(own_desc.dtype, True, V.consumers, V)
@@ -397,6 +398,7 @@ def hopper_bwd_dkdv_kernel(
 
     Launches of the branches overlap; what a tile adds comes after all of its lane in the launches ``before``.
     """
+    gl.static_assert(V.consumers == 2)
     _let_next_start()
     rings = _allocate(own_desc.dtype, True, V.consumers + 1, V)
     stats = gl.allocate_shared_memory(

@@ -277,6 +277,7 @@ def hopper_fwd_kernel(
     V: gl.constexpr,
 ):  # fmt: skip
     """Attend tiles of queries to the keys of all branches of the launch."""
+    gl.static_assert(V.consumers <= 3)
     if V.counted:
         _let_next_start()
     k_descs = (k_desc_0, k_desc_1, k_desc_2, k_desc_3, k_desc_4, k_desc_5, k_desc_6, k_desc_7, k_desc_8, k_desc_9)
@@ -301,27 +302,38 @@ def hopper_fwd_kernel(
     sources = Sources(own_desc, out_desc, k_descs, v_descs)
     CONSUMER: gl.constexpr = V.registers[0]
     PRODUCER: gl.constexpr = V.registers[1]
-    if V.dilate and V.consumers == 1:
+    if V.consumers == 1 and V.dilate:
         gl.warp_specialize(
             [(_consume_fwd, (rings, results, 0, V)), (_produce, (sources, rings, work, V)),
              (_deliver, (results, rings, work, V))],
             [1, 1], [PRODUCER, PRODUCER],
         )  # fmt: skip
-    elif V.dilate:
+    elif V.consumers == 1:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_produce, (sources, rings, work, V))], [1], [PRODUCER]
+        )
+    elif V.consumers == 2 and V.dilate:
         gl.warp_specialize(
             [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
              (_produce, (sources, rings, work, V)), (_deliver, (results, rings, work, V))],
             [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
         )  # fmt: skip
-    elif V.consumers == 3:
-        gl.warp_specialize(
-            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
-             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
-            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
-        )  # fmt: skip
-    else:
+    elif V.consumers == 2:
         gl.warp_specialize(
             [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
              (_produce, (sources, rings, work, V))],
             [4, 1], [CONSUMER, PRODUCER],
+        )  # fmt: skip
+    elif V.dilate:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V)),
+             (_deliver, (results, rings, work, V))],
+            [4, 4, 1, 1], [CONSUMER, CONSUMER, PRODUCER, PRODUCER],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
+            [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
         )  # fmt: skip

@@ -313,6 +313,7 @@ def hopper_bwd_kernel(
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute what a branch adds to all gradients of some lanes, each after ``before`` tiles of branches before."""
+    gl.static_assert(V.consumers == 2)
     _let_next_start()
     shared = _allocate(k_desc.dtype, V)
     fence_async_shared()
