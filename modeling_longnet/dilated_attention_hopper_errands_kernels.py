@@ -16,7 +16,15 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _look_up,
     _read_record,
 )
-from .dilated_attention_hopper_progress_kernels import _await_count, _await_written, _count, _draw, _fence_global
+from .dilated_attention_hopper_progress_kernels import (
+    _await_count,
+    _await_written,
+    _count,
+    _draw,
+    _fence_global,
+    _glance,
+    _tell,
+)
 from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
 
 
@@ -189,23 +197,6 @@ def _order_of(record):
     return (
         _field(record, LANE), _field(record, START), _field(record, BASE), _field(record, FIRST),
         _field(record, BLOCKS), _field(record, MARK), _field(record, MET_FIRST), _field(record, MET_STOP),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _glance(ptr):
-    """Read a word that another program may write; the copy engine, which comes later, sees what was written before."""
-    return gl.inline_asm_elementwise(
-        "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _tell(ptr, value):
-    """Write a word that another program may wait for, after all that was written before."""
-    gl.inline_asm_elementwise(
-        "st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2;", "=r,l,r", [ptr, value], dtype=gl.int32, is_pure=False,
-        pack=1,
     )  # fmt: skip
 
 

@@ -89,8 +89,8 @@ def _attend_block(
 
 @gluon.jit
 def _lse_before(record, results, index, V: gl.constexpr):
-    """Ask for the lse that the launches before have left of a tile's rows; none in the first launch."""
-    if V.first:
+    """Ask for the lse that the launches before have left of a tile's rows."""
+    if V.first:  # there is none, and nobody looks
         return index
     else:
         head, batch = _field(record, HEAD), _field(record, BATCH)
@@ -209,7 +209,7 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(rings.k_empty.index(stage), count=1)
             new_p, peak, total, decay = _softmax(
-                s, peak, total,  first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
+                s, peak, total, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
                 row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             if not V.first:

@@ -249,9 +249,9 @@ def _field(record, which: gl.constexpr):
 @gluon.jit
 def _branch_of(record):
     return (
-        _field(record, BASE), _field(record, RATE), _field(record, FIRST),
-        _field(record, STOP), _field(record, BLOCKS), _field(record, HEAD_EDGE),
-        _field(record, TAIL_EDGE), _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
+        _field(record, BASE), _field(record, RATE), _field(record, FIRST), _field(record, STOP),
+        _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE),
+        _field(record, WINDOW), _field(record, PREVIOUS_WINDOW),
     )  # fmt: skip
 
 
@@ -395,7 +395,7 @@ def _settle(x):
 
 @gluon.jit
 def _pack(x, dtype: gl.constexpr):
-    """Round ``[ROWS, 2 n]`` to words of two neighbours. Halves that a loop carries cost two instructions more a pair."""
+    """Round ``[rows, 2 n]`` to words of two neighbours. Halves that a loop carries cost two instructions more a pair."""
     low, high = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     if dtype == gl.bfloat16:
         assembly: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"

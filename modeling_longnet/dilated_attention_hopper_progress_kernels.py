@@ -44,6 +44,7 @@ def _start_drawing(ptr):
 
 @gluon.jit
 def _drawn(number):
+    """Tell all lanes the number that was asked for."""
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -61,6 +62,23 @@ def _look(ptr):
     return gl.inline_asm_elementwise(
         "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _glance(ptr):
+    """Read a word that another program may write; the copy engine, which comes later, sees what was written before."""
+    return gl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _tell(ptr, value):
+    """Write a word that another program may wait for, after all that was written before."""
+    gl.inline_asm_elementwise(
+        "st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2;", "=r,l,r", [ptr, value], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

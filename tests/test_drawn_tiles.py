@@ -67,7 +67,7 @@ SIZE = 512  # of what is reckoned at once
 
 
 def tiles_of(planned, cu_seqlens) -> list[tuple[int, ...]]:
-    """Return head, batch row, first row of the document, first row in it, number of rows, counter and count of each tile."""
+    """Return of each tile: head, batch row, first row of the document and in it, number of rows, counter, its count before."""
     given = dict(zip(planned.kernel.arg_names, planned.arguments)) | {"cu_seqlens_ptr": cu_seqlens}
     v = SimpleNamespace(**{name: getattr(x, "value", x) for name, x in vars(planned.constants["V"]).items()})
     work = Work(**{name: given.get(name) for name in Work._fields})
