@@ -37,7 +37,7 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
 TILE = 128
-ROUNDS = 4  # of tiles to each program, at least, that are worked off longest first, before those of the next heads
+FEW_ROUNDS = 16  # of tiles to each program: below, the longest at the very end would be waited for
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
 MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it between two tiles
 
@@ -365,7 +365,7 @@ def _plan_launch(
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     programs = tiles.programs * _processors(layouts["query"].device)
     runs = periods * heads * batch
-    together = _cdiv(runs, max(1, runs * classes // (ROUNDS * programs)))
+    together = _together(runs, classes, programs)
     own_tensors = 1 if kernel == "fwd" and launch.first else 2
     variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key, own_tensors, counted=counted)
     rates = launch.rates if pattern.dilate_queries or not from_key else (1,)
@@ -386,6 +386,16 @@ def _plan_launch(
     if tiles.programs > 1:  # Gluon takes all registers for one otherwise
         options["maxnreg"] = 65536 // tiles.programs // 256
     return KernelLaunch(kernels[kernel], grid, arguments, {"V": variant}, num_warps=4, **options)
+
+
+def _together(runs: int, classes: int, programs: int) -> int:
+    """Choose how many runs of tiles are worked off at a time, longest tiles first, before the next.
+
+    As few as occupy all programs, for what these read at a time fits the cache; four times as many where there are not
+    many rounds.
+    """
+    rounds = 1 if runs * classes >= FEW_ROUNDS * programs else 4
+    return _cdiv(runs, max(1, runs * classes // (rounds * programs)))
 
 
 def _cut(launch: Launch, tiles: HopperTiles, length: int, num_documents: int) -> tuple[int, int, int]:
