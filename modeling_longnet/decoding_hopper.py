@@ -18,6 +18,7 @@ except ImportError:  # at_once_refusal says so before anything here is needed
     triton = None
 
 
+AHEAD_BYTES = 2**22  # of the weights that come next: as many as keep the memory busy while parts are merged
 KEY_BYTES = 2**15  # of a head's keys, that one program has in shared memory: three programs fit a multiprocessor
 REGISTERS = 168  # per thread: likewise
 MOST_PROGRAMS = 128  # per KV head
@@ -50,8 +51,13 @@ def at_once_refusal(query: Tensor, keys: Tensor) -> str | None:
 def attend_at_once(
     plan: TokenPlan, query: Tensor, key: Tensor, value: Tensor, held: tuple[Tensor, Tensor, Tensor, Tensor],
     counts: tuple[Tensor, Tensor], *, scale: float, norms: tuple[Tensor, Tensor, float] | None, rotates: bool,
+    ahead: tuple[Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
-    """Do what ``attend_token`` does, with its arguments, for one row."""
+    """Do what ``attend_token`` does, with its arguments, for one row.
+
+    Args:
+        ahead: weights of which the cache is to fetch the first rows.
+    """
     _, num_kv_heads, num_keys, head_dim = held[0].shape
     group = query.shape[1] // (num_kv_heads * head_dim)
     parts = _num_parts(num_keys, head_dim)
@@ -61,8 +67,8 @@ def attend_at_once(
     q_norm, k_norm, eps = norms or (query, key, 0.0)
     with torch.cuda.device_of(query):
         hopper_attend_kernel[(parts, num_kv_heads)](
-            query, key, value, *held, *counts, plan.numbers, plan.rings, plan.cos, plan.sin, q_norm, k_norm, part,
-            part_lse, plan.arrivals, out, scale, eps, num_keys,
+            query, key, value, *held, *counts, plan.numbers, plan.cos, plan.sin, q_norm, k_norm, part,
+            part_lse, plan.arrivals, out, *ahead, scale, eps, num_keys, _ahead_bytes(parts * num_kv_heads, ahead),
             NUM_BRANCHES=len(plan.slots.pattern.branches), NUM_RINGS=plan.rings.shape[1],
             COUNT_OVERLAPS=plan.slots.pattern.count_overlaps, GROUP=group, BLOCK_G=triton.next_power_of_2(group),
             HEAD_DIM=head_dim, ANGLES=plan.angles, KEYS=_keys_per_program(head_dim),
@@ -70,6 +76,14 @@ def attend_at_once(
             ROTATES=rotates, num_warps=4, maxnreg=REGISTERS, **overlap(query),
         )  # fmt: skip
     return out
+
+
+def _ahead_bytes(programs: int, ahead: tuple[Tensor, Tensor]) -> int:
+    """Return how much of each of two weights a program has the cache fetch."""
+    if any(x.data_ptr() % 16 for x in ahead):  # nothing: the instruction takes no other addresses
+        return 0
+    least = min(x.numel() * x.element_size() for x in ahead)
+    return min(AHEAD_BYTES // 2, least) // programs // 128 * 128
 
 
 def _keys_per_program(head_dim: int) -> int:

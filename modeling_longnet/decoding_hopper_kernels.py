@@ -32,6 +32,17 @@ def _wait(PDL: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_ahead(ptr, program, size):
+    """Have the second-level cache fetch the program's share of what is read soon; the first thread asks for all."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred any, asks; .reg .b32 thread; mov.u32 thread, %tid.x; setp.ne.s32 any, $2, 0; "
+        "setp.eq.and.u32 asks, thread, 0, any; mov.b32 $0, 0; @asks cp.async.bulk.prefetch.L2.global [$1], $2; }",
+        "=r,l,r", [ptr + program.to(gl.int64) * (size // (ptr.dtype.element_ty.primitive_bitwidth // 8)), size],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _product(x, by):
     """Multiply in float32 and round to the type of ``x``."""
     return (x.to(gl.float32) * by.to(gl.float32)).to(x.dtype)
@@ -81,13 +92,17 @@ def _merge(
 @gluon.jit
 def hopper_attend_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, positions_ptr, branches_ptr, seen_ptr, columns_ptr,
-    plan_ptr, rings_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, part_ptr, part_lse_ptr, arrivals_ptr, out_ptr,
-    scale, eps, num_keys,
+    plan_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, part_ptr, part_lse_ptr, arrivals_ptr, out_ptr,
+    ahead_ptr, more_ahead_ptr, scale, eps, num_keys, ahead_bytes,
     NUM_BRANCHES: gl.constexpr, NUM_RINGS: gl.constexpr, COUNT_OVERLAPS: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_G: gl.constexpr, HEAD_DIM: gl.constexpr, ANGLES: gl.constexpr, KEYS: gl.constexpr,
     MAX_PARTS: gl.constexpr, LINEAR: gl.constexpr, QK_NORM: gl.constexpr, ROTATES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """As ``attend_kernel``, for one row; each program attends to KEYS slots, all at once."""
+    """As ``attend_kernel``, for one row; each program attends to KEYS slots, all at once.
+
+    When these have come, nothing is left to read until all parts are merged and the output's weight, which is small, has
+    been multiplied: the beginning of the weights after that is fetched into the cache, ``ahead_bytes`` by each program.
+    """
     stretch = gl.program_id(0)
     kv_head = gl.program_id(1)
     num_parts = gl.num_programs(0)
@@ -187,6 +202,8 @@ def hopper_attend_kernel(
     weight = gl.convert_layout(weight.to(dtype), gl.DotOperandLayout(0, mma, 2))
     async_copy.wait_group(0)
     gl.thread_barrier()
+    _fetch_ahead(ahead_ptr, stretch + num_parts * kv_head, ahead_bytes)
+    _fetch_ahead(more_ahead_ptr, stretch + num_parts * kv_head, ahead_bytes)
     v = v_rows.load(gl.DotOperandLayout(1, mma, 2))
     acc = mma_v2(weight, v, weight_new[:, None] * v_new.to(gl.float32)[None, :])
 

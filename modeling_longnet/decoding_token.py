@@ -207,11 +207,15 @@ def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer,
     norms = None
     if attention.config.qk_norm:
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-    attend = attend_token if at_once_refusal(query, held.keys) else attend_at_once
-    attended = attend(
+    call = (
         plan, query, key, value, (held.keys, held.values, held.key_positions, held.key_branches),
-        (held.seen, held.columns), scale=attention.scaling, norms=norms, rotates=attention.rotates,
+        (held.seen, held.columns),
     )  # fmt: skip
+    options = {"scale": attention.scaling, "norms": norms, "rotates": attention.rotates}
+    if at_once_refusal(query, held.keys):
+        attended = attend_token(*call, **options)
+    else:
+        attended = attend_at_once(*call, **options, ahead=(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
     held.is_empty = False
     return attended
 

@@ -30,7 +30,7 @@ except ImportError:  # decoding_refusal says so before anything here is needed
 
 # Whether a kernel may start while the one before it still runs (programmatic dependent launch, Hopper and later).
 OVERLAPS_LAUNCHES = True
-TILE_BYTES = 2**14  # of a weight, that one program asks for at once, and two rows at least
+TILE_BYTES = 2**13  # of a weight, that one program asks for at once, two rows at least; twice that of three weights
 COLUMNS_PER_WARP = 512
 LONGEST_ROW = 8192  # elements of a weight's row in a tile
 ATTENDING_PROGRAMS = 2  # per multiprocessor
@@ -153,7 +153,7 @@ def multiply(
     """
     first, second, third = (*weights, weights[0], weights[0])[:3]
     ends = [len(first), len(first) + len(second)] if len(weights) > 1 else [out.shape[1]] * 2
-    rows, block_k = _tile(x, out.shape[1], *ends)
+    rows, block_k = _tile(x, TILE_BYTES * (2 if len(weights) == 3 else 1), out.shape[1], *ends)
     has_bias = biases[0] is not None
     b = (*biases, biases[0], biases[0])[:3] if has_bias else (x, x, x)
     norm_weight, eps = norm or (x, 0.0)
@@ -172,7 +172,7 @@ def multiply_gated(
 ) -> Tensor:
     """Compute ``silu(gate x) * (up x)`` of one normalised vector ``[1, K]``: ``[1, n]``."""
     out = x.new_empty(1, len(gate))
-    rows, block_k = _tile(x, 2 * len(gate), len(gate))
+    rows, block_k = _tile(x, TILE_BYTES, 2 * len(gate), len(gate))
     rows = max(1, rows // 2)
     with torch.cuda.device_of(x):
         gated_kernel[(triton.cdiv(len(gate), rows),)](
@@ -250,10 +250,10 @@ def attend_token(
     return out
 
 
-def _tile(x: Tensor, num_rows: int, *ends: int) -> tuple[int, int]:
+def _tile(x: Tensor, tile_bytes: int, num_rows: int, *ends: int) -> tuple[int, int]:
     """Choose how many rows of a weight a program takes, which divide ``ends``, and how much of a row at once."""
     block_k = _block_k(x.shape[1])
-    rows = max(2, TILE_BYTES // (block_k * x.element_size()))
+    rows = max(2, tile_bytes // (block_k * x.element_size()))
     # Enough programs for every multiprocessor; a tile has no more elements than threads can hold.
     while rows > 1 and (any(end % rows for end in ends) or num_rows < 2 * rows * num_processors(x.device)):
         rows //= 2
