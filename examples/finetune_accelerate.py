@@ -38,11 +38,14 @@ parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="foll
 args = parser.parse_args()
 if args.qlora and not args.model:
     parser.error("--qlora holds the weights of --model in 4 bits; give --model")
-if args.model and (kind := AutoConfig.from_pretrained(args.model).model_type) != "longnet":
+try:
+    kind = AutoConfig.from_pretrained(args.model).model_type if args.model else "longnet"
+except (OSError, ValueError) as error:
+    parser.error(f"--model {args.model} cannot be read: {' '.join(str(error).split())}")
+if kind != "longnet":
     parser.error(f"--model {args.model} is a {kind} model, no LongNet; convert it first (longnet-convert)")
 if args.log_with and not find_spec(args.log_with):  # Accelerate would go on without a log
     parser.error(f"--log-with {args.log_with} needs the package; pip install {args.log_with}")
-
 accelerator = Accelerator(log_with=args.log_with, project_dir=args.checkpoints or "logs")
 set_seed(0)
 if args.model is None:
@@ -57,11 +60,10 @@ else:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
 beside_lora = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]  # as LongLoRA does
-lora = LoraConfig(
+model = get_peft_model(model, LoraConfig(
     task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=beside_lora if args.tune_embeddings else None,
     ensure_weight_tying=args.tune_embeddings and model.config.tie_word_embeddings,
-)  # fmt: skip
-model = get_peft_model(model, lora)
+))  # fmt: skip
 if args.length > 8192:  # then memory goes to activations
     model.base_model.model.activation_checkpointing_enable()
 
@@ -110,7 +112,6 @@ if saved := sorted(args.checkpoints.glob("step_*[0-9]")) if args.checkpoints els
     accelerator.load_state(saved[-1])
     accelerator.print(f"resumed at step {len(progress.losses)}")
 accelerator.init_trackers("finetune")
-
 batches = iter(())
 for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerator.is_main_process):
     if (batch := next(batches, None)) is None:  # the start, or the next epoch
@@ -128,7 +129,6 @@ for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerato
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:  # whole or not at all
             Path(f"{folder}.part").rename(folder)
-
 after = perplexity_by_position()
 accelerator.end_training()
 fall = f"from {before['perplexity']:.2f} to {after['perplexity']:.2f}"

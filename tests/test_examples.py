@@ -87,6 +87,7 @@ def test_examples_refuse_what_they_cannot_train(tmp_path):
             "--length must be at least 2 and --steps at least 1, got 1024 and 0",
         ),
         ("finetune_accelerate", ["--model", "llama"], "--model llama is a llama model, no LongNet; convert it first"),
+        ("finetune_accelerate", ["--model", "/no/such"], "--model /no/such cannot be read: "),
     ):
         finished = run([sys.executable, EXAMPLES / f"{name}.py", *options], tmp_path)
         assert finished.returncode == 2 and message in finished.stderr.splitlines()[-1]
