@@ -34,7 +34,6 @@ from .dilated_attention_tile_kernels import RUNTIME
 
 
 try:
-    from triton import constexpr_function
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -48,80 +47,26 @@ except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
 
-SLACK = gl.constexpr(8.0)  # log2 of how far weights may be above one
-ONES = gl.constexpr(8)  # columns of the matrix of ones: the tensor cores take no fewer
-
-
 @gluon.jit
 def _softmax(
-    s, peak, first, row_first, row_stop, scale2, MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
+    s, peak, total, first, row_first, row_stop, scale2,
+    MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Return the weights of a block, what they are relative to, and by how much what has been summed decays.
-
-    They are relative to an earlier maximum until the scores are SLACK beyond it: until then nothing decays.
-    """
+    """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
     if MASKED:
         s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
-    highest = gl.max(s, 1) * scale2
-    new_peak = gl.where(highest > peak + SLACK, highest, peak)
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
     shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
-    return p, new_peak, gl.exp2(peak - shift)
-
-
-@constexpr_function
-def _decay_assembly(elements, rows):
-    """Multiply a thread's elements of ``[rows, n]`` by their factors, if those of its rows are not all one.
-
-    The third of its elements lies 8 rows below the first; of 128 rows, the second half of them 64.
-    """
-    names = [f"${i}" for i in range(3 * elements)]
-    out, x, factors = names[:elements], names[elements : 2 * elements], names[2 * elements :]
-    first, *others = (factors[half + i] for half in range(0, elements, elements * 64 // rows) for i in (0, 2))
-    lines = [f"{{ .reg .pred all; setp.eq.f32 all, {first}, 0f3F800000;"]
-    lines += [f"setp.eq.and.f32 all, {other}, 0f3F800000, all;" for other in others]
-    lines += [f"mov.f32 {o}, {a};" for o, a in zip(out, x)]
-    lines += ["@all bra DONE;"]
-    lines += [f"mul.f32 {o}, {a}, {factor};" for o, a, factor in zip(out, x, factors)]
-    return " ".join([*lines, "DONE: }"])
-
-
-@constexpr_function
-def _decay_constraints(elements):
-    return ",".join(["=f"] * elements + ["f"] * (2 * elements))
-
-
-@gluon.jit
-def _decayed(acc, decay, V: gl.constexpr):
-    """Multiply what has been summed, ``[rows, D]``, by each row's decay; threads whose rows do not decay pass over it."""
-    factors = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
-    _, factors = gl.broadcast(acc, factors)
-    ELEMENTS: gl.constexpr = V.rows * V.head_dim // 128
-    return gl.inline_asm_elementwise(
-        _decay_assembly(ELEMENTS, V.rows), _decay_constraints(ELEMENTS), [acc, factors], dtype=gl.float32,
-        is_pure=True, pack=ELEMENTS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _sum_up(acc, total, p, values, ones, p_layout: gl.constexpr):
-    """Have the tensor cores multiply a block's values by its weights, and sum the weights: a product with ones."""
-    weights = _unpack(p, values.dtype, p_layout)
-    acc = warpgroup_mma(weights, values, acc, is_async=True)
-    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, total.type.layout, 2))
-    return acc, warpgroup_mma(weights, ones, total, is_async=True)
-
-
-@gluon.jit
-def _times_rows(x, factors):
-    return x * gl.expand_dims(gl.convert_layout(factors, gl.SliceLayout(1, x.type.layout)), 1)
+    decay = gl.exp2(peak - shift)
+    return p, new_peak, total * decay + gl.sum(p, 1), decay
 
 
 @gluon.jit
 def _attend_block(
-    acc, p, peak, total, done, q, ones, rings, first, row_first, row_stop, scale2,
+    acc, p, peak, total, done, q, rings, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
-    s_layout: gl.constexpr, p_layout: gl.constexpr,
+    s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
     stage = done % V.stages
@@ -131,15 +76,14 @@ def _attend_block(
     mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
-    acc, total = _sum_up(acc, total, p, rings.v.index(last), ones, p_layout)
+    acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
     _end_turn(rings, consumer, V)
-    s = warpgroup_mma_wait(2, deps=(s,))
+    s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(rings.k_empty.index(stage), count=1)
-    new_p, peak, decay = _softmax(s, peak, first, row_first, row_stop, scale2, MASKED, V, s_layout)
-    acc, total = warpgroup_mma_wait(0, deps=(acc, total))
+    new_p, peak, total, decay = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
-    acc = _decayed(acc, decay, V)
-    total = _times_rows(total, decay)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
     return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
 
 
@@ -212,12 +156,11 @@ def _deliver(results, rings, work, V: gl.constexpr):
 
 
 @gluon.jit
-def _consume_fwd(rings, ones, results, consumer: gl.constexpr, V: gl.constexpr):
+def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     """Attend a consumer's rows of each tile."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     scale2 = results.scale * LOG2E
     index = consumer * V.rows + gl.arange(0, V.rows, layout=rows_layout)
@@ -240,13 +183,12 @@ def _consume_fwd(rings, ones, results, consumer: gl.constexpr, V: gl.constexpr):
                 seen += 1
                 begun += 1
                 base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
-        total = gl.zeros([V.rows, ONES], gl.float32, total_layout)
         if V.first:
             peak = gl.full([V.rows], float("-inf"), gl.float32, rows_layout)
+            total = gl.zeros([V.rows], gl.float32, rows_layout)
         else:
             peak = upcoming * LOG2E
-            before = gl.where(peak == float("-inf"), 0.0, 1.0)
-            total += gl.expand_dims(gl.convert_layout(before, gl.SliceLayout(1, total_layout)), 1)
+            total = gl.where(peak == float("-inf"), 0.0, 1.0)
         acc = gl.zeros([V.rows, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
             mbarrier.wait(rings.own_full, filled & 1)
@@ -266,13 +208,12 @@ def _consume_fwd(rings, ones, results, consumer: gl.constexpr, V: gl.constexpr):
             _end_turn(rings, consumer, V)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(rings.k_empty.index(stage), count=1)
-            new_p, peak, decay = _softmax(
-                s, peak, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop, scale2,
-                True, V, s_layout,
+            new_p, peak, total, decay = _softmax(
+                s, peak, total, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
+                row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             if not V.first:
-                acc = _times_rows(acc, decay)
-                total = _times_rows(total, decay)
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
             p = _pack(new_p, rings.k.dtype)
             done += 1
             for branch in range(begun, V.num_branches):
@@ -285,21 +226,21 @@ def _consume_fwd(rings, ones, results, consumer: gl.constexpr, V: gl.constexpr):
                 edges = head_edge + blocks - tail_edge
                 for n in range(visited, edges):
                     acc, p, peak, total, done = _attend_block(
-                        acc, p, peak, total, done, q, ones, rings,
+                        acc, p, peak, total, done, q, rings,
                         first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
-                        scale2, True, consumer, V, s_layout, p_layout,
+                        scale2, True, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     acc, p, peak, total, done = _attend_block(
-                        acc, p, peak, total, done, q, ones, rings, first, row_first, row_stop,
-                        scale2, False, consumer, V, s_layout, p_layout,
+                        acc, p, peak, total, done, q, rings, first, row_first, row_stop,
+                        scale2, False, consumer, V, s_layout, o_layout, p_layout,
                     )  # fmt: skip
             last = (done - 1) % V.stages
             mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
-            acc, total = _sum_up(acc, total, p, rings.v.index(last), ones, p_layout)
+            acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
             record = _read_record(rings, seen)
             upcoming = _lse_before(record, results, index, V)
-            acc, total = warpgroup_mma_wait(0, deps=(acc, total))
+            acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(rings.v_empty.index(last), count=1)
         else:
             record = _read_record(rings, seen)
@@ -307,11 +248,10 @@ def _consume_fwd(rings, ones, results, consumer: gl.constexpr, V: gl.constexpr):
             count = count if V.first else 0
         seen += 1
 
-        summed = gl.convert_layout(gl.max(total, 1), rows_layout)  # all columns hold the same
-        skipped = summed == 0.0
-        summed = gl.where(skipped, 1.0, summed)
-        out = _times_rows(acc, 1.0 / summed)
-        lse = gl.where(skipped, float("-inf"), (peak + gl.log2(summed)) * LN2)
+        skipped = total == 0.0
+        total = gl.where(skipped, 1.0, total)
+        out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)
+        lse = gl.where(skipped, float("-inf"), (peak + gl.log2(total)) * LN2)
         gl.store(results.numbers_ptr + at_row + x, lse, mask=index < count)
         if V.dilate:
             _hand_in(out, results, batch, head, start, x_first, count, seen - 2, consumer, V)
@@ -348,10 +288,6 @@ def hopper_fwd_kernel(
         staged = gl.allocate_shared_memory(own_desc.dtype, [V.consumers, V.rows, V.head_dim], rings.own.layout)
         staged_full = _barriers(V.consumers, 1)
         staged_empty = _barriers(1, 1).index(0)
-    ones_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ONES, V.block_n], own_desc.dtype)
-    ones = gl.allocate_shared_memory(own_desc.dtype, [ONES, V.block_n], ones_layout)
-    ones.store(gl.full([ONES, V.block_n], 1.0, own_desc.dtype, gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])))
-    ones = ones.permute((1, 0))
     fence_async_shared()
     work = Work(
         heads, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
@@ -368,36 +304,36 @@ def hopper_fwd_kernel(
     PRODUCER: gl.constexpr = V.registers[1]
     if V.consumers == 1 and V.dilate:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_produce, (sources, rings, work, V)),
+            [(_consume_fwd, (rings, results, 0, V)), (_produce, (sources, rings, work, V)),
              (_deliver, (results, rings, work, V))],
             [1, 1], [PRODUCER, PRODUCER],
         )  # fmt: skip
     elif V.consumers == 1:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_produce, (sources, rings, work, V))], [1], [PRODUCER]
+            [(_consume_fwd, (rings, results, 0, V)), (_produce, (sources, rings, work, V))], [1], [PRODUCER]
         )
     elif V.consumers == 2 and V.dilate:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_consume_fwd, (rings, ones, results, 1, V)),
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
              (_produce, (sources, rings, work, V)), (_deliver, (results, rings, work, V))],
             [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
         )  # fmt: skip
     elif V.consumers == 2:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_consume_fwd, (rings, ones, results, 1, V)),
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
              (_produce, (sources, rings, work, V))],
             [4, 1], [CONSUMER, PRODUCER],
         )  # fmt: skip
     elif V.dilate:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_consume_fwd, (rings, ones, results, 1, V)),
-             (_consume_fwd, (rings, ones, results, 2, V)), (_produce, (sources, rings, work, V)),
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V)),
              (_deliver, (results, rings, work, V))],
             [4, 4, 1, 1], [CONSUMER, CONSUMER, PRODUCER, PRODUCER],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [(_consume_fwd, (rings, ones, results, 0, V)), (_consume_fwd, (rings, ones, results, 1, V)),
-             (_consume_fwd, (rings, ones, results, 2, V)), (_produce, (sources, rings, work, V))],
+            [(_consume_fwd, (rings, results, 0, V)), (_consume_fwd, (rings, results, 1, V)),
+             (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
             [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
         )  # fmt: skip
