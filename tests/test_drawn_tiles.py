@@ -29,6 +29,7 @@ CASES = {
     "retrofit, grouped": (DilationPattern.geometric(2048, 16384, preset="retrofit"), 16384, 16, 4, 1, 128, None),
     "retrofit, batch": (DilationPattern.geometric(2048, 8192, preset="retrofit"), 8192, 8, 8, 2, 64, None),
     "paper": (DilationPattern.geometric(2048, 16384, preset="paper"), 16384, 16, 8, 1, 128, None),
+    "paper, many rounds": (DilationPattern.geometric(512, 4096, preset="paper"), 8192, 16, 4, 4, 128, None),
     "paper, last stretch cut": (DilationPattern.geometric(2048, 8192, preset="paper"), 9480, 16, 16, 2, 64, None),
     "paper, in no step": (DilationPattern((192, 768), (1, 4)), 9216, 16, 16, 1, 64, None),
     "paper, steps that do not divide": (
