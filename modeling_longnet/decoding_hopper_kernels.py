@@ -6,6 +6,7 @@ cache of a layer, and nothing is left to wait for when the query comes.
 """
 
 from .decoding_kernels import LOG2E
+from .dilated_attention_hopper_progress_kernels import _await_grids_before, _let_next_start
 
 
 try:
@@ -23,12 +24,8 @@ ROWS = gl.constexpr(16)  # of queries, that the tensor cores multiply at once
 def _wait(PDL: gl.constexpr):
     """Wait for the kernel before, then let the next one start."""
     if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        _await_grids_before()
+        _let_next_start()
 
 
 @gluon.jit

@@ -1,5 +1,7 @@
 """One new token per row through all layers of a Llama-shaped model, by the fused kernels."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -207,15 +209,13 @@ def _attend(layer: LongNetDecoderLayer, hidden: Tensor, held: LongNetCacheLayer,
     norms = None
     if attention.config.qk_norm:
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
-    call = (
+    attend = attend_token
+    if at_once_refusal(query, held.keys) is None:
+        attend = partial(attend_at_once, ahead=(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
+    attended = attend(
         plan, query, key, value, (held.keys, held.values, held.key_positions, held.key_branches),
-        (held.seen, held.columns),
+        (held.seen, held.columns), scale=attention.scaling, norms=norms, rotates=attention.rotates,
     )  # fmt: skip
-    options = {"scale": attention.scaling, "norms": norms, "rotates": attention.rotates}
-    if at_once_refusal(query, held.keys):
-        attended = attend_token(*call, **options)
-    else:
-        attended = attend_at_once(*call, **options, ahead=(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
     held.is_empty = False
     return attended
 

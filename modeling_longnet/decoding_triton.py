@@ -30,7 +30,9 @@ except ImportError:  # decoding_refusal says so before anything here is needed
 
 # Whether a kernel may start while the one before it still runs (programmatic dependent launch, Hopper and later).
 OVERLAPS_LAUNCHES = True
-TILE_BYTES = 2**13  # of a weight, that one program asks for at once, two rows at least; twice that of three weights
+# Of a weight, that one program asks for at once, and two rows at least. Of query, key and value together it is twice that,
+# so that the programs of a small model all run at once.
+TILE_BYTES = 2**13
 COLUMNS_PER_WARP = 512
 LONGEST_ROW = 8192  # elements of a weight's row in a tile
 ATTENDING_PROGRAMS = 2  # per multiprocessor

@@ -392,7 +392,7 @@ def _together(runs: int, classes: int, programs: int) -> int:
     """Choose how many runs of tiles are worked off at a time, longest tiles first, before the next.
 
     As few as occupy all programs, for what these read at a time fits the cache; four times as many where there are not
-    many rounds.
+    many rounds. Measured on an H100: benchmarks/results/compare_checkouts_..._2026-11-27_fewer_heads.txt.
     """
     rounds = 1 if runs * classes >= FEW_ROUNDS * programs else 4
     return _cdiv(runs, max(1, runs * classes // (rounds * programs)))

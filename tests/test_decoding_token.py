@@ -165,6 +165,18 @@ def test_attending_at_once_errs_no_more_than_stretch_by_stretch(preset, shape, h
     assert errors[0] < 1.2 * errors[1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "width", "programs"), [(8192, 2048, 360), (4864, 896, 360), (48, 32, 8), (48, 32, 96)]
+)
+def test_what_is_fetched_ahead_lies_inside_the_weights(rows, width, programs):
+    gate, up = torch.empty(rows, width, dtype=torch.bfloat16), torch.empty(rows, width, dtype=torch.bfloat16)
+    each = decoding_hopper._ahead_bytes(programs, (gate, up))
+    assert each % 16 == 0 and programs * each <= min(2 * gate.numel(), decoding_hopper.AHEAD_BYTES // 2)
+    assert (each == 0) == (programs == 96)  # less than a line of the cache to each
+    shifted = torch.empty(rows * width + 1, dtype=torch.bfloat16)[1:].view(rows, width)
+    assert decoding_hopper._ahead_bytes(programs, (gate, shifted)) == 0
+
+
 @needs_interpreter
 def test_kernel_logic_in_the_interpreter():
     interpret(__file__)
