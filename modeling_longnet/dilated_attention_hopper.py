@@ -439,8 +439,15 @@ def _variant_of(
         head_dim=layouts["query"].shape[-1],
         stores=stores,
         counted=counted,
+        starts_together=_starts_together(launch, tiles, pattern) and not from_key and num_documents == 0,
         **{name: x for name, x in tiles._asdict().items() if name != "programs"},
     )
+
+
+def _starts_together(launch: Launch, tiles: HopperTiles, pattern: DilationPattern) -> bool:
+    """Say whether the queries of each tile share one segment, all of which before them they meet."""
+    aligned = all(window % (tiles.block_m * launch.rate) == 0 for window in launch.windows)
+    return pattern.window == "segment" and pattern.count_overlaps and aligned
 
 
 @functools.cache

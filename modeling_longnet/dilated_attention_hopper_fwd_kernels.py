@@ -34,6 +34,7 @@ from .dilated_attention_tile_kernels import RUNTIME
 
 
 try:
+    from triton import constexpr_function
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -47,26 +48,67 @@ except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
 
+SLACK = gl.constexpr(8.0)  # log2 of how far weights may be above one
+
+
 @gluon.jit
 def _softmax(
     s, peak, total, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Return the weights of a block, the new running maximum and sum, and by how much the old sum has decayed."""
+    """Return the weights of a block, what they are relative to, the new running sum, and by how much the old one decays.
+
+    They are relative to an earlier maximum until the scores are SLACK beyond it: until then nothing decays.
+    """
     if MASKED:
         s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(s, 1) * scale2)
+    highest = gl.max(s, 1) * scale2
+    new_peak = gl.where(highest > peak + SLACK, highest, peak)
     shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
     decay = gl.exp2(peak - shift)
     return p, new_peak, total * decay + gl.sum(p, 1), decay
 
 
+@constexpr_function
+def _decay_assembly(elements, rows):
+    """Multiply a thread's elements of ``[rows, n]`` by their factors, if those of its rows are not all one.
+
+    The third of its elements lies 8 rows below the first; of 128 rows, the second half of them 64.
+    """
+    names = [f"${i}" for i in range(3 * elements)]
+    out, x, factors = names[:elements], names[elements : 2 * elements], names[2 * elements :]
+    first, *others = (factors[half + i] for half in range(0, elements, elements * 64 // rows) for i in (0, 2))
+    lines = [f"{{ .reg .pred all; setp.eq.f32 all, {first}, 0f3F800000;"]
+    lines += [f"setp.eq.and.f32 all, {other}, 0f3F800000, all;" for other in others]
+    lines += [f"mov.f32 {o}, {a};" for o, a in zip(out, x)]
+    lines += ["@all bra DONE;"]
+    lines += [f"mul.f32 {o}, {a}, {factor};" for o, a, factor in zip(out, x, factors)]
+    return " ".join([*lines, "DONE: }"])
+
+
+@constexpr_function
+def _decay_constraints(elements):
+    return ",".join(["=f"] * elements + ["f"] * (2 * elements))
+
+
+@gluon.jit
+def _decayed(acc, decay, V: gl.constexpr):
+    """Multiply what has been summed, ``[rows, D]``, by each row's decay; threads whose rows do not decay pass over it."""
+    factors = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
+    _, factors = gl.broadcast(acc, factors)
+    ELEMENTS: gl.constexpr = V.rows * V.head_dim // 128
+    return gl.inline_asm_elementwise(
+        _decay_assembly(ELEMENTS, V.rows), _decay_constraints(ELEMENTS), [acc, factors], dtype=gl.float32,
+        is_pure=True, pack=ELEMENTS,
+    )  # fmt: skip
+
+
 @gluon.jit
 def _attend_block(
     acc, p, peak, total, done, q, rings, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
-    s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
     stage = done % V.stages
@@ -83,7 +125,7 @@ def _attend_block(
     new_p, peak, total, decay = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
-    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+    acc = _decayed(acc, decay, V)
     return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
 
 
@@ -228,12 +270,12 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     acc, p, peak, total, done = _attend_block(
                         acc, p, peak, total, done, q, rings,
                         first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
-                        scale2, True, consumer, V, s_layout, o_layout, p_layout,
+                        scale2, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
                     acc, p, peak, total, done = _attend_block(
                         acc, p, peak, total, done, q, rings, first, row_first, row_stop,
-                        scale2, False, consumer, V, s_layout, o_layout, p_layout,
+                        scale2, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
             last = (done - 1) % V.stages
             mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)

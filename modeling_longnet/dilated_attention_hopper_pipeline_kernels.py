@@ -50,6 +50,7 @@ class Variant:
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first
     tile that meets a block writes what others add to. ``counted``: launches overlap, tiles of queries are counted.
+    ``starts_together``: all rows of a tile meet the first term of its first block.
     """
 
     num_branches: int
@@ -74,6 +75,7 @@ class Variant:
     holds_own: bool
     stores: bool = False
     counted: bool = False
+    starts_together: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -422,6 +424,8 @@ def _terms_met(x, window, previous_window, tokens, base, rate, stop, V: gl.const
 def _met(first, row_first, row_stop, V: gl.constexpr, s_layout: gl.constexpr):
     """Say which terms of the block that begins with ``first`` each row meets: ``[rows, block_n]``."""
     column = gl.expand_dims(gl.arange(0, V.block_n, layout=gl.SliceLayout(0, s_layout)), 0)
+    if V.starts_together:
+        return column < gl.expand_dims(row_stop - first, 1)
     return (column >= gl.expand_dims(row_first - first, 1)) & (column < gl.expand_dims(row_stop - first, 1))
 
 

@@ -386,6 +386,44 @@ def test_a_row_of_millions_of_tokens_compiles_no_hopper_kernel_anew(preset, monk
     assert compiled_for(2**18) == compiled_for(2**22)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (DilationPattern.geometric(2048, 2**14, preset="paper"), True),
+        (DilationPattern.geometric(200, 1600, preset="paper"), False),
+        (DilationPattern((2048, 3072), (1, 2), window="segment", dilate_queries=True), True),
+        (DilationPattern((2048, 2176), (1, 2), window="segment", dilate_queries=True), False),
+        (DilationPattern.geometric(2048, 2**14, preset="retrofit"), False),
+    ],
+)
+def test_tiles_that_start_together_have_one_segment(pattern, expected, head_dim, monkeypatch):
+    """Their kernel does not look where the segment of a row begins."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    hopper = dilated_attention_hopper
+    if hopper.triton is None:
+        pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    length, heads = 2**14, 4
+    strides = (heads * length * head_dim, head_dim, heads * head_dim, 1)
+    layout = TensorLayout((1, heads, length, head_dim), strides, torch.bfloat16, torch.device("cuda", 0), True)
+    layouts = dict.fromkeys(("query", "key", "value", "out", "do", "dq", "dk", "dv"), layout)
+    call = attention_operator.Call(pattern, True, 0.1)
+    launches = query_launches(pattern)
+    planned, _ = hopper.hopper_fwd_launches(launches, layouts, 0, call)
+    found = []
+    for launch, plan in zip(launches, planned):
+        variant = plan.constants["V"]
+        rows = torch.arange(0, min(launch.period, length), launch.rate).split(variant.block_m.value)
+        one_segment = all(len({x // w for x in tile.tolist()}) == 1 for tile in rows for w in launch.windows)
+        assert one_segment or not variant.starts_together.value
+        found.append(variant.starts_together.value)
+    assert all(found) == expected
+    others = hopper.hopper_fwd_launches(launches, layouts, 2, call)[0]  # documents begin anywhere
+    others += hopper.hopper_dkdv_launches(key_launches(pattern), layouts, 0, call)[0]  # keys ask who meets them
+    assert not any(plan.constants["V"].starts_together.value for plan in others)
+
+
 class RecordedRelease:
     """A compiled kernel whose generated function writes down what it is given, and an encoder that does so too."""
 
