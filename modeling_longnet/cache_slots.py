@@ -157,7 +157,10 @@ def _on_device(make: Callable[..., Any], like: Tensor, *args: Any) -> Any:
 
 @lru_cache(maxsize=1024)
 def _kept_on_device(make: Callable[..., Any], *args: Any) -> Any:
-    return make(*args)
+    made = make(*args)
+    if args[-1].type == "cuda":  # other streams will read it, too
+        torch.cuda.current_stream(args[-1]).synchronize()
+    return made
 
 
 def _branch_table(pattern: DilationPattern, num_kv_heads: int, device: torch.device) -> Tensor:

@@ -116,8 +116,7 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, num_parts,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    part_ptr, part_lse_ptr, out_ptr, num_parts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Merge the stretches of one (row of the batch, query head, token) into one softmax."""
     row = tl.program_id(0).to(tl.int64)
@@ -139,10 +138,8 @@ def merge_kernel(
         total = total * decay + tl.sum(weight, 0)
         acc = acc * decay + tl.sum(parts * weight[:, None], 0)
         peak = new_peak
-    met = total > 0.0
-    total = tl.where(met, total, 1.0)
+    total = tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + row * HEAD_DIM + columns, (acc / total).to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM)
-    tl.store(lse_ptr + row, tl.where(met, (peak + tl.log2(total)) * LN2, float("-inf")))
 
 
 @triton.jit

@@ -100,7 +100,6 @@ def _decoding(
     part = query.new_empty(batch, num_heads, num_tokens, stretches, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(batch, num_heads, num_tokens, stretches, dtype=torch.float32)
     out = query.new_empty(batch, num_heads, num_tokens, head_dim)
-    lse = query.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     block_d = _block_d(head_dim)
     with torch.cuda.device_of(query):
         decode_kernel[(stretches, num_kv_heads, batch)](
@@ -111,7 +110,7 @@ def _decoding(
             BLOCK_N=block_n, PRECISION=_precision(query), num_warps=4, num_stages=2,
         )  # fmt: skip
         merge_kernel[(batch * num_heads * num_tokens,)](
-            part, part_lse, out, lse, stretches, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_P=16, num_warps=2
+            part, part_lse, out, stretches, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_P=16, num_warps=2
         )
     return out
 

@@ -78,6 +78,10 @@ class DecodingGraph:
         """
         if input_ids.shape[1] != 1:
             raise ValueError(f"a decoding step takes one token per row, got {input_ids.shape[1]}")
+        with torch.cuda.device_of(self.model.model.norm.weight):  # a graph captures what happens on the current device
+            return self._decode(input_ids, attention_mask, position_ids)
+
+    def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         inputs["attention_mask"] = None if attention_mask is None else attention_mask[:, -1:]
         inputs = {name: x for name, x in inputs.items() if x is not None}
@@ -92,7 +96,7 @@ class DecodingGraph:
             self._inputs[name].copy_(x)
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own default is of the device that came first
                 self._logits = self._step(self._inputs)
             self._graph = graph
         self._graph.replay()
@@ -116,8 +120,9 @@ class DecodingGraph:
     def _make_room(self) -> None:
         """Ask for room for one more token; the device is waited for where others wrote, and where room ends."""
         columns = self.cache.layers[0].columns
-        version = columns._version if isinstance(columns, Tensor) else -1
-        if version != self._version or self._room < 1:
+        uncounted = isinstance(columns, Tensor) and columns.is_inference()  # nobody counts what is written to it
+        version = columns._version if isinstance(columns, Tensor) and not uncounted else -1
+        if uncounted or version != self._version or self._room < 1:
             self.cache.reserve(1)
             self._version = version
             limits = [layer.max_length for layer in self.cache.layers if layer.get_max_length() > 0]

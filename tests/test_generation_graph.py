@@ -58,7 +58,7 @@ def test_a_graph_follows_a_cache_that_is_reset_or_enlarged_and_refuses_one_that_
 def test_generate_replays_a_graph_by_itself(how, dense_layers, monkeypatch):
     captured = []
     capture = torch.cuda.graph
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: captured.append(graph) or capture(graph))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: captured.append(graph) or capture(graph, **kwargs))
     model = gpu_model(dense_layers=dense_layers)
     tokens, mask = random_tokens(2, 30).cuda(), left_padding(0, 17, length=30).cuda()
     kwargs = {"attention_mask": mask, "max_new_tokens": 45, **GENERATE, **how}
@@ -69,6 +69,22 @@ def test_generate_replays_a_graph_by_itself(how, dense_layers, monkeypatch):
         kwargs.pop("prefill_chunk_size", None)  # needs a cache
     assert torch.equal(*outputs)
     assert len(captured) == ("num_beams" not in how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("device", [0, 1])
+def test_generate_replays_on_the_device_of_the_model(device, context):
+    """Whatever the current device is: it is the other one here, where there are two."""
+    if torch.cuda.device_count() <= device:
+        pytest.skip(f"needs {device + 1} CUDA devices, found {torch.cuda.device_count()}")
+    torch.cuda.set_device(0)
+    model, tokens = gpu_model().to(f"cuda:{device}"), random_tokens(2, 30).to(f"cuda:{device}")
+    with context():
+        replayed, stepwise = (
+            model.generate(tokens, max_new_tokens=45, use_cache=use_cache, **GENERATE) for use_cache in (True, False)
+        )
+    assert torch.equal(replayed, stepwise)
 
 
 @pytest.mark.gpu
@@ -99,6 +115,21 @@ def test_a_graph_without_a_gpu_says_so():
     model = tiny_model("retrofit").float()
     with pytest.raises(ValueError, match="does not serve: it needs a CUDA device, the model is on cpu"):
         DecodingGraph(model, LongNetCache(model.config, max_length=8))
+
+
+def test_room_is_known_in_inference_mode_where_no_writes_are_counted(monkeypatch):
+    monkeypatch.setattr(decoding_token, "slots_refusal", lambda *call: None)
+    model = tiny_model("retrofit", dense_layers=(1,)).float()
+    with torch.inference_mode():
+        cache = LongNetCache(model.config, max_length=6)
+        model(random_tokens(1, 3), past_key_values=cache)
+        step = DecodingGraph(model, cache)
+        for _ in range(3):  # graphs write what Python does not see
+            step._make_room()
+            for layer in cache.layers:
+                layer.columns += 1
+        with pytest.raises(ValueError, match="max_length=6 tokens, got 7"):
+            step._make_room()
 
 
 def test_what_is_no_single_token_goes_the_ordinary_way(monkeypatch):
