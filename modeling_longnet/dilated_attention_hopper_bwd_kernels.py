@@ -425,3 +425,4 @@ def hopper_bwd_dkdv_kernel(
          (_bring_stats, (stats_ptr, rings, results, work, V))],
         [4, 1, 1], [CONSUMER, PRODUCER, PRODUCER],
     )  # fmt: skip
+    _await_grids_before()

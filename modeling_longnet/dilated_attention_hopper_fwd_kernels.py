@@ -28,7 +28,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _terms_met,
     _unpack,
 )
-from .dilated_attention_hopper_progress_kernels import _await_written, _count, _let_next_start
+from .dilated_attention_hopper_progress_kernels import _await_grids_before, _await_written, _count, _let_next_start
 from .dilated_attention_order_kernels import Work, _stretch_of
 from .dilated_attention_tile_kernels import RUNTIME
 
@@ -379,3 +379,5 @@ def hopper_fwd_kernel(
              (_consume_fwd, (rings, results, 2, V)), (_produce, (sources, rings, work, V))],
             [4, 4, 1], [CONSUMER, CONSUMER, PRODUCER],
         )  # fmt: skip
+    if V.counted:
+        _await_grids_before()

@@ -55,7 +55,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _store_key_rows,
     _terms_met,
 )
-from .dilated_attention_hopper_progress_kernels import _let_next_start
+from .dilated_attention_hopper_progress_kernels import _await_grids_before, _let_next_start
 from .dilated_attention_order_kernels import Tiles
 from .dilated_attention_tile_kernels import RUNTIME
 
@@ -336,3 +336,4 @@ def hopper_bwd_kernel(
          (_add_in_turn, (sums_desc, dk_desc, dv_desc, marks_ptr, shared, work, V))],
         [4, 1, 1, 1, 1], [CONSUMER, PRODUCER, PRODUCER, PRODUCER, PRODUCER],
     )  # fmt: skip
+    _await_grids_before()

@@ -3,6 +3,8 @@
 A launch of the next branch may begin when programs of this one have ended. What a tile needs of the launches before is
 told by counters in global memory: who writes counts when all of it has arrived, who reads waits for the count. A waiting
 program never keeps those from running that it waits for: a launch's programs begin after all of the one before have.
+Programs that may have begun early end by waiting for all launches before: these still draw when their last tile is
+counted, and what comes after may use the counters' memory for something else.
 """
 
 try:
