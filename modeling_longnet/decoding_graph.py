@@ -96,7 +96,8 @@ class DecodingGraph:
             self._inputs[name].copy_(x)
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own default is of the device that came first
+            stream = torch.cuda.Stream()  # the default one is of the device that came first
+            with torch.cuda.graph(graph, stream=stream):
                 self._logits = self._step(self._inputs)
             self._graph = graph
         self._graph.replay()

@@ -58,7 +58,9 @@ def test_a_graph_follows_a_cache_that_is_reset_or_enlarged_and_refuses_one_that_
 def test_generate_replays_a_graph_by_itself(how, dense_layers, monkeypatch):
     captured = []
     capture = torch.cuda.graph
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: captured.append(graph) or capture(graph, **kwargs))
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, **kwargs: captured.append(graph) or capture(graph, **kwargs)
+    )
     model = gpu_model(dense_layers=dense_layers)
     tokens, mask = random_tokens(2, 30).cuda(), left_padding(0, 17, length=30).cuda()
     kwargs = {"attention_mask": mask, "max_new_tokens": 45, **GENERATE, **how}
