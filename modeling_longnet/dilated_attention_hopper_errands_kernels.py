@@ -23,6 +23,7 @@ from .dilated_attention_hopper_progress_kernels import (
     _draw,
     _fence_global,
     _glance,
+    _look,
     _tell,
 )
 from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
@@ -220,6 +221,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
                     found = _glance(ptr)
                     while found != mark + 1:
                         found = _glance(ptr)
+                    _look(ptr)
                 mbarrier.wait(shared.turn_over.index(done % PLACES), ((done // PLACES) & 1) ^ 1)
                 mbarrier.arrive(shared.turn.index(done % PLACES), count=1)
                 done += 1

@@ -68,7 +68,7 @@ def _look(ptr):
 
 @gluon.jit
 def _glance(ptr):
-    """Read a word that another program may write; the copy engine, which comes later, sees what was written before."""
+    """Read a word that another program may write, for less; who needs what was written before has to look then, too."""
     return gl.inline_asm_elementwise(
         "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
     )
