@@ -2,11 +2,13 @@
 
 Checks every timed pattern against the eager backend in float64 first and stops if one is wrong. Then times forward,
 and forward + backward, beside cuDNN's and FlashAttention's dense causal attention on the same tensors, and writes a
-dated CSV and a crossover plot, losses included. Milliseconds are medians over device events. Useful FLOPs are those
-of ``DilationPattern.attention_flops`` (dense: half the square). Dense rows beyond ``--dense-limit`` tokens are
-extrapolated by the square of the length and say so; FlashAttention's beyond ``--flash-limit`` are left out. Where the
-official operator can be imported (``torchscale.component.dilated_attention``, not on PyPI), its rearrangements are timed
-around PyTorch's own FlashAttention.
+dated CSV and a crossover plot, losses included. Milliseconds are medians over device events. Short calls take the host
+longer than the device: up to ``CAPTURED_LENGTH`` tokens ``device_ms`` is the time of one call on the device alone, from
+a CUDA graph of several; elsewhere it is empty. Useful FLOPs are those of ``DilationPattern.attention_flops`` (dense:
+half the square). Dense rows beyond ``--dense-limit`` tokens are extrapolated by the square of the length and say so;
+FlashAttention's beyond ``--flash-limit`` are left out. Where the official operator can be imported
+(``torchscale.component.dilated_attention``, not on PyPI), its rearrangements are timed around PyTorch's own
+FlashAttention.
 
 Kernels are compiled in several processes before anything is timed, and rows come in the order of their weight: a run
 that is cut off has lost the least.
@@ -47,11 +49,13 @@ FIRST_SEGMENT = 2048
 COMPILED_AT = (
     2**15
 )  # tokens: a kernel serves every length, so those of the longest inputs are compiled on shorter ones
+CAPTURED_LENGTH = 2**12  # tokens: longer calls keep the device busy while the host prepares the next
+CALLS_PER_GRAPH = 10
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PRESETS = ("paper", "retrofit")
 COLUMNS = (
-    "attention", "pass", "length", "batch", "heads", "kv_heads", "head_dim", "layout", "ms", "tflops", "extra_mib",
-    "extrapolated",
+    "attention", "pass", "length", "batch", "heads", "kv_heads", "head_dim", "layout", "ms", "device_ms", "tflops",
+    "extra_mib", "extrapolated",
 )  # fmt: skip
 
 
@@ -179,6 +183,25 @@ def median_ms(call: Callable[[], object], budget_ms: float) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
 
 
+def device_ms(call: Callable[[], object], budget_ms: float) -> float | None:
+    """Time a call without what the host does for it; None, and the reason on stderr, if it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # whatever is compiled or planned at first calls must not fall into the capture
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(CALLS_PER_GRAPH):
+                call()
+    except RuntimeError as error:
+        print(f"no device_ms, the call cannot be captured: {error}", file=sys.stderr, flush=True)
+        return None
+    return median_ms(graph.replay, budget_ms) / CALLS_PER_GRAPH
+
+
 def extra_mib(call: Callable[[], object], results_mib: float) -> float:
     """Measure the peak of one call beyond what lives already and beyond its own results."""
     torch.cuda.synchronize()
@@ -195,7 +218,7 @@ def measure(
     forward_flops: float,
     budget_ms: float,
 ) -> list[dict]:
-    """Time forward, and forward + backward (2.5 times the forward's FLOPs more)."""
+    """Time forward, and forward + backward (2.5 times the forward's FLOPs more), with and without the host."""
     *inputs, do = tensors
     mib = [x.numel() * x.element_size() / 2**20 for x in tensors]
     lse = 4 * do[..., 0].numel() / 2**20
@@ -220,6 +243,7 @@ def measure(
                 "ms": ms,
                 "tflops": flops / ms / 1e9,
                 "extra_mib": extra_mib(call, results),
+                "device_ms": device_ms(call, budget_ms) if do.shape[2] <= CAPTURED_LENGTH else None,
                 "extrapolated": 0,
             }
         )
@@ -271,7 +295,8 @@ def main() -> None:
                     "attention": name, "length": length, "batch": batch, "heads": heads, "kv_heads": kv_heads,
                     "head_dim": head_dim, "layout": layout,
                 }  # fmt: skip
-                row |= {key: f"{row[key]:.4g}" for key in ("ms", "tflops", "extra_mib")}
+                for column in ("ms", "device_ms", "tflops", "extra_mib"):
+                    row[column] = "" if row[column] is None else f"{row[column]:.4g}"
                 writer.writerow(row)
                 file.flush()
                 print(*(row[column] for column in COLUMNS), sep="\t", flush=True)
@@ -295,7 +320,10 @@ def main() -> None:
                     if length > measured:
                         longest_dense[key] = (length, [dict(row) for row in rows])
                 elif measured and kernel == "cudnn":
-                    rows = [row | {"ms": row["ms"] * (length / measured) ** 2, "extrapolated": 1} for row in rows]
+                    rows = [
+                        row | {"ms": row["ms"] * (length / measured) ** 2, "device_ms": None, "extrapolated": 1}
+                        for row in rows
+                    ]
                 else:
                     continue
                 record(rows, f"dense {kernel}", length, heads, kv_heads, head_dim)

@@ -15,6 +15,7 @@ from .logical_positions import check_cu_seqlens, positions_from_cu_seqlens, posi
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "eager", "torch", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def dilated_attention(
@@ -63,12 +64,14 @@ def dilated_attention(
         ValueError: if shapes, dtypes, devices, the pattern, the mask or the backend do not fit.
     """
     query, key, value = cast_for_autocast(query, key, value)
-    _check_tensors(query, key, value, pattern)
-    _check_documents(query, attention_mask, cu_seqlens)
+    if not _plainly_fit(query, key, value, pattern):
+        _check_tensors(query, key, value, pattern)
+    if attention_mask is not None or cu_seqlens is not None:
+        _check_documents(query, attention_mask, cu_seqlens)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0.0 < scale < float("inf"):
+    if not 0.0 < scale < torch.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if attention_mask is not None:
         attention_mask = attention_mask != 0
@@ -95,7 +98,10 @@ def dilated_attention(
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast float32 and half tensors to the autocast dtype where autocast is on, as PyTorch's own attention does."""
-    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    first = tensors[0]
+    device_type = "cpu"
+    if isinstance(first, Tensor):  # is_cuda first: a device takes longer to say its type
+        device_type = "cuda" if first.is_cuda else first.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -122,10 +128,12 @@ def choose_backend(
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend in ("eager", "torch"):
         return backend
-    refusal = triton_refusal(query, key, value, pattern, dropout)
     whole = attention_mask is None and cu_seqlens is None and query.dtype != torch.float32
-    if backend == "auto" and refusal is None and whole and pattern.is_ordinary(query.shape[2]):
+    refusal: str | None
+    if backend == "auto" and whole and pattern.is_ordinary(query.shape[2]):
         refusal = "on this input the pattern is ordinary attention, for which PyTorch's own kernels are the fastest"
+    else:
+        refusal = triton_refusal(query, key, value, pattern, dropout)
     if refusal is None:
         return "triton"
     if backend == "triton":
@@ -146,6 +154,28 @@ def _positions(
     return torch.arange(length, device=query.device).expand(batch, -1), None
 
 
+def _plainly_fit(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern) -> bool:
+    """Whether all is well that ``_check_tensors`` asks, in the few steps that a short call has time for.
+
+    False says nothing: the longer way knows exceptions, and which message to give.
+    """
+    if not (type(query) is type(key) is type(value) is Tensor and type(pattern) is DilationPattern):
+        return False
+    shape, kv_shape = query.shape, key.shape
+    if len(shape) != 4 or len(kv_shape) != 4 or kv_shape != value.shape:
+        return False
+    batch, num_heads, length, head_dim = shape
+    kv_batch, num_kv_heads, kv_length, kv_head_dim = kv_shape
+    dtype, device = query.dtype, query.device
+    return (
+        kv_batch == batch and kv_length == length and kv_head_dim == head_dim > 0
+        and num_heads >= num_kv_heads > 0 and num_heads % num_kv_heads == 0
+        and dtype in DTYPES and key.dtype is dtype is value.dtype
+        and key.device == device == value.device
+        and query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+    )  # fmt: skip
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: DilationPattern) -> None:
     # By name: code loaded with a checkpoint may hold the configuration's modules twice, and so two such classes.
     if DilationPattern.__name__ not in [base.__name__ for base in type(pattern).__mro__]:
@@ -154,7 +184,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, pattern: DilationP
         if not isinstance(x, Tensor) or x.ndim != 4:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor [batch, heads, length, head_dim], got {got}")
-        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(

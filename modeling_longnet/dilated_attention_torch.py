@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_operator import Call, attention_operator
+from .cuda_capability import cuda_capability
 from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
 from .dilation_pattern import DilationPattern
 
@@ -58,8 +59,8 @@ def torch_attention(
     eagerly = not return_lse and not torch.compiler.is_compiling()
     if eagerly and _is_one_piece(call, query, attention_mask, cu_seqlens):
         kernel = _kernel(call, query, key, None, seed)
-        if not isinstance(kernel, _PlainKernel):  # the others bring their own gradient, for less time of the host
-            return kernel.forward(query, key, value, is_causal)[0], None
+        if isinstance(kernel, _FusedKernel):  # it brings its own gradient, for less time of the host
+            return kernel.attend(query, key, value, is_causal), None
     out, lse = _attention(query, key, value, attention_mask, cu_seqlens, call)
     return out, lse if return_lse else None
 
@@ -292,31 +293,42 @@ def _kernel(call: Call, query: Tensor, key: Tensor, grad_lse: Tensor | None, see
     """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
     if call.dropout or grad_lse is not None:
         return _PlainKernel(call.scale, call.dropout, seed, grad_lse)
-    if query.device.type == "cpu":
-        return _CpuFlashKernel(call.scale)
-    head_dim = query.shape[-1]
-    if query.device.type == "cuda" and head_dim % 8 == 0 and _rows_are_aligned(query):
-        if query.dtype in (torch.float16, torch.bfloat16) and head_dim <= 256:
-            large = min(query.shape[2], key.shape[2]) >= CUDNN_MIN_ROWS and head_dim <= 128
-            if large and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    if query.is_cuda:
+        _, _, num_rows, head_dim = query.shape
+        if head_dim % 8 or not _rows_are_aligned(query):
+            return _PlainKernel(call.scale)
+        if query.dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
+            large = num_rows >= CUDNN_MIN_ROWS and key.shape[2] >= CUDNN_MIN_ROWS and head_dim <= 128
+            if large and cuda_capability(query.device) >= (9, 0):
                 return _CudaCudnnKernel(call.scale)
             return _CudaFlashKernel(call.scale)
         if query.dtype == torch.float32:
             return _CudaEfficientKernel(call.scale)
+    elif query.is_cpu:
+        return _CpuFlashKernel(call.scale)
     return _PlainKernel(call.scale)
 
 
 def _rows_are_aligned(x: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as the CUDA kernels' vector loads need."""
-    offsets = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
-    return all(offset % 16 == 0 for offset in offsets)
+    stride_b, stride_h, stride_l, _ = x.stride()
+    # Elements have a power of two bytes: low bits that no stride sets are set in no multiple either.
+    return (x.data_ptr() | (stride_b | stride_h | stride_l) * x.element_size()) % 16 == 0
 
 
-class _CpuFlashKernel:
-    """PyTorch's flash attention for CPU: every dtype, grouped heads, strided inputs."""
+class _FusedKernel:
+    """One of PyTorch's own kernels, given as ``forward`` and ``backward``, that a call with gradients may consist of."""
 
     def __init__(self, scale: float):
         self.scale = scale
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        """Return the output alone, with PyTorch's own gradient."""
+        return self.forward(q, k, v, is_causal)[0]
+
+
+class _CpuFlashKernel(_FusedKernel):
+    """PyTorch's flash attention for CPU: every dtype, grouped heads, strided inputs."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=self.scale)
@@ -327,16 +339,17 @@ class _CpuFlashKernel:
         )
 
 
-class _CudaCudnnKernel:
+class _CudaCudnnKernel(_FusedKernel):
     """cuDNN's attention, half precision: the fastest on Hopper and later."""
 
-    def __init__(self, scale: float):
-        self.scale = scale
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        # lse is computed for the gradient alone.
+        wants_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        # By its name in torch: through torch.ops the host takes a microsecond more.
+        return torch._scaled_dot_product_cudnn_attention(q, k, v, None, wants_lse, 0.0, is_causal, scale=self.scale)[0]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, is_causal, scale=self.scale
-        )[:2]
+        out, lse = torch._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, scale=self.scale)[:2]
         return out, lse.view(q.shape[:3])
 
     def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,11 +360,8 @@ class _CudaCudnnKernel:
         )  # fmt: skip
 
 
-class _CudaFlashKernel:
+class _CudaFlashKernel(_FusedKernel):
     """PyTorch's FlashAttention for CUDA, half precision."""
-
-    def __init__(self, scale: float):
-        self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         k, v = (_repeat_heads(x, q) for x in (k, v))
@@ -366,11 +376,8 @@ class _CudaFlashKernel:
         return grad_q, _sum_heads(grad_k, k), _sum_heads(grad_v, v)
 
 
-class _CudaEfficientKernel:
+class _CudaEfficientKernel(_FusedKernel):
     """PyTorch's memory-efficient attention for CUDA, float32."""
-
-    def __init__(self, scale: float):
-        self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         k, v = (_repeat_heads(x, q) for x in (k, v))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention_operator import Call, attention_operator
 from .compiled_kernels import Pointer, Rows
+from .cuda_capability import cuda_capability
 from .dilated_attention_hopper import (
     Scratch,
     hopper_bwd_launches,
@@ -105,7 +106,7 @@ def refusal_of_any_heads(query: Tensor, pattern: DilationPattern, dropout: float
         return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if max(pattern.dilation_rates) > MAX_DILATION_RATE:
         return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
-    if torch.version.hip is None and _capability(query.device) < (8, 0):
+    if torch.version.hip is None and cuda_capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None
 
@@ -148,17 +149,12 @@ def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, 
     return Documents(None, None, None)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def kernel_tiles(kernel: str, query: TensorLayout, pattern: DilationPattern) -> Tiles:
     """Choose how to cut ``"fwd"``, ``"dq"`` or ``"dkdv"``; tuned on an H200, the rest fits the shared memory of Ampere and Ada."""
     head_dim, dense = query.shape[-1], not pattern.dilate_queries
     if query.dtype == torch.float32:
         return Tiles(16, 16, 4, 1) if head_dim > 128 else Tiles(32, 32, 4, 1)
-    if query.device.type != "cuda" or _capability(query.device) < (9, 0):
+    if query.device.type != "cuda" or cuda_capability(query.device) < (9, 0):
         if head_dim > 128:
             return {"fwd": Tiles(64, 32, 4, 1), "dq": Tiles(32, 32, 4, 1), "dkdv": Tiles(32, 32, 4, 1)}[kernel]
         if head_dim > 64:

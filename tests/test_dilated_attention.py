@@ -1,7 +1,10 @@
 """The operator on every backend: equal to the oracle, forward and gradient, and the theorems of its contract."""
 
+import runpy
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import product
 
 import oracle
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modeling_longnet import DilationPattern, dilated_attention, dilated_attention_torch
-from modeling_longnet.dilated_attention_torch import _CudaEfficientKernel
+from modeling_longnet.dilated_attention_torch import _CudaCudnnKernel, _CudaEfficientKernel, _rows_are_aligned
 
 
 # The backends that compute in float64, where equality with the oracle means 1e-12.
@@ -234,6 +237,47 @@ def test_ordinary_attention_takes_the_node_of_pytorch_itself(is_causal):
     expected = F.scaled_dot_product_attention(*call.tensors(), is_causal=is_causal, enable_gqa=True).grad_fn
     out = dilated_attention(*call.tensors(), RETROFIT, is_causal=is_causal)
     assert type(out.grad_fn) is type(expected)
+
+
+@pytest.fixture
+def lse_asked_for(monkeypatch) -> list[bool]:
+    """Play cuDNN's attention on the CPU and record whether each call asks it for lse."""
+    asked = []
+
+    def play(q, k, v, bias, compute_log_sumexp, dropout, is_causal, *, scale):
+        asked.append(compute_log_sumexp)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, is_causal, scale=scale)
+        return out, lse[..., None], None, None
+
+    monkeypatch.setattr(torch, "_scaled_dot_product_cudnn_attention", play)
+    monkeypatch.setattr(dilated_attention_torch, "_kernel", lambda call, *_: _CudaCudnnKernel(call.scale))
+    return asked
+
+
+@pytest.mark.parametrize("needed", range(3), ids=["query", "key", "value"])
+def test_cudnn_is_asked_for_lse_where_a_gradient_or_the_caller_needs_it(needed, lse_asked_for):
+    tensors = [x.detach() for x in random_call(RETROFIT, 8).tensors()]
+    out = dilated_attention(*tensors, RETROFIT)
+    tensors[needed].requires_grad_()
+    with_gradient = dilated_attention(*tensors, RETROFIT)
+    with torch.no_grad():
+        without_gradient = dilated_attention(*tensors, RETROFIT)
+        _, lse = dilated_attention(*tensors, RETROFIT, return_lse=True)
+    assert lse_asked_for == [False, True, False, True]
+    assert with_gradient.requires_grad and not without_gradient.requires_grad
+    assert_close(out, with_gradient.detach(), **EXACT)
+    assert lse.shape == tensors[0].shape[:3]
+
+
+def test_rows_are_aligned_where_every_one_starts_at_a_multiple_of_16_bytes():
+    memory = torch.zeros(4096)
+    assert memory.data_ptr() % 16 == 0
+    for dtype, start, *strides in product(
+        (torch.float32, torch.float16, torch.float64), (0, 2, 4, 8), *[(0, 2, 4, 8, 24)] * 3
+    ):
+        x = memory.view(dtype).as_strided((2, 2, 2, 1), (*strides, 1), start)
+        starts = [x[b, h, row].data_ptr() for b, h, row in product(range(2), repeat=3)]
+        assert _rows_are_aligned(x) == all(address % 16 == 0 for address in starts), (dtype, start, strides)
 
 
 # Theorem 3
@@ -631,6 +675,7 @@ PACKED = {"query": (1, 4, 6, 8), "key": (1, 2, 6, 8), "value": (1, 2, 6, 8)}
         pytest.param(tensors(query=(2, 5, 6, 8)), ["5", "2", "multiple"], id="heads-not-a-multiple"),
         pytest.param(tensors(query=(2, 1, 6, 8)), ["1", "2", "multiple"], id="fewer-heads-than-kv-heads"),
         pytest.param(tensors(key=(2, 0, 6, 8), value=(2, 0, 6, 8)), ["4", "0"], id="no-kv-heads"),
+        pytest.param(tensors(query=(2, 0, 6, 8)), ["0", "2", "positive"], id="no-query-heads"),
         pytest.param(tensors(value=(2, 4, 6, 8)), ["(2, 2, 6, 8)", "(2, 4, 6, 8)"], id="key-and-value-heads"),
         pytest.param(tensors(key=(2, 2, 7, 8), value=(2, 2, 7, 8)), ["(2, 4, 6, 8)", "(2, 2, 7, 8)"], id="length"),
         pytest.param(tensors(key=(3, 2, 6, 8), value=(3, 2, 6, 8)), ["(2, 4, 6, 8)", "(3, 2, 6, 8)"], id="batch"),
@@ -725,6 +770,77 @@ def test_bad_arguments_are_refused_with_the_numbers(arguments, fragments):
     message = str(error.value)
     missing = [fragment for fragment in fragments if fragment not in message]
     assert not missing, f"{missing} missing in: {message}"
+
+
+# What is wrong with one tensor of an otherwise good call in bfloat16, and what the message says.
+DEFECTS = {
+    "half": (lambda x: x.half(), "share dtype and device: query has torch.b?float16 on cpu, .* has torch.b?float16"),
+    "integers": (lambda x: x.long(), "must be float64, float32, bfloat16 or float16, got torch.int64"),
+    "device": (lambda x: x.to("meta"), "share dtype and device: query has .* on (cpu|meta), .* on (cpu|meta)"),
+    "no-tensor": (lambda x: x.tolist(), r"must be a tensor \[batch, heads, length, head_dim\], got list"),
+    "rank-3": (lambda x: x[0], r"must be a tensor \[batch, heads, length, head_dim\], got shape \(\d, 6, 8\)"),
+    "rank-5": (
+        lambda x: x[None],
+        r"must be a tensor \[batch, heads, length, head_dim\], got shape \(1, 2, \d, 6, 8\)",
+    ),
+    "batch": (lambda x: x[:1], "must agree in batch, length and head_dim|key and value must have one shape"),
+    "heads": (lambda x: x[:, 1:], "the 3 query heads must be a positive multiple|key and value must have one shape"),
+    "length": (lambda x: x[:, :, 1:], "must agree in batch, length and head_dim|key and value must have one shape"),
+    "head-dim": (lambda x: x[..., :4], "must agree in batch, length and head_dim|key and value must have one shape"),
+    "strides": (lambda x: x.mT.contiguous().mT, "needs a contiguous last dimension, got strides"),
+}
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_one_bad_tensor_is_refused_after_good_calls_of_its_kind(name, defect):
+    good = {name: x.bfloat16() for name, x in tensors().items()}
+    dilated_attention(**good, pattern=RETROFIT)
+    spoil, message = DEFECTS[defect]
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(**good | {name: spoil(good[name])}, pattern=RETROFIT)
+    with pytest.raises(ValueError, match="pattern must be a DilationPattern, got dict"):
+        dilated_attention(**good, pattern=asdict(RETROFIT))
+    dilated_attention(**good, pattern=RETROFIT)
+
+
+def test_whatever_plainly_fits_passes_every_check():
+    module = sys.modules[dilated_attention.__module__]
+    shapes = [
+        (2, 4, 6, 8),
+        (2, 2, 6, 8),
+        (2, 3, 6, 8),
+        (2, 0, 6, 8),
+        (1, 4, 6, 8),
+        (2, 4, 5, 8),
+        (2, 4, 6, 0),
+        (4, 6, 8),
+    ]
+    good, fewer_heads, *others = [torch.zeros(shape) for shape in shapes]
+    assert module._plainly_fit(good, fewer_heads, fewer_heads, PAPER)
+    others += [spoil(good) for spoil, _ in DEFECTS.values()]
+    for call in product([good, fewer_heads, *others], repeat=3):
+        if module._plainly_fit(*call, PAPER):
+            module._check_tensors(*call, PAPER)
+
+
+def test_exceptions_that_the_quick_check_does_not_know_are_served():
+    x = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    expected = dilated_attention(x, x, x, RETROFIT)
+    parameter = torch.nn.Parameter(x)
+    assert_close(dilated_attention(parameter, x, x, RETROFIT).detach(), expected, **EXACT)
+    # Code loaded with a checkpoint may hold the class twice.
+    twin = runpy.run_path(sys.modules[DilationPattern.__module__].__file__)["DilationPattern"]
+    assert twin is not DilationPattern
+    pattern = twin.preset("retrofit", RETROFIT.segment_lengths, RETROFIT.dilation_rates)
+    assert_close(dilated_attention(x, x, x, pattern), expected, **EXACT)
+    narrow = x[..., 1:2]  # of one number per row, whose stride means nothing
+    assert narrow.stride(-1) == 1
+    assert_close(
+        dilated_attention(*[narrow.as_strided(narrow.shape, (192, 48, 8, 8), 1)] * 3, RETROFIT),
+        dilated_attention(*[narrow.contiguous()] * 3, RETROFIT),
+        **EXACT,
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "eager", "auto"])

@@ -118,6 +118,17 @@ def test_without_a_gpu_its_benchmarks_say_so_and_do_nothing(script, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("longer", [0, 1])
+def test_short_calls_are_timed_on_the_device_alone_too(longer, monkeypatch):
+    benchmark = importlib.import_module("benchmark_attention")
+    for name, ms in {"median_ms": 2.0, "device_ms": 1.0, "extra_mib": 0.0}.items():
+        monkeypatch.setattr(benchmark, name, lambda *_, ms=ms: ms)
+    tensors = [torch.zeros(1, 1, benchmark.CAPTURED_LENGTH + longer, 1)] * 4
+    rows = benchmark.measure(None, tensors, 1.0, 100.0)
+    assert [row["ms"] for row in rows] == [2.0, 2.0]
+    assert [row["device_ms"] for row in rows] == [None if longer else 1.0] * 2
+
+
 def test_earlier_numbers_stay_until_all_new_ones_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark_generation.py", "--small", "--results", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
