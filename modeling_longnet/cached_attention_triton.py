@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention_operator import NAMESPACE
 from .cache_slots import MAX_BRANCHES
+from .cuda_capability import cuda_capability
 from .dilation_pattern import DilationPattern
 from .reach_ranges import ReachPass
 
@@ -23,6 +24,7 @@ except ImportError:  # fused_refusal says so before anything here is needed
 
 
 MAX_HEAD_DIM = 256
+MAX_BATCH = 2**16 - 1  # the largest grid in that dimension
 MAX_DECODE_ROWS = 64  # query heads of a KV head times new tokens
 PROGRAMS_PER_PROCESSOR = 4
 
@@ -41,7 +43,9 @@ def fused_refusal(query: Tensor, pattern: DilationPattern, dropout: float) -> st
         return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if len(pattern.branches) > MAX_BRANCHES:
         return f"the fused kernels support up to {MAX_BRANCHES} branches, got {len(pattern.branches)}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.shape[0] > MAX_BATCH:
+        return f"the fused kernels take up to {MAX_BATCH} rows at once, got {query.shape[0]}"
+    if torch.version.hip is None and cuda_capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None
 
@@ -87,6 +91,9 @@ def _decoding(
     newest: Tensor, count_overlaps: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     batch, num_heads, num_tokens, head_dim = query.shape
+    out = query.new_empty(batch, num_heads, num_tokens, head_dim)
+    if out.numel() == 0:
+        return out
     num_kv_heads, num_keys = key.shape[1:3]
     group = num_heads // num_kv_heads
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -99,7 +106,6 @@ def _decoding(
     stretches = triton.cdiv(num_keys, keys_per_program)
     part = query.new_empty(batch, num_heads, num_tokens, stretches, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(batch, num_heads, num_tokens, stretches, dtype=torch.float32)
-    out = query.new_empty(batch, num_heads, num_tokens, head_dim)
     block_d = _block_d(head_dim)
     with torch.cuda.device_of(query):
         decode_kernel[(stretches, num_kv_heads, batch)](
@@ -171,7 +177,7 @@ def _range_tiles(query: Tensor) -> tuple[int, int, int, int]:
         return (16, 16, 4, 1) if head_dim > 128 else (32, 32, 4, 1)
     if head_dim > 128:
         return 64, 32, 4, 2
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0):
+    if query.is_cuda and cuda_capability(query.device) >= (9, 0):
         return (128, 64, 8, 3) if head_dim > 64 else (128, 64, 4, 3)
     return (64, 32, 4, 2) if head_dim > 64 else (64, 64, 4, 2)
 

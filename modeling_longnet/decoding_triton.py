@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache_slots import MAX_BRANCHES, CacheSlots, offset_of_heads
+from .cuda_capability import cuda_capability
 from .dilation_pattern import DilationPattern
 
 
@@ -70,7 +71,7 @@ def device_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and cuda_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, {device} is older"
     return None
 
@@ -276,7 +277,7 @@ def _block_k(k: int) -> int:
 def overlap(x: Tensor) -> dict[str, bool]:
     """Say whether a kernel on this device is launched before the one that it follows has ended."""
     overlaps = OVERLAPS_LAUNCHES and x.is_cuda and torch.version.hip is None
-    overlaps = overlaps and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    overlaps = overlaps and cuda_capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .dilated_attention_eager import eager_attention
-from .dilated_attention_torch import torch_attention
+from .dilated_attention_torch import has_fused_kernel, torch_attention
 from .dilated_attention_triton import triton_attention, triton_refusal
 from .dilation_pattern import DilationPattern
 from .logical_positions import check_cu_seqlens, positions_from_cu_seqlens, positions_from_mask
@@ -48,7 +48,7 @@ def dilated_attention(
         attention_mask: ``[B, L]`` bool or integer, nonzero = real token. Padding has no position, is never reached, and
             its own output is 0.
         cu_seqlens: ``[n + 1]`` integer starts of packed documents, and last L; needs B == 1. Packed documents never
-            see each other.
+            see each other. Compiled code does not look at the values: they have to be right.
         scale: positive factor on the scores, ``1 / sqrt(D)`` if None.
         dropout: probability of dropping an attention weight, ``0 <= dropout < 1``.
         backend: ``"eager"`` (dense masks, the reference), ``"torch"`` (plain PyTorch, linear memory), ``"triton"``
@@ -130,7 +130,7 @@ def choose_backend(
         return backend
     whole = attention_mask is None and cu_seqlens is None and query.dtype != torch.float32
     refusal: str | None
-    if backend == "auto" and whole and pattern.is_ordinary(query.shape[2]):
+    if backend == "auto" and whole and pattern.is_ordinary(query.shape[2]) and has_fused_kernel(query, key, value):
         refusal = "on this input the pattern is ordinary attention, for which PyTorch's own kernels are the fastest"
     else:
         refusal = triton_refusal(query, key, value, pattern, dropout)

@@ -14,6 +14,7 @@ import torch
 
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
+from .cuda_capability import cuda_capability
 from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
@@ -112,7 +113,7 @@ def gluon_refusal(device: torch.device) -> str | None:
     """Say why no Gluon kernel for Hopper serves a device, None if they do."""
     if triton is None:
         return "this triton has no Gluon for Hopper"
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or torch.version.hip is not None or cuda_capability(device) != (9, 0):
         return "the device is no Hopper"
     if tuple(map(int, triton.__version__.split(".")[:2])) not in TESTED_RELEASES:
         return f"not tested with triton {triton.__version__}"

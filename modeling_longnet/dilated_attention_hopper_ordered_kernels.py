@@ -56,7 +56,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _terms_met,
 )
 from .dilated_attention_hopper_progress_kernels import _await_grids_before, _let_next_start
-from .dilated_attention_order_kernels import Tiles
+from .dilated_attention_order_kernels import OrderedWork
 from .dilated_attention_tile_kernels import RUNTIME
 
 
@@ -317,7 +317,7 @@ def hopper_bwd_kernel(
     _let_next_start()
     shared = _allocate(k_desc.dtype, V)
     fence_async_shared()
-    work = Tiles(
+    work = OrderedWork(
         heads, first_lane, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
         windows[0], previous_windows[0], rates[0], classes, periods, runs, tiles, first_mark, tallies_ptr + number,
         tallies_ptr + counters, before,

@@ -49,8 +49,8 @@ class Work(NamedTuple):
     before_in_last: Any = 0
 
 
-class Tiles(NamedTuple):
-    """All tiles of a launch, to be drawn.
+class OrderedWork(NamedTuple):
+    """All tiles of a launch whose sums are added up in a fixed order, to be drawn.
 
     A *class* is a place in a period (or a slot of packed documents); a *run* of tiles, one per lane and period, has
     one tile in each class; a *lane* is a KV head of one row of the batch. Runs are worked off one after the other, last

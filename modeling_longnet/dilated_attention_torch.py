@@ -6,7 +6,8 @@ merging at all: the gradient of one softmax over all pieces is each piece's ordi
 *final* out and lse.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 
 import torch
@@ -58,7 +59,7 @@ def torch_attention(
     call = Call(pattern, is_causal, scale, dropout, seed)
     eagerly = not return_lse and not torch.compiler.is_compiling()
     if eagerly and _is_one_piece(call, query, attention_mask, cu_seqlens):
-        kernel = _kernel(call, query, key, None, seed)
+        kernel = _kernel(call, query, key, value, None, seed)
         if isinstance(kernel, _FusedKernel):  # it brings its own gradient, for less time of the host
             return kernel.attend(query, key, value, is_causal), None
     out, lse = _attention(query, key, value, attention_mask, cu_seqlens, call)
@@ -89,8 +90,8 @@ def _documents(
 
 def _is_one_piece(call: Call, query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
     """Say whether the reach is the whole input, as in ordinary attention, so that nothing needs views and merging."""
-    whole = attention_mask is None and cu_seqlens is None and query.numel() > 0
-    return whole and call.pattern.is_ordinary(query.shape[2])
+    whole = attention_mask is None and cu_seqlens is None and 0 < query.shape[0] <= BLOCKS_PER_CALL
+    return whole and query.shape[2] > 0 and call.pattern.is_ordinary(query.shape[2])
 
 
 def _views(call: Call, length: int, batch: int, num_heads: int, num_kv_heads: int) -> Iterator["PieceView"]:
@@ -111,7 +112,7 @@ def _forward(
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     if _is_one_piece(call, query, attention_mask, cu_seqlens):
-        return _kernel(call, query, key, None, call.seed).forward(query, key, value, call.is_causal)
+        return _kernel(call, query, key, value, None, call.seed).forward(query, key, value, call.is_causal)
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
@@ -138,8 +139,10 @@ def _backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out = grad_out.contiguous()
+    if not _rows_are_aligned(grad_out):
+        grad_out = grad_out.clone()
     if _is_one_piece(call, query, attention_mask, cu_seqlens):
-        kernel = _kernel(call, query, key, grad_lse, call.seed)
+        kernel = _kernel(call, query, key, value, grad_lse, call.seed)
         gradients = kernel.backward(query, key, value, out, lse, grad_out, call.is_causal)
         return tuple(gradient.to(query.dtype) for gradient in gradients)
     gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (query, key, value)]
@@ -196,7 +199,7 @@ def piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> It
     """Split a piece until each part is a 4-D view: one stride for the blocks or batch, one for heads or residues."""
     query, key, shape = piece
     if query.blocks == 1:
-        parts = [(query, key, range(batch))]
+        parts = [(query, key, range(b, min(b + BLOCKS_PER_CALL, batch))) for b in range(0, batch, BLOCKS_PER_CALL)]
     else:
         parts = [
             (
@@ -243,7 +246,7 @@ def fold_forward(
         q, k, v = view.of_query(query), view.of_key(key), view.of_key(value)
         if view.shape == UPPER:  # with the rows in reverse order it is a lower triangle
             q, k, v = (x.flip(2) for x in (q, k, v))
-        kernel = _kernel(call, q, k, None, seed)
+        kernel = _kernel(call, q, k, v, None, seed)
         piece_out, piece_lse = kernel.forward(q, k, v, view.shape != FULL)
         if view.shape == UPPER:
             piece_out, piece_lse = piece_out.flip(2), piece_lse.flip(2)
@@ -279,7 +282,7 @@ def fold_backward(
         if view.shape == UPPER:
             inputs = [x.flip(2) for x in inputs]
             piece_grad_lse = None if piece_grad_lse is None else piece_grad_lse.flip(2)
-        kernel = _kernel(call, *inputs[:2], piece_grad_lse, seed)
+        kernel = _kernel(call, *inputs[:3], piece_grad_lse, seed)
         gradients = kernel.backward(*inputs, view.shape != FULL)
         if view.shape == UPPER:
             gradients = [x.flip(2) for x in gradients]
@@ -289,31 +292,38 @@ def fold_backward(
             total.add_(piece)
 
 
-def _kernel(call: Call, query: Tensor, key: Tensor, grad_lse: Tensor | None, seed: int):
+def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Say whether one of PyTorch's fused kernels for CUDA serves: rows of whole 16 bytes, each at a multiple of them."""
+    head_dim, dtype = query.shape[3], query.dtype
+    if head_dim % 8 or not _rows_are_aligned(query, key, value):
+        return False
+    return head_dim <= 256 if dtype in (torch.bfloat16, torch.float16) else dtype == torch.float32
+
+
+def _kernel(call: Call, query: Tensor, key: Tensor, value: Tensor, grad_lse: Tensor | None, seed: int):
     """Choose the fastest exact kernel for one piece: PyTorch's fused ones where they apply."""
     if call.dropout or grad_lse is not None:
         return _PlainKernel(call.scale, call.dropout, seed, grad_lse)
-    if query.is_cuda:
-        _, _, num_rows, head_dim = query.shape
-        if head_dim % 8 or not _rows_are_aligned(query):
-            return _PlainKernel(call.scale)
-        if query.dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
-            large = num_rows >= CUDNN_MIN_ROWS and key.shape[2] >= CUDNN_MIN_ROWS and head_dim <= 128
-            if large and cuda_capability(query.device) >= (9, 0):
-                return _CudaCudnnKernel(call.scale)
-            return _CudaFlashKernel(call.scale)
-        if query.dtype == torch.float32:
-            return _CudaEfficientKernel(call.scale)
-    elif query.is_cpu:
+    if query.is_cpu:
         return _CpuFlashKernel(call.scale)
-    return _PlainKernel(call.scale)
+    if not query.is_cuda or not has_fused_kernel(query, key, value):
+        return _PlainKernel(call.scale)
+    if query.dtype == torch.float32:
+        return _CudaEfficientKernel(call.scale)
+    large = query.shape[2] >= CUDNN_MIN_ROWS and key.shape[2] >= CUDNN_MIN_ROWS and query.shape[3] <= 128
+    # The gradients of cuDNN's differ from run to run, as PyTorch knows.
+    if large and cuda_capability(query.device) >= (9, 0) and not torch.are_deterministic_algorithms_enabled():
+        return _CudaCudnnKernel(call.scale)
+    return _CudaFlashKernel(call.scale)
 
 
-def _rows_are_aligned(x: Tensor) -> bool:
+def _rows_are_aligned(*tensors: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as the CUDA kernels' vector loads need."""
-    stride_b, stride_h, stride_l, _ = x.stride()
-    # Elements have a power of two bytes: low bits that no stride sets are set in no multiple either.
-    return (x.data_ptr() | (stride_b | stride_h | stride_l) * x.element_size()) % 16 == 0
+    bits = 0  # elements have a power of two bytes: low bits that no stride sets are set in no multiple either
+    for x in tensors:
+        stride_b, stride_h, stride_l, _ = x.stride()
+        bits |= x.data_ptr() | (stride_b | stride_h | stride_l) * x.element_size()
+    return bits % 16 == 0
 
 
 class _FusedKernel:
@@ -409,12 +419,24 @@ def _sum_heads(grad: Tensor, x: Tensor) -> Tensor:
     return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
+def _without_autocast(method: Callable) -> Callable:
+    """Have a kernel's products in the dtype that it chose: the backward needs the very scores of the forward."""
+
+    @functools.wraps(method)
+    def run(self, q: Tensor, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return method(self, q, *args)
+
+    return run
+
+
 class _PlainKernel:
     """Matrix products in chunks of bounded size: any device and dtype, dropout, and gradients through lse."""
 
     def __init__(self, scale: float, dropout: float = 0.0, seed: int = 0, grad_lse: Tensor | None = None):
         self.scale, self.dropout, self.seed, self.grad_lse = scale, dropout, seed, grad_lse
 
+    @_without_autocast
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(q.dtype, torch.float32)
         out = torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -426,6 +448,7 @@ class _PlainKernel:
             lse[blocks, :, rows] = chunk_lse.flatten(1, 2)
         return out, lse
 
+    @_without_autocast
     def backward(self, q, k, v, out, lse, grad_out, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         dtype = lse.dtype
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))

@@ -42,6 +42,7 @@ except ImportError:  # triton_refusal says so before anything here is needed
 
 
 MAX_HEAD_DIM = 256
+MAX_BATCH = 2**16 - 1  # the largest grid in that dimension
 MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
 MAX_PLANS = 1024  # that are kept, of each direction: as many kinds of calls as lengths, batches and layers differ in
 
@@ -106,6 +107,8 @@ def refusal_of_any_heads(query: Tensor, pattern: DilationPattern, dropout: float
         return f"the fused kernels support head_dim up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     if max(pattern.dilation_rates) > MAX_DILATION_RATE:
         return f"the fused kernels support dilation rates up to {MAX_DILATION_RATE}, got {max(pattern.dilation_rates)}"
+    if query.shape[0] > MAX_BATCH:
+        return f"the fused kernels take up to {MAX_BATCH} rows at once, got {query.shape[0]}"
     if torch.version.hip is None and cuda_capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None
@@ -254,14 +257,14 @@ def _plan_launch(
     return KernelLaunch(kernel, (slots, heads, batch), arguments, constants, **options)
 
 
-def _plan_stats(layouts: dict[str, TensorLayout], has_dlse: bool) -> KernelLaunch:
+def _plan_stats(layouts: dict[str, TensorLayout], dlse: TensorLayout | None) -> KernelLaunch:
     batch, num_heads, length, head_dim = layouts["query"].shape
     block = 64
     arguments = (
-        Pointer("out"), Pointer("do"), Pointer("lse"), Pointer("dlse") if has_dlse else None, Pointer("stats"),
+        Pointer("out"), Pointer("do"), Pointer("lse"), None if dlse is None else Pointer("dlse"), Pointer("stats"),
         *layouts["out"].strides[:3], *layouts["do"].strides[:3], length,
     )  # fmt: skip
-    constants = {"HAS_DLSE": has_dlse, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "BLOCK_M": block}
+    constants = {"HAS_DLSE": dlse is not None, "HEAD_DIM": head_dim, "BLOCK_D": block_d(head_dim), "BLOCK_M": block}
     return KernelLaunch(stats_kernel, (_cdiv(length, block), num_heads, batch), arguments, constants, num_warps=4)
 
 
@@ -339,12 +342,12 @@ def _forward(
 
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _backward_plan(
-    do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, has_dlse: bool,
+    do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, dlse: TensorLayout | None,
     kind: Kind,
 ) -> tuple[Plan, Scratch | None]:  # fmt: skip
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
-    stats = _plan_stats(layouts, has_dlse)
+    stats = _plan_stats(layouts, dlse)
     if hopper_refusal("bwd", [query, key, value, do], kind.call.pattern, kind.padded, kind.call.is_causal) is None:
         launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
         return Plan(query.device, (stats, *launches)), scratch
@@ -419,12 +422,13 @@ def _backward(
         return dq, dk, dv
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
     kind = Kind(documents.packing, attention_mask is not None, call)
+    dlse = None if dlse is None else dlse.contiguous()
     plan, scratch = _backward_plan(
-        layout_of(do), layout_of(query), layout_of(key), layout_of(value), layout_of(out), dlse is not None, kind
+        *map(layout_of, (do, query, key, value, out)), None if dlse is None else layout_of(dlse), kind
     )
     plan.run(
         query=query, key=key, value=value, do=do, out=out, lse=lse.contiguous(),
-        dlse=None if dlse is None else dlse.contiguous(), stats=torch.empty_like(lse, dtype=torch.int64),
+        dlse=dlse, stats=torch.empty_like(lse, dtype=torch.int64),
         dq=dq, dk=dk, dv=dv, **_allocate(scratch, query.device), **documents._asdict(),
     )  # fmt: skip
     return dq, dk, dv

@@ -36,7 +36,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(
-            "cu_seqlens must be int32 of shape [documents + 1] with at least one document, "
+            "cu_seqlens must be int32 or int64 of shape [documents + 1] with at least one document, "
             f"got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
     if torch.compiler.is_compiling() or _LastChecked.is_it(cu_seqlens, length):

@@ -14,7 +14,13 @@ try:
     import triton
     import triton.language as tl
 
-    from modeling_longnet.dilated_attention_order_kernels import Tiles, _blocks_met, _met_by_next, _placed, _rows_of
+    from modeling_longnet.dilated_attention_order_kernels import (
+        OrderedWork,
+        _blocks_met,
+        _met_by_next,
+        _placed,
+        _rows_of,
+    )
 except ImportError:  # needs_interpreter says so
     triton = None
 
@@ -72,7 +78,7 @@ def tiles_of(launch, cu_seqlens) -> list[dict[str, int]]:
     """Return what the kernel of a launch reckons for each of its tiles, in the order in which they are drawn."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments))
     v = SimpleNamespace(**{name: getattr(x, "value", x) for name, x in vars(launch.constants["V"]).items()})
-    tiles = Tiles(
+    tiles = OrderedWork(
         given["heads"], given["first_lane"], cu_seqlens, given["length"], given["num_documents"], given["search_steps"],
         given["period"], given["tiles_per_period"], given["windows"][0], given["previous_windows"][0],
         given["rates"][0], given["classes"], given["periods"], given["runs"], given["tiles"], given["first_mark"],

@@ -149,6 +149,13 @@ def test_the_fused_kernels_say_what_they_do_not_support():
     assert refusal in ("triton is not installed", "the fused kernels need a CUDA device, the inputs are on cpu")
 
 
+def test_an_empty_batch_takes_no_kernel():
+    query, keys, places = torch.zeros(0, 4, 1, 16), torch.zeros(0, 2, 5, 16), torch.zeros(0, 2, 5, dtype=torch.int64)
+    oldest, newest = torch.zeros(0, 2, 1, 1, dtype=torch.int64), torch.zeros(0, 1, dtype=torch.int64)
+    out = attend_decoding(query, keys, keys, places, places, oldest, newest, count_overlaps=False, scale=1.0)
+    assert out.shape == query.shape
+
+
 @needs_interpreter
 def test_kernel_logic_in_the_interpreter():
     interpret(__file__)

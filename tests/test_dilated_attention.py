@@ -15,7 +15,7 @@ from strategies import Call, calls
 from torch import Tensor
 from torch.testing import assert_close
 
-from modeling_longnet import DilationPattern, dilated_attention, dilated_attention_torch
+from modeling_longnet import DilationPattern, attention_operator, dilated_attention, dilated_attention_torch
 from modeling_longnet.dilated_attention_torch import _CudaCudnnKernel, _CudaEfficientKernel, _rows_are_aligned
 
 
@@ -534,6 +534,71 @@ def test_autocast_casts_mixed_inputs_and_gives_each_its_own_gradient_dtype(backe
     expected = dilated_attention(query.bfloat16(), key.bfloat16(), value, PAPER, backend=backend)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_products_beside_dropout_are_exact_under_autocast(backend):
+    """A backward outside of autocast has to meet the scores that the forward computed."""
+    tensors = [(3 * x.detach()).bfloat16().requires_grad_() for x in random_call(RETROFIT, 60).tensors()]
+    options = {"dropout": 1e-12, "backend": backend}  # no weight is dropped, but the kernels are those of dropout
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dilated_attention(*tensors, RETROFIT, **options)
+    gradients = torch.autograd.grad(out.float().square().sum(), tensors)
+    expected = dilated_attention(*tensors, RETROFIT, **options)
+    assert torch.equal(out, expected)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected.float().square().sum(), tensors)):
+        assert torch.equal(ours, theirs)
+
+
+class _OnCuda:
+    """A tensor that says it is on a CUDA device."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda", 0)
+
+    def __init__(self, x: Tensor):
+        self.x = x
+
+    def __getattr__(self, name):
+        return getattr(self.x, name)
+
+
+@pytest.mark.parametrize("odd", range(3), ids=["query", "key", "value"])
+def test_kernels_of_cuda_need_every_tensor_aligned(odd, monkeypatch):
+    monkeypatch.setattr(dilated_attention_torch, "cuda_capability", lambda device: (9, 0))
+    call = attention_operator.Call(PAPER, True, 1.0)
+    chosen = lambda *xs: type(dilated_attention_torch._kernel(call, *map(_OnCuda, xs), None, 0)).__name__  # noqa: E731
+    aligned = [torch.zeros(1, 2, 512, 64, dtype=torch.bfloat16) for _ in range(3)]
+    assert chosen(*aligned) == "_CudaCudnnKernel"
+    assert chosen(*[x[:, :, :100] for x in aligned]) == "_CudaFlashKernel"
+    assert chosen(*[x[..., :20] for x in aligned]) == "_PlainKernel"
+    assert chosen(*[x.float() for x in aligned]) == "_CudaEfficientKernel"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert chosen(*aligned) == "_CudaFlashKernel"
+    aligned[odd] = torch.zeros(1, 2, 512, 72, dtype=torch.bfloat16)[..., 1:65]
+    assert chosen(*aligned) == "_PlainKernel"
+
+
+@pytest.mark.parametrize("head_dim", [20, 24])
+def test_auto_takes_the_fused_kernels_where_pytorch_has_none(head_dim, monkeypatch):
+    module = sys.modules[dilated_attention.__module__]
+    monkeypatch.setattr(module, "triton_refusal", lambda *call: None)
+    x = torch.zeros(1, 2, 16, head_dim, dtype=torch.bfloat16)
+    ordinary = DilationPattern((16,), (1,))
+    assert module.choose_backend("auto", x, x, x, ordinary, None, None, 0.0) == ("triton" if head_dim % 8 else "torch")
+
+
+def test_a_batch_beyond_a_grid_is_cut(monkeypatch):
+    call = random_call(PAPER, 12, batch=5)
+    whole = evaluate(operator(PAPER, "torch"), call.tensors(), *call.cotangents())
+    seen = []
+    kernel = dilated_attention_torch._kernel
+    monkeypatch.setattr(
+        dilated_attention_torch, "_kernel", lambda call, q, *rest: seen.append(len(q)) or kernel(call, q, *rest)
+    )
+    monkeypatch.setattr(dilated_attention_torch, "BLOCKS_PER_CALL", 2)
+    cut = evaluate(operator(PAPER, "torch"), call.tensors(), *call.cotangents())
+    assert max(seen) == 2
+    assert_close(cut, whole, **EXACT)
 
 
 @every_backend

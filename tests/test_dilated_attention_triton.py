@@ -603,6 +603,7 @@ def test_refusals_name_the_reason():
     assert "float64" in refusal(query.double())
     assert "dropout=0.1" in refusal(dropout=0.1)
     assert "up to 256, got 264" in refusal(query.new_zeros(1, 1, 8, 264))
+    assert "up to 65535 rows at once, got 65536" in refusal(query.expand(2**16, -1, -1, -1))
     assert "got 2097152" in refusal(pattern=DilationPattern((2**22,), (2**21,)))
 
 
