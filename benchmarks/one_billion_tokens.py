@@ -142,9 +142,9 @@ def store(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None
     beside.replace(path)
 
 
-def load(path: Path, about: dict[str, str], device: str) -> dict[str, Tensor]:
+def load(path: Path, about: dict[str, str]) -> dict[str, Tensor]:
     """Read a stored file, if it belongs to a run with the same settings."""
-    with safe_open(path, "pt", device=device) as file:
+    with safe_open(path, "pt") as file:
         if file.metadata() != about:
             raise SystemExit(
                 f"{path} belongs to a run with other settings, {file.metadata()}; remove it or use --state"
@@ -175,7 +175,7 @@ def main() -> None:
     model = build_model(args, device)
     began = time.monotonic()
     if model_file.exists():
-        model.load_state_dict(load(model_file, about, device))
+        model.load_state_dict(load(model_file, about))
         model.eval()
     else:
         train(model, corpus, args)
@@ -188,8 +188,8 @@ def main() -> None:
     means = torch.zeros(num_chunks, device=device)  # loss of each chunk
     tokens, seconds, peak_before = TokenStream(model), 0.0, 0.0
     if state_file.exists():
-        state = load(state_file, about, device)
-        means, seconds = state.pop("means"), float(state.pop("seconds"))
+        state = load(state_file, about)
+        means, seconds = state.pop("means").to(device), float(state.pop("seconds"))
         peak_before = float(state.pop("peak_mib"))
         tokens.load_state_dict(state)
         print(f"goes on at token {tokens.position:,}")

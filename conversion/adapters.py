@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from modeling_longnet import LongNetConfig, LongNetForCausalLM
 
-from .atomic_folder import atomic_folder, check_target
+from .atomic_folder import atomic_folder, check_target, write_report
 from .families import find_family, unfuse
-from .hub import check_repo_id, find_folder, push_folder
+from .hub import check_repo_id, find_folder, interruptible_upload, push_folder
 from .steps import CARRIED_FILES, carry_files, check_apart, command_line, versions
 from .stored_model import skeleton
 from .weights import StoredTensor, read_header, read_json, write_file
@@ -44,7 +44,7 @@ def convert_adapter(
         adapter: the new base model, folder or model id; of it only config.json is read.
         revision: branch, tag or commit of a source on the Hub.
         push_to_hub: repository to upload the finished target to; created, private, if it does not exist.
-        overwrite: replace an existing adapter at ``target``, in one step at the end.
+        overwrite: replace an earlier conversion at ``target``, in one step at the end.
         progress: print what is done.
 
     Returns:
@@ -85,13 +85,14 @@ def convert_adapter(
     with atomic_folder(target, overwrite) as partial:
         write_file(partial / WEIGHTS_NAME, tensors)
         (partial / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        (partial / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         carry_files(folder, partial)
         _carry_card(folder, partial, name)
-    if progress:
-        print(f"{len(tensors)} tensors fit {type(base).__name__} at {name}\nwrote      {target}", flush=True)
-    if push_to_hub is not None:
-        push_folder(target, push_to_hub, f"Move {source} to {name}")
+        write_report(partial, report)
+    with interruptible_upload(target, push_to_hub):
+        if progress:
+            print(f"{len(tensors)} tensors fit {type(base).__name__} at {name}\nwrote      {target}", flush=True)
+        if push_to_hub is not None:
+            push_folder(target, push_to_hub, f"Move {source} to {name}")
     return report
 
 

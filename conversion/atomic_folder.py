@@ -3,11 +3,17 @@
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+
+REPORT_NAME = "conversion_report.json"
+# What Python and the Hub's client leave in a folder for themselves.
+LEFT_BY_TOOLS = ("__pycache__", ".cache/huggingface")
 
 
 @contextlib.contextmanager
@@ -21,7 +27,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         target: folder to create; its parents are created as needed. Where it is a symbolic link, the folder that the
             link names is replaced, and the link stays.
-        overwrite: replace an existing checkpoint folder.
+        overwrite: replace what an earlier conversion wrote: a folder whose report lists every file in it.
 
     Raises:
         ValueError: if ``target`` exists and may not be replaced, or another process is making it.
@@ -43,7 +49,8 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that may not be created or replaced.
 
     Raises:
-        ValueError: if it exists without ``overwrite``, is neither empty nor a checkpoint, or would lie in a file.
+        ValueError: if it exists without ``overwrite``, is neither empty nor all written by a conversion, or would lie
+            in a file.
     """
     if not os.path.lexists(target):
         above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
@@ -52,11 +59,47 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another target or pass overwrite (--overwrite)")
-    marked = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if not target.is_dir() or (any(target.iterdir()) and not marked):
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    written = _written_files(target)
+    if written is None:
         raise ValueError(
-            f"{target} is no checkpoint folder (no config.json), so it is not overwritten; remove it first"
+            f"{target} is no checkpoint folder of a conversion (no {REPORT_NAME} that lists its files), so it is not "
+            "overwritten; remove it first"
         )
+    if (foreign := _first_foreign(target, written)) is not None:
+        raise ValueError(
+            f"{target} holds {foreign}, which no conversion wrote, so it is not overwritten; move that elsewhere first"
+        )
+
+
+def write_report(folder: Path, report: dict) -> None:
+    """Write a conversion's report once all other files are there, and list them: these, and no more, are replaceable."""
+    written = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    report["files"] = sorted([*written, REPORT_NAME])
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _written_files(folder: Path) -> set[str] | None:
+    """Return what the folder's report lists; None if it has no report or that lists nothing."""
+    try:
+        files = json.loads((folder / REPORT_NAME).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return set(files) if isinstance(files, list) and all(isinstance(name, str) for name in files) else None
+
+
+def _first_foreign(folder: Path, written: set[str]) -> str | None:
+    """Name the first file or folder, in order of their names, that is neither written nor holds what is."""
+    above = {parent.as_posix() for name in (*written, *LEFT_BY_TOOLS) for parent in Path(name).parents}
+    foreign = []
+    for parent, names, files in os.walk(folder):
+        inside = Path(parent).relative_to(folder)
+        strange = [name for name in names if (inside / name).as_posix() not in {*above, *LEFT_BY_TOOLS}]
+        foreign += [f"{(inside / name).as_posix()}/" for name in strange]
+        foreign += [name for file in files if (name := (inside / file).as_posix()) not in written]
+        names[:] = [name for name in names if name not in strange and (inside / name).as_posix() not in LEFT_BY_TOOLS]
+    return min(foreign, default=None)
 
 
 @contextlib.contextmanager

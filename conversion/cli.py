@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--push-to-hub", metavar="REPO", help="upload the finished TARGET to REPO (created, private, if new)"
     )
-    output.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at TARGET")
+    output.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at TARGET")
     output.add_argument(
         "--no-verify", dest="verify", action="store_false", help="skip the comparison of logits with the source"
     )
@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
             print(plan(**{name: value for name, value in chosen.items() if name in planning}).describe())
             return 0
         convert(**chosen, progress=not quiet)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", debug)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted; nothing was written", debug)
     except Exception as error:
         return _fail(str(error) or type(error).__name__, debug)
     return 0

@@ -58,7 +58,8 @@ def convert_checkpoint(
         push_to_hub: repository to upload the finished target to; created, private, if it does not exist.
         verify: compare logits of source and target, in float32 and the checkpoint's dtype, before ``target`` appears.
         verify_tokens: how many tokens of text to compare, at most ``w_0`` and the trained context.
-        overwrite: replace an existing checkpoint at ``target``, in one step at the end.
+        overwrite: replace an earlier conversion at ``target``, in one step at the end; a folder with anything else in it
+            is left alone.
         progress: print the plan to stdout and progress bars to stderr.
 
     Returns:

@@ -1,6 +1,9 @@
 """The Hugging Face Hub: where a source comes from and a finished checkpoint may go."""
 
+import contextlib
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -57,4 +60,28 @@ def push_folder(folder: Path, repo_id: str, message: str) -> None:
         api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
     except Exception as error:  # whatever the network or the Hub's answer come up with
-        raise ValueError(f"{folder} is finished, but uploading it to {repo_id} failed: {error}") from error
+        raise ValueError(
+            f"{folder} is finished, but uploading it to {repo_id} failed: {error}; {_how_to_upload(folder, repo_id)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def interruptible_upload(folder: Path, repo_id: str | None) -> Iterator[None]:
+    """Let an interrupt in the block say what is left to do: the checkpoint is finished, and stays.
+
+    Args:
+        folder: the finished checkpoint.
+        repo_id: where the block uploads it; None if nowhere.
+
+    Raises:
+        KeyboardInterrupt: with a message, where one without came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        upload = f", but its upload to {repo_id} is not; {_how_to_upload(folder, repo_id)}" if repo_id else ""
+        raise KeyboardInterrupt(f"interrupted; {folder} is finished{upload}") from interrupt
+
+
+def _how_to_upload(folder: Path, repo_id: str) -> str:
+    return f"upload it with: {shlex.join(['hf', 'upload', '--private', repo_id, str(folder), '.'])}"

@@ -5,12 +5,11 @@ Nothing is written before everything that can be known from headers and config i
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic_folder import atomic_folder, check_target
-from .hub import check_repo_id, push_folder
+from .atomic_folder import atomic_folder, check_target, write_report
+from .hub import check_repo_id, interruptible_upload, push_folder
 from .plan import Plan
 from .steps import (
     carry_files,
@@ -90,14 +89,15 @@ def convert(
             "verification": describe_verification(verification),
             "versions": versions(),
         }
-        (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         (folder / "README.md").write_text(plan.card(report), encoding="utf-8")
-    if progress:
-        if not_finite := report["weights"]["not_finite"]:
-            print(f"warning    {describe_not_finite(not_finite)}")
-        print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
-    if push_to_hub is not None:
-        push_folder(target, push_to_hub, f"Convert {plan.name} to {plan.becomes}")
+        write_report(folder, report)
+    with interruptible_upload(target, push_to_hub):
         if progress:
-            print(f"uploaded   {push_to_hub}")
+            if not_finite := report["weights"]["not_finite"]:
+                print(f"warning    {describe_not_finite(not_finite)}")
+            print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
+        if push_to_hub is not None:
+            push_folder(target, push_to_hub, f"Convert {plan.name} to {plan.becomes}")
+            if progress:
+                print(f"uploaded   {push_to_hub}")
     return report

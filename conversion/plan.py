@@ -14,11 +14,8 @@ from modeling_longnet import (
     DilationPattern,
     LongNetConfig,
     LongNetForCausalLM,
-    LongNetForQuestionAnswering,
-    LongNetForSequenceClassification,
-    LongNetForTokenClassification,
-    LongNetModel,
 )
+from modeling_longnet.modeling_longnet import AUTO_MAP
 
 from .model_card import fill_model_card
 from .source_weights import read_weights
@@ -33,15 +30,6 @@ from .weights import (
     files_of,
     shard_layout,
     total_bytes,
-)
-
-
-LOADABLE_AS = (
-    LongNetModel,
-    LongNetForCausalLM,
-    LongNetForSequenceClassification,
-    LongNetForTokenClassification,
-    LongNetForQuestionAnswering,
 )
 
 
@@ -198,10 +186,7 @@ class LongNetPlan(Plan):
 
     def write_config(self, folder: Path) -> None:
         """Save config.json and the package's own files next to it, as transformers does for custom models."""
-        self.config.auto_map = {
-            model_class._auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
-            for model_class in LOADABLE_AS
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         custom_object_save(skeleton(LongNetForCausalLM, self.config), folder, config=self.config)
         self.config.save_pretrained(folder)
 

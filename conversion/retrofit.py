@@ -6,12 +6,12 @@ forward; the change is not saved (a saved model loads as ordinary full attention
 static caches are refused. ``convert_checkpoint`` has none of these limits.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from modeling_longnet import DilationPattern, dilated_attention
+from modeling_longnet.token_layout import documents_from_position_ids
 
 
 NAME = "longnet_retrofit"
@@ -114,7 +114,7 @@ def _retrofit_attention(
         )
     starts = None
     if attention_mask is None and position_ids is not None and num_new == length:
-        starts = _document_starts(position_ids.expand(batch, length))
+        starts, _ = documents_from_position_ids(position_ids, None, (batch, length))
     if starts is not None:
         query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))  # [1, H, B * L, D]
     # The operator takes one query per key: queries for the past are made up, and their outputs dropped.
@@ -131,20 +131,6 @@ def _retrofit_attention(
     )
     out = out[:, :, length - num_new :].transpose(1, 2)  # [B, T, H, D]
     return (out if starts is None else out.reshape(batch, length, *out.shape[2:])), None
-
-
-def _document_starts(position_ids: Tensor) -> Tensor | None:
-    """Find packed documents where ``position_ids [B, L]`` restart.
-
-    Returns:
-        ``[documents + 1]`` int32 over the rows laid end to end; None if every row is one document.
-    """
-    restarts = position_ids.diff(dim=1) != 1  # [B, L - 1]
-    if not restarts.any():
-        return None
-    first_of_document = F.pad(restarts, (1, 0), value=True).flatten()  # [B * L]
-    starts = first_of_document.nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
 
 
 def _keep_padding_mask(

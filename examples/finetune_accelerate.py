@@ -4,6 +4,7 @@
     accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/finetune_accelerate.py --model FOLDER
 
 With ``--checkpoints`` the same command takes a killed run up again, and takes the very steps that it would have taken.
+With ``--output`` the adapter and the tokenizer end there, for ``AutoPeftModelForCausalLM.from_pretrained``.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from modeling_longnet.head_loss import next_tokens, token_losses
 from training.documents import python_packages
 from training.packing import PackedRows
 from training.perplexity import PerplexityByPosition
+from training.step_folders import Progress, StepFolders, digest_of_weights, save_adapter
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,11 +35,14 @@ parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--learning-rate", type=float, default=5e-3)
 parser.add_argument("--qlora", action="store_true", help="hold --model in 4 bits (bitsandbytes)")
 parser.add_argument("--tune-embeddings", action="store_true", help="train embeddings and norms too, not LoRA alone")
-parser.add_argument("--checkpoints", type=Path, help="folder to save to, and to resume from")
+parser.add_argument("--checkpoints", type=Path, help="folder to save to, and to resume from; the last two are kept")
+parser.add_argument("--output", type=Path, help="folder to create for the tuned adapter of --model and its tokenizer")
 parser.add_argument("--log-with", choices=["tensorboard", "trackio"], help="follow the loss there")
 args = parser.parse_args()
 if args.qlora and not args.model:
     parser.error("--qlora holds the weights of --model in 4 bits; give --model")
+if args.output and (not args.model or args.output.exists()):
+    parser.error(f"--output {args.output} takes the adapter of a --model, and must not exist yet")
 try:
     kind = AutoConfig.from_pretrained(args.model).model_type if args.model else "longnet"
 except (OSError, ValueError) as error:
@@ -59,6 +64,7 @@ else:
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=four_bits if args.qlora else None)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encode = lambda text: tokenizer(text, verbose=False)["input_ids"]  # noqa: E731
+settings = {"weights": digest_of_weights(model, accelerator)}  # what the steps follow from
 beside_lora = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]  # as LongLoRA does
 model = get_peft_model(model, LoraConfig(
     task_type="CAUSAL_LM", r=16, lora_alpha=32, modules_to_save=beside_lora if args.tune_embeddings else None,
@@ -66,6 +72,12 @@ model = get_peft_model(model, LoraConfig(
 ))  # fmt: skip
 if args.length > 8192:  # then memory goes to activations
     model.base_model.model.activation_checkpointing_enable()
+settings |= {name: getattr(args, name) for name in ("length", "learning_rate", "qlora", "tune_embeddings")}
+folders = StepFolders(args.checkpoints, accelerator, settings, args.model)
+try:
+    resumed = folders.step(args.steps)
+except ValueError as error:
+    parser.error(f"--checkpoints: {error}")
 
 
 def packed_rows(held_out: bool, rank: int = 0, world_size: int = 1) -> PackedRows:
@@ -91,25 +103,13 @@ def perplexity_by_position() -> dict[str, float]:
     return metric.compute()
 
 
-class Progress:
-    """The losses so far: their number is the step."""
-
-    losses: list[float] = []
-
-    def state_dict(self) -> dict:
-        return {"losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.losses = state["losses"]
-
-
 rows, progress = packed_rows(False, accelerator.process_index, accelerator.num_processes), Progress()
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.learning_rate)
 model, optimizer = accelerator.prepare(model, optimizer)  # not the loader: it would read one batch ahead
 accelerator.register_for_checkpointing(rows, progress)
 before = perplexity_by_position()
-if saved := sorted(args.checkpoints.glob("step_*[0-9]")) if args.checkpoints else []:
-    accelerator.load_state(saved[-1])
+if resumed:
+    folders.load()
     accelerator.print(f"resumed at step {len(progress.losses)}")
 accelerator.init_trackers("finetune")
 batches = iter(())
@@ -124,11 +124,10 @@ for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerato
     progress.losses.append(loss.item())
     accelerator.log({"loss": loss.item()}, step=step)
     if args.checkpoints and (step + 1) % 10 == 0:
-        folder = args.checkpoints / f"step_{step + 1:07}"
-        accelerator.save_state(f"{folder}.part")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:  # whole or not at all
-            Path(f"{folder}.part").rename(folder)
+        folders.save(step + 1)
+if args.output:
+    save_adapter(args.output, accelerator, model, tokenizer)
+    accelerator.print(f"wrote {args.output}")
 after = perplexity_by_position()
 accelerator.end_training()
 fall = f"from {before['perplexity']:.2f} to {after['perplexity']:.2f}"
@@ -136,4 +135,5 @@ if not after["perplexity"] < before["perplexity"]:
     raise SystemExit(f"held-out perplexity did not fall: it went {fall}")
 accelerator.print("held-out perplexity by position:", {name: round(x, 2) for name, x in after.items()})
 accelerator.print("losses:", *(f"{loss:.6f}" for loss in progress.losses))
-accelerator.print(f"checked: in {args.steps} steps of LoRA held-out perplexity falls {fall}")
+now = f", {args.steps - resumed} of them in this run," if resumed else ""
+accelerator.print(f"checked: in {args.steps} steps of LoRA{now} held-out perplexity falls {fall}")

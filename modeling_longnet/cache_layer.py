@@ -569,11 +569,16 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Hold what another cache held, in the same slots; ``check_state`` must allow it."""
+        """Hold what another cache held, in the same slots; ``check_state`` must allow it.
+
+        A layer that holds tokens already keeps its dtype and device, an empty one takes the state's.
+        """
         if not state:
             self.reset()
             return
         slots, columns, keys, values = int(state["slots"]), int(state["columns"]), state["keys"], state["values"]
+        if self.keys is not None:
+            keys, values = keys.to(self.keys), values.to(self.values)
         fits = self.is_initialized and self.keys is not None and self.keys.shape == keys.shape
         if not (self.is_compileable and fits and slots == self.max_length):
             self.max_length = slots if self.is_compileable else None

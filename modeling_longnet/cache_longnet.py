@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache_layer import LongNetCacheLayer
-from .configuration_longnet import UNBOUNDED
+from .configuration_longnet import LAYER_FIELDS, UNBOUNDED
 from .dilation_pattern import DilationPattern
 from .logical_positions import positions_from_mask
 from .once_per_pass import OncePerPass
@@ -52,7 +52,7 @@ class LongNetCache(Cache):
         ]
         super().__init__(layers=layers, offloading=offloading)
         self._config = config
-        self._served: PretrainedConfig | None = None  # the config that check_fits saw last
+        self._served: list | None = None  # the fields that check_fits found to fit
 
     @property
     def is_empty(self) -> bool:
@@ -65,7 +65,10 @@ class LongNetCache(Cache):
         Raises:
             ValueError: if the number of layers or a layer's pattern differs.
         """
-        if self._served is config:
+        # For every token, so without attribute access. Lists are copied: they may be edited in place.
+        fields = vars(config)
+        fields = [list(x) if isinstance(x, list) else x for x in map(fields.get, LAYER_FIELDS)]
+        if self._served == fields:
             return
         if len(self.layers) != config.num_hidden_layers:
             raise ValueError(
@@ -80,7 +83,7 @@ class LongNetCache(Cache):
                     f"layer {i} of the cache holds {_kept_by(layer.pattern)}, the model reaches {_kept_by(needed)}; "
                     "make it LongNetCache(model.config)"
                 )
-        self._served = config
+        self._served = fields
 
     def reserve(self, num_tokens: int) -> None:
         """Make sure that so many more tokens fit; waits for the device unless any number does.

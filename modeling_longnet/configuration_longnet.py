@@ -19,6 +19,16 @@ PATTERN_FIELDS = (
     "window",
 )
 
+# What the patterns of a model's layers follow from: ``layer_pattern`` reads these fields and no others.
+LAYER_FIELDS = (
+    *PATTERN_FIELDS,
+    "num_hidden_layers",
+    "dense_layers",
+    "local_layers",
+    "first_kv_head",
+    "num_key_value_heads",
+)
+
 # Longer than any document: one such undilated branch is ordinary attention.
 UNBOUNDED = 2**62
 # Names of the official code, and what they are here.
@@ -127,19 +137,10 @@ class LongNetConfig(LlamaConfig):
             rules = DilationPattern.preset(kwargs["preset"], (1,), (1,))
             fix = ", ".join(f"{name}={getattr(rules, name)!r}" for name in PATTERN_FIELDS[2:])
             raise ValueError(f"LongNetConfig has no field 'preset'; give the rules of {kwargs['preset']!r} as {fix}")
+        own = LongNetConfig.__annotations__.keys() - LlamaConfig.__annotations__.keys()
         for name in kwargs:
             if name in TORCHSCALE:
                 raise ValueError(f"LongNetConfig has no field {name!r}; it is {TORCHSCALE[name]} here")
-            own = (
-                *PATTERN_FIELDS,
-                "backbone",
-                "sub_layernorm",
-                "xpos_scale_base",
-                "loss_implementation",
-                "dense_layers",
-                "local_layers",
-                "layers_without_rope",
-            )
             if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
                 raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
         if self.backbone not in BACKBONES:

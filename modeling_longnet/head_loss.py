@@ -94,6 +94,24 @@ def check_labels(labels: Tensor, tokens: torch.Size) -> None:
         raise ValueError(f"labels must give each of the {list(tokens)} tokens one, got shape {list(labels.shape)}")
 
 
+def check_tokens(targets: Tensor, vocabulary: int, ignored: int = IGNORED) -> None:
+    """Refuse targets that are no tokens of the vocabulary; waits for the device, so not in compiled code.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if targets.numel() and not torch.compiler.is_compiling():
+        _refuse_outside(*torch.stack(targets.where(targets != ignored, 0).aminmax()).tolist(), vocabulary)
+
+
+def _refuse_outside(least: int, most: int, vocabulary: int) -> None:
+    if least < 0 or most >= vocabulary:
+        raise ValueError(
+            f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {vocabulary - 1}; they reach from {least} "
+            f"to {most}"
+        )
+
+
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """Compute each token's own loss, ``[B, L]`` for ``hidden [B, L, hidden]``, 0 where there is no target.
@@ -128,11 +146,7 @@ def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[
         return
     extremes = targets.where(found, 0).aminmax()
     *counts, least, most = torch.stack([*(part.sum() for part in found.split(size)), *extremes]).tolist()
-    if least < 0 or most >= vocabulary:
-        raise ValueError(
-            f"labels must be {IGNORED} or tokens of the vocabulary, 0 to {vocabulary - 1}; they reach from {least} "
-            f"to {most}"
-        )
+    _refuse_outside(least, most, vocabulary)
     for i, count in enumerate(counts):
         chunk = slice(i * size, min((i + 1) * size, len(targets)))
         if 0 < count < chunk.stop - chunk.start:

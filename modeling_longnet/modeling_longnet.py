@@ -30,7 +30,8 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .decoding_graph import GraphedCall
 from .decoding_token import decode_token, decoding_refusal, head_refusal, model_refusal, token_logits
-from .head_loss import check_labels, head_loss, logits_loss, next_tokens
+from .head_loss import IGNORED, check_labels, check_tokens, head_loss, logits_loss, next_tokens
+from .registered_names import register_adapter_targets, register_class_names
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
 from .sequence_tiles import in_tiles
@@ -70,13 +71,14 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
-        name = super()._check_and_adjust_attn_implementation(*args, **kwargs)
-        if name not in ATTENTION_NAMES:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # First: transformers would look for packages, kernels and flags, and advise what does not help here.
+        if attn_implementation is not None and attn_implementation not in ATTENTION_NAMES:
             raise ValueError(
-                f"attn_implementation={name!r} is no dilated attention; use one of {', '.join(ATTENTION_NAMES)}"
+                f"attn_implementation={attn_implementation!r} is no dilated attention; use one of "
+                f"{', '.join(ATTENTION_NAMES)}"
             )
-        return name
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh: Any) -> nn.Module:
@@ -271,6 +273,9 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             given = labels if shift_labels is None else shift_labels
             assert given is not None
             check_labels(given, logits.shape[:-1])
+            # A row's first label is shifted out: nothing predicts it.
+            targets = given[..., 1:] if shift_labels is None else given
+            check_tokens(targets, logits.shape[-1], kwargs.get("ignore_index", IGNORED))
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
@@ -319,10 +324,44 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             logger.debug("torch.compile, for the fused decoding step does not serve: %s", refusal)
         return super().get_compiled_call(compile_config)
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: LongNetCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one forward pass as ``transformers`` does; a mask no longer than ``input_ids`` says that they are all.
+
+        What a cache has read of them is left out then: assisted decoding begins with all tokens, whatever it holds.
+        """
+        if next_sequence_length is None and past_key_values is not None and inputs_embeds is None:
+            num_tokens, held = input_ids.shape[1], past_key_values.get_seq_length()
+            if attention_mask is not None and attention_mask.shape[1] == num_tokens > held:
+                next_sequence_length = num_tokens - held
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
+
+    def _assisted_decoding(
+        self, input_ids: Tensor, *args: Any, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
         cache = kwargs.get("past_key_values")
+        if cache is not None and (held := cache.get_seq_length()):
+            num_tokens = input_ids.shape[1]
+            if kwargs.get("attention_mask") is None:  # dropped where all tokens are real; its length is needed
+                of_all = getattr(generation_config, "_mask_length", num_tokens)
+                kwargs["attention_mask"] = input_ids.new_ones(len(input_ids), of_all)
+            if kwargs["attention_mask"].shape[1] != num_tokens or num_tokens <= held:
+                raise ValueError(
+                    f"assisted decoding from a cache of {held} tokens needs these and at least one new one in "
+                    f"input_ids, got {num_tokens}: give the whole sequence"
+                )
         try:
-            return super()._assisted_decoding(*args, **kwargs)
+            return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
         finally:  # the cache may go on without anybody who crops it
             for layer in [] if cache is None else cache.layers:
                 layer.record_past = False
@@ -335,6 +374,11 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} needs input_ids, which transformers splits; "
+                "leave it out with inputs_embeds"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             implementation = generation_config.cache_implementation
             if implementation not in (None, "dynamic", "offloaded"):
@@ -414,6 +458,8 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_longnet.LongNetForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_longnet.LongNetForQuestionAnswering",
 }
+register_class_names(LongNetConfig.model_type, AUTO_MAP)
+register_adapter_targets(LongNetConfig.model_type)
 
 
 __all__ = [

@@ -108,7 +108,7 @@ def locate_tokens(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch * length)
     if cu_seqlens is None and position_ids is not None and begins and length > 1:
-        cu_seqlens, real_tokens = _documents_from_position_ids(position_ids, attention_mask, shape)
+        cu_seqlens, real_tokens = documents_from_position_ids(position_ids, attention_mask, shape)
     else:
         real_tokens = None
     if cu_seqlens is not None:
@@ -209,10 +209,19 @@ def _row_parts(
     return starts, {row: (first, last) for row, first, last in ends}
 
 
-def _documents_from_position_ids(
+def documents_from_position_ids(
     position_ids: Tensor, attention_mask: Tensor | None, shape: tuple[int, int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Find packed documents where positions restart; ``(None, None)`` if every row is one document."""
+    """Find packed documents where positions restart, in the rows of ``shape`` (B, L) laid end to end.
+
+    Args:
+        position_ids: ``[B or 1, L]``.
+        attention_mask: ``[B, L]``, nonzero = real, or None.
+
+    Returns:
+        ``[documents + 1]`` int32, where each starts among the real tokens, and the flat indices of these, None without a
+        mask; ``(None, None)`` if every row is one document.
+    """
     if attention_mask is None and not bool((position_ids[:, 1:] != position_ids[:, :-1] + 1).any()):
         return None, None
     flat = position_ids.expand(shape).flatten()

@@ -66,7 +66,7 @@ class TokenStream:
         losses = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=hidden.device)
         head = self.model.lm_head
         if self.last_hidden_state is not None:
-            losses[:, :1] = token_losses(self.last_hidden_state, head, tokens[:, :1])
+            losses[:, :1] = token_losses(self.last_hidden_state.to(hidden), head, tokens[:, :1])
         losses[:, 1:] = token_losses(hidden[:, :-1], head, tokens[:, 1:])
         self.last_hidden_state = hidden[:, -1:].clone()  # not a view, which would keep the chunk alive
         self.position += tokens.shape[1]
@@ -86,17 +86,33 @@ class TokenStream:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state, as if its tokens had been scored here.
 
+        As with a module's, tensors move to the model's device, and those of a model of another dtype are rounded to this
+        one's; a state of the same dtype goes on bit for bit.
+
         Raises:
             ValueError: if the state lacks a tensor, or one has another shape than in a state of this model and cache.
                 The stream stays as it is then.
         """
         self._check(state)
         prefix = "cache."
-        self.cache.load_state_dict(
-            {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-        )
+        held = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        self.cache.load_state_dict(self._moved(held, state.get("last_hidden_state")))
         self.position = int(state["position"])
         self.last_hidden_state = state.get("last_hidden_state")
+
+    def _moved(self, held: dict[str, Tensor], last_hidden_state: Tensor | None) -> dict[str, Tensor]:
+        """Bring a cache's keys and values to where, and to the dtype in which, the model computes; the rest follows."""
+        # What tells the dtype of the state's model is its hidden state: under autocast values may be of another one.
+        witness = held.get("0.keys") if last_hidden_state is None else last_hidden_state
+        dtype = None if witness is None or witness.dtype == self.model.dtype else self.model.dtype
+        moved = dict(held)
+        for i, layer in enumerate(self.model.model.layers):
+            device = next(layer.parameters()).device
+            for name in (f"{i}.keys", f"{i}.values"):
+                if name in held:
+                    # A layer whose weights wait elsewhere until it runs is on no device yet.
+                    moved[name] = held[name].to(device=None if device.type == "meta" else device, dtype=dtype)
+        return moved
 
     def _check(self, state: dict[str, Tensor]) -> None:
         """Refuse what lacks or misfits beside the cache's tensors, which the cache checks itself."""

@@ -39,12 +39,14 @@ class LongNetTrainer(Trainer):
                 f"compute_loss_func would see one of cp_size={self.get_cp_size()} slices of the sequence; leave it out, "
                 "the model computes its part of the loss"
             )
-        # The stock Trainer smooths labels over all logits at once; the model does it chunk by chunk.
-        self.label_smoother = None
+        # The stock Trainer smooths labels over all logits at once; a causal LM does it chunk by chunk.
+        self._model_smooths = hasattr(self.model, "lm_head")  # through PEFT, too
+        if self._model_smooths or self.get_cp_size() > 1:  # the other heads refuse slices, but not without labels
+            self.label_smoother = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as the stock Trainer does, with label smoothing left to the model."""
-        if self.args.label_smoothing_factor:
+        """Compute the loss as the stock Trainer does, with label smoothing left to a causal LM itself."""
+        if self.args.label_smoothing_factor and self._model_smooths:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -161,6 +161,55 @@ def test_assisted_and_prompt_lookup_decoding_equal_greedy(preset):
     assert torch.equal(model.generate(tokens, assistant_model=model, **kwargs), greedy)
 
 
+@pytest.mark.parametrize("max_length", [None, 120])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_assisted_and_prompt_lookup_decoding_continue_from_a_cache(preset, padding, max_length):
+    model, helper = tiny_model(preset, dense_layers=(1,)), tiny_model(preset, seed=1)
+    helper.lm_head.weight.data.copy_(model.lm_head.weight)
+    tokens = random_tokens(1, 8).repeat(1, 4)
+    kwargs = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    mask = left_padding(padding, length=tokens.shape[1])
+    first = model.generate(
+        tokens, attention_mask=mask, past_key_values=LongNetCache(model.config, max_length=max_length),
+        return_dict_in_generate=True, **kwargs,
+    )  # fmt: skip
+    tokens = torch.cat([first.sequences, random_tokens(1, 8)], dim=1)
+    kwargs["attention_mask"] = left_padding(padding, length=tokens.shape[1])
+    greedy = model.generate(tokens, **kwargs)
+    for assistance in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": helper}, {"assistant_model": model}):
+        cache = copy.deepcopy(first.past_key_values)
+        assert torch.equal(model.generate(tokens, past_key_values=cache, **assistance, **kwargs), greedy)
+
+
+@pytest.mark.parametrize("num_given", [8, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_assisted_decoding_from_a_cache_needs_all_tokens(num_given, masked):
+    model, tokens = tiny_model("retrofit"), random_tokens(1, 60)
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :50], past_key_values=cache)
+    mask = {"attention_mask": left_padding(2, length=60)} if masked else {}
+    message = (
+        f"a cache of 50 tokens needs these and at least one new one in input_ids, got {num_given}: give the whole"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate(
+            tokens[:, -num_given:], past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **mask
+        )
+
+
+def test_a_prompt_of_embeddings_is_not_read_in_chunks():
+    model, tokens = tiny_model(), random_tokens(3, 70)
+    embeds = model.get_input_embeddings()(tokens)
+    for ids in ({}, {"input_ids": tokens}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=13 needs input_ids, .* leave it out with inputs_emb"):
+            model.generate(inputs_embeds=embeds, prefill_chunk_size=13, max_new_tokens=2, **ids)
+    assert torch.equal(
+        model.generate(inputs_embeds=embeds, max_new_tokens=9), model.generate(tokens, max_new_tokens=9)[:, 70:]
+    )
+
+
 def test_generation_continues_from_a_returned_cache():
     model, tokens = tiny_model("retrofit"), random_tokens(2, 30)
     kwargs = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}

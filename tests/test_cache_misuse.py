@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
+from tiny_models import VOCABULARY, random_tokens, tiny_config, tiny_model
 
 from modeling_longnet import DecodingGraph, DilationPattern, LongNetCache, decoding_token
 from modeling_longnet.cache_layer import LongNetCacheLayer
+from modeling_longnet.configuration_longnet import LAYER_FIELDS
 
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -120,6 +121,50 @@ def test_a_cache_serves_the_model_that_it_was_made_for(read):
         goes_on(model, cache, torch.cat([random_tokens(2, read), random_tokens(2, 9, seed=1)], dim=1), read)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"dense_layers": (1,)},
+        {"dense_layers": [1]},
+        {"local_layers": (0,)},
+        {"segment_lengths": (8, 16, 64)},
+        {"dilation_rates": [1, 2, 2]},
+        {"head_offsets": "blocked", "count_overlaps": True},
+        {"count_overlaps": True},
+        {"dilate_queries": True},
+        {"window": "segment"},
+        {"num_hidden_layers": 1},
+        {"first_kv_head": 0, "num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_a_cache_does_not_serve_a_config_that_was_edited(edit):
+    assert set().union(edit) <= set(LAYER_FIELDS)
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 30)
+    cache = filled(model, tokens)
+    for name, value in edit.items():
+        setattr(model.config, name, value)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"layer \d of the cache holds|the cache has 2 layers"):
+        model(tokens[:, :1], past_key_values=cache)
+
+
+def test_a_list_that_is_edited_in_place_is_seen():
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 30)
+    model.config.local_layers = []
+    cache = filled(model, tokens)
+    model.config.local_layers.append(1)
+    with pytest.raises(ValueError, match="layer 1 of the cache holds"):
+        model(tokens[:, :1], past_key_values=cache)
+
+
+def test_layer_patterns_follow_from_the_fields_that_are_compared():
+    model = tiny_model("retrofit", local_layers=(0,), dense_layers=(1,))
+    other = tiny_config("paper", hidden_size=64, head_dim=4)
+    for name in LAYER_FIELDS:
+        setattr(other, name, getattr(model.config, name))
+    assert [other.layer_pattern(i) for i in range(2)] == [model.config.layer_pattern(i) for i in range(2)]
+
+
 @pytest.mark.parametrize("max_length", [0, -3, 1.5, True, "x", float("inf")])
 def test_max_length_is_a_number_of_tokens(max_length):
     with pytest.raises(ValueError, match="max_length must be an integer of at least 1 token, got"):
@@ -168,6 +213,22 @@ def test_labels_of_another_shape_are_named_in_evaluation_too():
     for labels in (tokens[:, :40], tokens[:1]):
         with pytest.raises(ValueError, match=r"each of the \[2, 50\] tokens one, got shape"):
             model(tokens, labels=labels)
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1, 155])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("train", [False, True])
+def test_labels_outside_the_vocabulary_are_named_in_evaluation_too(token, smoothing, train):
+    model, tokens = tiny_model().train(train), random_tokens(2, 50)
+    labels = tokens.clone()
+    labels[0] = -100
+    labels[:, 0] = token  # nothing predicts a row's first token
+    assert model(tokens, labels=labels, label_smoothing=smoothing).loss.isfinite()
+    labels[1, 7] = token
+    message = f"tokens of the vocabulary, 0 to {VOCABULARY - 1}; they reach from .*{token}"
+    for given in ({"labels": labels}, {"shift_labels": labels}):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, label_smoothing=smoothing, **given)
 
 
 def test_slots_that_enlarge_double_and_stay_marked_for_the_compiler(monkeypatch):

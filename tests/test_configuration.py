@@ -1,12 +1,14 @@
 """LongNetConfig: defaults, round trips, and that bad values cannot pass."""
 
+import dataclasses
+import difflib
 import json
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny_models import random_tokens, tiny_config, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 from modeling_longnet.dilation_pattern import PRESETS
@@ -50,11 +52,35 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"subln": True}, "no field 'subln'; it is sub_layernorm here"),
         ({"no_scale_embedding": True}, "no field 'no_scale_embedding'; it is scale_embedding, its opposite, here"),
         ({"dilated_queries": True}, "'dilated_queries'; did you mean 'dilate_queries'"),
+        ({"qknorm": True}, "'qknorm'; did you mean 'qk_norm'"),
+        ({"scale_embeddings": True}, "'scale_embeddings'; did you mean 'scale_embedding'"),
+        ({"trained_contxt": 5}, "'trained_contxt'; did you mean 'trained_context'"),
+        ({"layer_norm_epsilon": 1e-3}, "'layer_norm_epsilon'; did you mean 'layer_norm_eps'"),
     ],
 )
 def test_bad_values_raise_with_the_numbers_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+def test_every_field_of_longnets_own_is_known_when_misspelt():
+    fields = {field.name for field in dataclasses.fields(LongNetConfig)}
+    own = fields - {field.name for field in dataclasses.fields(LlamaConfig)}
+    assert {"segment_lengths", "qk_norm", "xpos", "source_config"} < own and "hidden_act" not in own
+    for name in own:
+        with pytest.raises(ValueError, match=f"no field '{name}_'; did you mean '{name}'"):
+            tiny_config(**{f"{name}_": None})
+
+
+def test_no_keyword_of_transformers_passes_for_a_misspelt_field():
+    fields = {field.name for field in dataclasses.fields(LongNetConfig)}
+    words = {*PreTrainedConfig().to_dict(), *LlamaConfig().to_dict(), *GenerationConfig().to_dict()}
+    words |= {name for name in dir(LlamaConfig()) if not name.startswith("__")}
+    words |= {"rope_theta", "rope_scaling", "torch_dtype", "attn_implementation", "trust_remote_code"}
+    given = words - fields  # the fields are no keywords that anything else gets to see
+    assert len(given) > 100
+    own = fields - {field.name for field in dataclasses.fields(LlamaConfig)}
+    assert {name: near for name in given if (near := difflib.get_close_matches(name, own, cutoff=0.8))} == {}
 
 
 def test_a_preset_is_given_as_its_rules():

@@ -214,6 +214,36 @@ def test_an_interrupt_leaves_nothing_and_says_so(source, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def interrupted_upload(self, **options):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_upload_says_that_the_target_is_finished_and_how_to_go_on(
+    source, tmp_path, capsys, monkeypatch
+):
+    target = tmp_path / "a target"
+    command = [str(source), str(target), "--quiet", "--no-verify", "--push-to-hub", "me/x"]
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, repo_id, **options: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", interrupted_upload)
+    assert main(command) == 1
+    assert capsys.readouterr().err == (
+        f"longnet-convert: error: interrupted; {target} is finished, but its upload to me/x is not; upload it with: "
+        f"hf upload --private me/x '{target}' .\n"
+    )
+    assert (target / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["a target"]
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: None)
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_an_interrupt_after_the_target_appeared_does_not_say_that_there_is_none(source, tmp_path, capsys, monkeypatch):
+    def interrupt(verification):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("conversion.pipeline.describe_outcome", interrupt)
+    assert main([str(source), str(tmp_path / "target"), "--no-verify"]) == 1
+    assert capsys.readouterr().err == f"longnet-convert: error: interrupted; {tmp_path / 'target'} is finished\n"
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(source, tmp_path, capsys):
     assert main([str(source), str(tmp_path / "target"), "--dry-run", "--context", "1024"]) == 0
     printed = capsys.readouterr().out.splitlines()

@@ -237,6 +237,17 @@ def test_a_failed_upload_leaves_the_finished_checkpoint_and_says_so(source, tmp_
 
     monkeypatch.setattr(RecordingHub, "create_repo", refuse)
     monkeypatch.setattr("conversion.hub.HfApi", RecordingHub)
-    with pytest.raises(ValueError, match="target is finished, but uploading it to me/x failed: no way out"):
+    refused = (
+        r"target is finished, but uploading it to me/x failed: no way out; upload it with: hf upload --private me/x /"
+    )
+    with pytest.raises(ValueError, match=refused):
         convert_checkpoint(source, tmp_path / "target", push_to_hub="me/x", verify=False, **QUIET)
     assert (tmp_path / "target" / "model.safetensors").exists()
+
+
+def test_what_was_pushed_can_be_converted_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(RecordingHub, "calls", [], raising=False)
+    monkeypatch.setattr("conversion.hub.HfApi", RecordingHub)
+    for _ in range(2):
+        convert_checkpoint(source, tmp_path / "target", push_to_hub="me/x", verify=False, overwrite=True, **QUIET)
+    assert [call[0] for call in RecordingHub.calls] == ["create", "upload"] * 2

@@ -26,7 +26,7 @@ import conversion.steps
 import conversion.verify
 import conversion.weights
 from conversion import convert_checkpoint
-from conversion.atomic_folder import atomic_folder
+from conversion.atomic_folder import atomic_folder, write_report
 from conversion.plan_family import plan_conversion
 from conversion.weights import copy_weights, read_header
 from modeling_longnet import DilationPattern, LongNetForCausalLM
@@ -734,14 +734,16 @@ def test_a_bad_option_is_refused_before_anything_is_written(source, tmp_path, ca
 def test_an_existing_target_is_kept_unless_overwritten(source, tmp_path):
     target = tmp_path / "target"
     convert_checkpoint(source, target, segment_lengths=[32, 64], **QUIET)
-    (target / "notes.txt").write_text("of the old checkpoint")
     before = files_of(target)
     with pytest.raises(ValueError, match="exists already; choose another target or pass overwrite"):
         convert_checkpoint(source, target, **QUIET)
     assert files_of(target) == before
+    (target / "__pycache__").mkdir()
+    (target / "__pycache__" / "modeling_longnet.pyc").write_text("left by Python")
+    (target / ".cache" / "huggingface" / "upload").mkdir(parents=True)  # left by an upload
     convert_checkpoint(source, target, overwrite=True, **QUIET)
     assert json.loads((target / "config.json").read_text())["segment_lengths"] == [64, 128, 256]
-    assert not (target / "notes.txt").exists()
+    assert not (target / "__pycache__").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
@@ -763,12 +765,72 @@ def test_a_link_to_a_checkpoint_stays_and_the_folder_behind_it_is_replaced(tmp_p
     (real / "config.json").write_text("old")
     link.symlink_to(real)
     (real.parent / ".real.partial").symlink_to(real)
+    write_report(real, {})
     with atomic_folder(link, overwrite=True) as folder:
         (folder / "config.json").write_text("new")
         assert (real / "config.json").read_text() == "old"
     assert link.readlink() == real and not real.is_symlink()
     assert files_of(real) == {"config.json": b"new"}
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "disk", "link", "real"]
+
+
+FOREIGN = {
+    "a file": (["thesis.txt"], "thesis.txt"),
+    "the first of several": (["runs/events", "checkpoint-10/model.safetensors"], "checkpoint-10/"),
+    "tuned weights in more files": (["model-00001-of-00002.safetensors"], "model-00001-of-00002.safetensors"),
+    "beside the templates": (["additional_chat_templates/mine.jinja"], "additional_chat_templates/mine.jinja"),
+    "beside the Hub's own": ([".cache/mine/notes"], ".cache/mine/"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_no_conversion_wrote_is_never_overwritten(source, tmp_path, case):
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    target, (names, first) = tmp_path / "target", FOREIGN[case]
+    convert_checkpoint(source, target, **QUIET)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("precious")
+    before = files_of(target)
+    with pytest.raises(ValueError, match=rf"target holds {first}, which no conversion wrote, .* move that elsewhere"):
+        convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert files_of(target) == before
+    for name in names:
+        (target / name).unlink()
+        if not any((target / name).parent.iterdir()):
+            (target / name).parent.rmdir()
+    convert_checkpoint(source, target, overwrite=True, **QUIET)
+
+
+@pytest.mark.parametrize("report", [None, "{}", "[]", "not JSON", '{"files": [1]}'])
+def test_a_folder_whose_report_lists_no_files_is_not_overwritten(source, tmp_path, report):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / "thesis.txt").write_text("precious")
+    if report is not None:
+        (target / "conversion_report.json").write_text(report)
+    before = files_of(target)
+    with pytest.raises(
+        ValueError, match=r"no checkpoint folder of a conversion \(no conversion_report.json that lists"
+    ):
+        convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert files_of(target) == before
+
+
+def test_what_comes_into_the_target_while_it_is_converted_again_is_kept(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    convert_checkpoint(source, target, **QUIET)
+
+    def copy_while_somebody_writes(tensors, folder, *args):
+        (target / "notes.txt").write_text("precious")
+        return conversion.weights.copy_weights(tensors, folder, *args)
+
+    monkeypatch.setattr(conversion.pipeline, "copy_weights", copy_while_somebody_writes)
+    with pytest.raises(ValueError, match="target holds notes.txt, which no conversion wrote"):
+        convert_checkpoint(source, target, overwrite=True, **QUIET)
+    assert (target / "notes.txt").read_text() == "precious"
 
 
 def test_only_checkpoints_are_overwritten(source, tmp_path):
@@ -787,8 +849,10 @@ def test_only_checkpoints_are_overwritten(source, tmp_path):
 
 @pytest.mark.parametrize("place", [".", "inside", "..", "link"])
 def test_source_and_target_must_lie_apart(source, tmp_path, place):
-    (tmp_path / "link").symlink_to(source)
-    (tmp_path / "config.json").write_text("{}")  # the parent would pass for a checkpoint
+    if place == "link":
+        (tmp_path / "link").symlink_to(source)
+    write_report(source, {})  # it would pass for a converted checkpoint
+    write_report(tmp_path, {})  # and so would the parent
     target = tmp_path / "link" if place == "link" else source / place
     before = files_of(source)
     with pytest.raises(ValueError, match="must not be or contain one another"):

@@ -10,9 +10,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from checkpoints import make_tokenizer
+from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
+from safetensors import safe_open
 from tiny_models import tiny_config
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from modeling_longnet import LongNetForCausalLM
 
@@ -88,6 +91,12 @@ def test_examples_refuse_what_they_cannot_train(tmp_path):
         ),
         ("finetune_accelerate", ["--model", "llama"], "--model llama is a llama model, no LongNet; convert it first"),
         ("finetune_accelerate", ["--model", "/no/such"], "--model /no/such cannot be read: "),
+        ("finetune_accelerate", ["--output", "out"], "--output out takes the adapter of a --model, and must not"),
+        (
+            "finetune_accelerate",
+            ["--model", "llama", "--output", "llama"],
+            "--output llama takes the adapter of a --model, and must not exist",
+        ),
     ):
         finished = run([sys.executable, EXAMPLES / f"{name}.py", *options], tmp_path)
         assert finished.returncode == 2 and message in finished.stderr.splitlines()[-1]
@@ -99,6 +108,116 @@ def test_accelerate_launch_runs_the_loop(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options]
     finished = run([*launch, EXAMPLES / "finetune_accelerate.py", "--steps=20"], tmp_path)
     assert_fact(finished, r"in 20 steps of LoRA held-out perplexity falls from \S+ to \S+")
+
+
+FINE_TUNE = [sys.executable, EXAMPLES / "finetune_accelerate.py", "--length=128"]
+FELL = r"held-out perplexity falls from \S+ to \S+"
+
+
+def make_longnet(folder: Path, seed: int, **fields) -> None:
+    """Save a random LongNet model that a few steps can tune, with its tokenizer."""
+    torch.manual_seed(seed)
+    fields = {
+        "vocab_size": 288,
+        "segment_lengths": (64, 128),
+        "dilation_rates": (1, 2),
+        "initializer_range": 0.1,
+    } | fields
+    LongNetForCausalLM(tiny_config("retrofit", **fields)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Tune a model for 30 steps; give the folder it ran in, where another model of the same shape lies, and its outcome."""
+    folder = tmp_path_factory.mktemp("tuned")
+    make_longnet(folder / "model", seed=0)
+    make_longnet(folder / "other", seed=1)
+    command = [*FINE_TUNE, "--model=model", "--steps=30", "--checkpoints=checkpoints", "--output=adapter"]
+    return folder, run(command, folder)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_fine_tuning_leaves_an_adapter_that_peft_loads(tuned, monkeypatch):
+    folder, finished = tuned
+    assert_fact(finished, f"in 30 steps of LoRA {FELL}")
+    monkeypatch.chdir(folder)
+    base = AutoModelForCausalLM.from_pretrained("model")
+    tokens = AutoTokenizer.from_pretrained("adapter")("def main(argument): return argument", return_tensors="pt")
+    untuned = base(**tokens).logits
+    automatic = AutoPeftModelForCausalLM.from_pretrained("adapter")  # knows its base model and its kind
+    expected = automatic(**tokens).logits
+    torch.testing.assert_close(PeftModel.from_pretrained(base, "adapter")(**tokens).logits, expected)
+    assert (expected - untuned).abs().max() > 0.1
+    held = tensors_of(folder / "checkpoints" / "step_0000030" / "model.safetensors")
+    ours = {name: x for name, x in automatic.named_parameters() if "lora_" in name}
+    assert held.keys() == ours.keys() and all(torch.equal(held[name], x) for name, x in ours.items())
+
+
+def test_checkpoints_hold_what_is_trained_and_the_last_two_stay(tuned):
+    checkpoints = tuned[0] / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_0000020", "step_0000030"]
+    base = sum(path.stat().st_size for path in (tuned[0] / "model").glob("*.safetensors"))
+    names = tensors_of(checkpoints / "step_0000030" / "model.safetensors").keys()
+    assert names and all(".lora_" in name for name in names)
+    assert (checkpoints / "step_0000030" / "model.safetensors").stat().st_size < base / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--model=other"],
+            r"was saved with weights \w{16} \(of model\), this run has \w{16} \(of other\); repeat",
+        ),
+        ([], r"was saved with weights \w{16} \(of model\), this run has \w{16} \(of None\)"),
+        (["--model=model", "--tune-embeddings"], "was saved with tune_embeddings False .* this run has True"),
+        (["--model=model", "--learning-rate=0.1"], "was saved with learning_rate 0.005 .* this run has 0.1"),
+        (["--model=model", "--length=64"], "was saved with length 128 .* this run has 64"),
+        (["--model=model", "--steps=20"], "has taken 30 steps already; ask for as many or more"),
+    ],
+    ids=["another model", "no model", "embeddings", "learning rate", "length", "steps"],
+)
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(tuned, options, message):
+    finished = run([*FINE_TUNE, "--steps=30", "--checkpoints=checkpoints", *options], tuned[0])
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr and "checked:" not in finished.stdout
+    assert re.search(f"error: --checkpoints: checkpoints/step_0000030 {message}", finished.stderr.splitlines()[-1]), (
+        finished.stderr
+    )
+
+
+def test_a_folder_of_somebody_else_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+    finished = run([*FINE_TUNE, "--checkpoints=checkpoints"], tmp_path)
+    assert finished.returncode == 2
+    assert "checkpoints/step_1 holds no saved step" in finished.stderr.splitlines()[-1]
+    assert (tmp_path / "checkpoints" / "step_1").is_dir()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_resumed_run_ends_with_the_adapter_of_one_that_was_not_stopped(tied, tmp_path, monkeypatch):
+    make_longnet(tmp_path / "model", seed=0, tie_word_embeddings=tied)
+    command = [*FINE_TUNE, "--model=model", "--tune-embeddings"]
+    first = run([*command, "--steps=20", "--checkpoints=checkpoints", "--output=halfway"], tmp_path)
+    assert_fact(first, f"in 20 steps of LoRA {FELL}")
+    resumed = run([*command, "--steps=30", "--checkpoints=checkpoints", "--output=resumed"], tmp_path)
+    assert_fact(resumed, f"in 30 steps of LoRA, 10 of them in this run, {FELL}")
+    whole = run([*command, "--steps=30", "--output=whole"], tmp_path)
+    assert_fact(whole, f"in 30 steps of LoRA {FELL}")
+    halfway, ours, theirs = (
+        tensors_of(tmp_path / name / "adapter_model.safetensors") for name in ("halfway", "resumed", "whole")
+    )
+    assert any("embed_tokens" in name for name in theirs) and ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    assert not all(torch.equal(x, halfway[name]) for name, x in ours.items())
+    monkeypatch.chdir(tmp_path)
+    assert AutoPeftModelForCausalLM.from_pretrained("resumed").config.tie_word_embeddings == tied
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,8 @@ KINDS = {
     ("bash", "longnet-"): "test_readme.py::test_the_code_blocks_run_and_print_what_their_comments_say",
     ("bash", "pip install "): "test_packaging.py::test_the_readmes_command_installs_from_a_clone",
     ("text", "paper: "): "test_readme.py::test_the_picture_is_what_the_patterns_reach",
-    ("text", "accelerate launch "): "test_readme.py::test_the_launch_on_many_gpus_runs_on_one_process",
+    ("text", "accelerate launch examples/"): "test_readme.py::test_the_fine_tuning_command_ends_with_an_adapter",
+    ("text", "accelerate launch --"): "test_readme.py::test_the_launch_on_many_gpus_runs_on_one_process",
 }
 
 
@@ -102,8 +103,24 @@ def test_the_code_blocks_run_and_print_what_their_comments_say(workshop):
     assert 4 < float(re.search(r"[\d.]+", nats)[0]) / 3999 < 10  # random tokens, of a hundred, random weights
 
 
+def test_the_fine_tuning_command_ends_with_an_adapter(tmp_path):
+    make_checkpoint(tmp_path / "llama")
+    (convert,) = (code for code in blocks("bash", "longnet-") if " llama-16k " in code)
+    run([sys.executable, "-m", "conversion", *shlex.split(convert)[1:]], tmp_path)
+    (command,) = blocks("text", "accelerate launch examples/")
+    _, _, script, *options = shlex.split(command.replace("\\\n", " "))
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    shorter = ["--length=128", "--steps=10"]
+    printed = run(
+        [sys.executable, "-m", *launch, "--dynamo_backend=no", str(ROOT / script), *options, *shorter], tmp_path
+    )
+    assert "wrote llama-16k-lora" in printed
+    assert {"adapter_config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "llama-16k-lora").iterdir()}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_0000010"]
+
+
 def test_the_launch_on_many_gpus_runs_on_one_process(tmp_path):
-    (command,) = blocks("text", "accelerate launch ")
+    (command,) = blocks("text", "accelerate launch --")
     _, _, *words = shlex.split(command.replace("\\\n", " "))
     options = launch_command_parser().parse_args(words)  # Accelerate knows every option of the launch
     assert options.use_fsdp and options.num_processes > 1

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import random_tokens, tiny_model
 
 
-LOAD = """
+NOT_INSTALLED = """
 import importlib.abc, json, sys
 
 class NotInstalled(importlib.abc.MetaPathFinder):
@@ -25,6 +26,10 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, NotInstalled())
 import torch
+"""
+LOAD = (
+    NOT_INSTALLED
+    + """
 from transformers import (
     AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -50,12 +55,37 @@ reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
 print("RESULT", json.dumps(generated.tolist()))
 """
+)
 
 
-def load_without_the_package(source: str, tokens: torch.Tensor, tmp_path: Path, **environment) -> list:
-    """Generate with the checkpoint in a fresh process that cannot import this package."""
+TRAIN = (
+    NOT_INSTALLED
+    + """
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+source, folder = sys.argv[1:]
+tokens = torch.tensor(json.loads(sys.stdin.read()))
+rows = [{"input_ids": row, "labels": row} for row in tokens]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__, type(model)
+arguments = TrainingArguments(folder, use_cpu=True, report_to="none", label_smoothing_factor=0.3)
+loss = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+targets = []
+for config in (LoraConfig(task_type="CAUSAL_LM"), IA3Config(task_type="CAUSAL_LM")):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+    targets.append(sorted(get_peft_model(model, config).peft_config["default"].target_modules))
+print("RESULT", json.dumps([loss, targets]))
+"""
+)
+
+
+def load_without_the_package(
+    source: str, tokens: torch.Tensor, tmp_path: Path, script: str = LOAD, **environment
+) -> list:
+    """Generate with the checkpoint, or run another script, in a fresh process that cannot import this package."""
     process = subprocess.run(
-        [sys.executable, "-c", LOAD, source, str(tmp_path / "again")],
+        [sys.executable, "-c", script, source, str(tmp_path / "again")],
         input=json.dumps(tokens.tolist()),
         capture_output=True,
         text=True,
@@ -92,6 +122,16 @@ def test_a_saved_checkpoint_runs_where_the_package_is_not_installed(preset, back
     assert load_without_the_package(source, tokens, tmp_path) == expected
     shipped = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"modeling_longnet.py", "configuration_longnet.py", "dilation_pattern.py"} <= shipped
+
+
+def test_a_model_that_came_with_its_code_trains_on_shifted_labels_and_tells_peft_its_modules(tmp_path):
+    model, tokens = tiny_model().float(), random_tokens(2, 40)
+    model.save_pretrained(tmp_path / "checkpoint")
+    loss, targets = load_without_the_package(str(tmp_path / "checkpoint"), tokens, tmp_path, TRAIN)
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.3).item()
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert targets == [["k_proj", "o_proj", "q_proj", "v_proj"], ["down_proj", "k_proj", "v_proj"]]
 
 
 def test_every_class_saves_an_auto_map_for_all_of_them(tmp_path):

@@ -294,6 +294,27 @@ def test_an_adapter_is_moved_over_an_old_one_only_when_asked(source, tmp_path):
     assert main(command) == 0
     assert main(command) == 1
     assert main([*command, "--overwrite"]) == 0
+    (tmp_path / "moved" / "notes.txt").write_text("precious")
+    assert main([*command, "--overwrite"]) == 1
+    assert (tmp_path / "moved" / "notes.txt").read_text() == "precious"
+
+
+def interrupted_upload(folder, repo_id, message):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_upload_of_a_moved_adapter_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(source, tmp_path / "adapter")
+    capsys.readouterr()
+    moved, options = tmp_path / "moved", ["--adapter", str(tmp_path / "longnet"), "--quiet", "--push-to-hub", "me/x"]
+    monkeypatch.setattr("conversion.adapters.push_folder", interrupted_upload)
+    assert main([str(tmp_path / "adapter"), str(moved), *options]) == 1
+    assert capsys.readouterr().err == (
+        f"longnet-convert: error: interrupted; {moved} is finished, but its upload to me/x is not; upload it with: "
+        f"hf upload --private me/x {moved} .\n"
+    )
+    assert (moved / "adapter_model.safetensors").exists()
 
 
 def rename_tensor(folder: Path, old: str, new: str) -> None:

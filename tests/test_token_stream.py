@@ -96,6 +96,66 @@ def test_what_a_given_cache_holds_is_context():
     torch.testing.assert_close(scored.score(tokens[:, 25:]), losses, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_of_another_dtype_is_rounded_to_the_models(dtype, used):
+    tokens = random_tokens(1, 60)
+    first, second = TokenStream(tiny_model("retrofit")), TokenStream(tiny_model("retrofit").to(dtype))  # from float64
+    first.score(tokens[:, :40])
+    if used:
+        second.score(tokens[:, :40])
+    state = first.state_dict()
+    second.load_state_dict(state)
+    for layer, of_state in zip(second.cache.layers, first.cache.layers):
+        assert layer.keys.dtype == layer.values.dtype == layer.dtype == dtype
+        assert torch.equal(layer.keys, of_state.keys.to(dtype)) and torch.equal(
+            layer.values, of_state.values.to(dtype)
+        )
+        assert torch.equal(layer.key_positions, of_state.key_positions)
+    losses, expected = second.score(tokens[:, 40:]), first.score(tokens[:, 40:])
+    torch.testing.assert_close(losses, expected, **(CLOSE if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}))
+    first.load_state_dict(second.state_dict())  # and up again, exactly
+    assert all(layer.keys.dtype == torch.float64 for layer in first.cache.layers)
+    torch.testing.assert_close(first.score(tokens[:, :20]), second.score(tokens[:, :20]), rtol=0.1, atol=0.1)
+    assert all(torch.equal(x, state[name]) and x.dtype == state[name].dtype for name, x in state.items())
+
+
+def test_a_state_taken_under_autocast_keeps_its_bits():
+    model, tokens = tiny_model("retrofit").float(), random_tokens(1, 60)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = TokenStream(model), TokenStream(model)
+        first.score(tokens[:, :40])
+        state = first.state_dict()
+        assert state["cache.0.values"].dtype == torch.bfloat16  # of a model in float32
+        second.load_state_dict(state)
+        assert all(
+            x.dtype == state[name].dtype and torch.equal(x, state[name]) for name, x in second.state_dict().items()
+        )
+        assert torch.equal(second.score(tokens[:, 40:]), first.score(tokens[:, 40:]))
+
+
+def test_a_used_cache_takes_a_state_of_another_dtype_into_its_own():
+    tokens, model = random_tokens(2, 40), tiny_model("retrofit", dense_layers=(1,)).float()
+    given, taken = LongNetCache(model.config), LongNetCache(model.config)
+    with torch.no_grad():
+        tiny_model("retrofit", dense_layers=(1,))(tokens[:, :30], past_key_values=given)
+        model(tokens[:, :9], past_key_values=taken)
+        taken.load_state_dict(given.state_dict())
+        logits = model(tokens[:, 30:], past_key_values=taken).logits
+        torch.testing.assert_close(logits, model(tokens).logits[:, 30:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_state_from_the_host_goes_on_on_the_gpu():
+    tokens = random_tokens(1, 60)
+    first, second = TokenStream(tiny_model("retrofit").float()), TokenStream(tiny_model("retrofit").float().cuda())
+    first.score(tokens[:, :40])
+    second.load_state_dict(first.state_dict())
+    assert {x.device.type for layer in second.cache.layers for x in (layer.keys, layer.seen)} == {"cuda"}
+    losses = second.score(tokens[:, 40:].cuda()).cpu()
+    torch.testing.assert_close(losses, first.score(tokens[:, 40:]), rtol=1e-3, atol=1e-3)
+
+
 STATE_FAULTS = {
     "position": (None, "the state lacks position"),
     "last_hidden_state": (None, "the state lacks last_hidden_state"),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import CPTConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import constants as peft_constants
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -104,6 +106,67 @@ def test_lora_needs_no_target_modules_and_merges_back(tmp_path):
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# Methods of PEFT that find their modules by the model's type, or add tokens, with what they want besides.
+METHODS = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 20},
+    "HRA": {},
+    "IA3": {},
+    "LN_TUNING": {},
+    "LOHA": {},
+    "LOKR": {},
+    "LORA": {"use_dora": True},
+    "OFT": {},
+    "POLY": {"r": 2, "n_tasks": 1, "n_skills": 1},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "RANDLORA": {},
+    "VBLORA": {"vector_length": 16, "num_vectors": 8},
+    "VERA": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # what peft says of every norm
+@pytest.mark.parametrize("backbone", ["llama", "magneto"])
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_trains_without_being_told_the_modules(method, backbone):
+    config_class = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}[method]
+    model, tokens = tiny_model("retrofit", backbone=backbone).float(), random_tokens(1, 40)
+    adapted = get_peft_model(model, config_class(task_type="CAUSAL_LM", **METHODS[method])).train()
+    trainable = [p for p in adapted.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trainable]
+    options = {"task_ids": torch.tensor([0])} if method == "POLY" else {}
+    adapted(input_ids=tokens, labels=tokens, **options).loss.backward()
+    torch.optim.SGD(trainable, lr=0.1).step()
+    assert any(not torch.equal(p, old) for p, old in zip(trainable, before))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+def test_context_aware_prompt_tuning_reads_logits_which_the_config_has_it_get():
+    tokens = random_tokens(1, 40)
+    config = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1])
+    adapted = get_peft_model(tiny_model(loss_implementation="logits").float(), config).train()
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_every_table_of_peft_that_knows_llama_knows_longnet():
+    tables = {name: x for name, x in vars(peft_constants).items() if isinstance(x, dict) and "llama" in x}
+    assert len(tables) > 10
+    for name, targets in tables.items():
+        own = ["q_proj", "k_proj", "v_proj", "o_proj"] if name.endswith("_TO_LORA_TARGET_MODULES_MAPPING") else None
+        assert targets["longnet"] == (own or targets["llama"]), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+def test_prefix_tuning_is_refused_for_the_cache_that_it_brings():
+    adapted = get_peft_model(tiny_model().float(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="LongNet needs a LongNetCache, got DynamicCache"):
+        adapted(input_ids=random_tokens(1, 40))
 
 
 def test_the_trainer_refuses_other_models(tmp_path):

@@ -9,7 +9,15 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, left_padding, random_tokens, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from modeling_longnet import LongNetForCausalLM, LongNetTrainer, head_loss, sequence_tiles
+from modeling_longnet import (
+    LongNetForCausalLM,
+    LongNetForQuestionAnswering,
+    LongNetForSequenceClassification,
+    LongNetForTokenClassification,
+    LongNetTrainer,
+    head_loss,
+    sequence_tiles,
+)
 from modeling_longnet.configuration_longnet import LOSS_IMPLEMENTATIONS
 from modeling_longnet.head_loss import _IMPLEMENTATIONS
 
@@ -161,9 +169,13 @@ def test_evaluating_the_loss_alone_makes_no_logits(tmp_path, small_stretches):
     assert loss == pytest.approx(trainer.model(tokens, labels=tokens).loss.item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("trainer_class", [Trainer, LongNetTrainer])
-def test_label_smoothing_is_the_same_in_both_trainers(trainer_class, tmp_path, small_stretches):
+def test_label_smoothing_is_the_same_in_both_trainers(trainer_class, lora, tmp_path, small_stretches):
     model, tokens = tiny_model("paper").float().train(), random_tokens(2, 40)
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     trainer = trainer_class(model, arguments(tmp_path, label_smoothing_factor=0.1))
     with TensorWatch() as watch:
         loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens})
@@ -171,6 +183,41 @@ def test_label_smoothing_is_the_same_in_both_trainers(trainer_class, tmp_path, s
     torch.testing.assert_close(loss, F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.1))
     # The stock Trainer smooths from all logits; ours leaves it to the chunked loss.
     assert (watch.largest >= 2 * 40 * VOCABULARY) == (trainer_class is Trainer)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize(
+    ("model_class", "task_type", "labels"),
+    [
+        (LongNetForCausalLM, "CAUSAL_LM", {"labels": random_tokens(2, 40)}),
+        (LongNetForSequenceClassification, "SEQ_CLS", {"labels": torch.tensor([0, 2])}),
+        (LongNetForTokenClassification, "TOKEN_CLS", {"labels": random_tokens(2, 40) % 3}),
+        (
+            LongNetForQuestionAnswering,
+            "QUESTION_ANS",
+            {n: torch.tensor([3, 9]) for n in ("start_positions", "end_positions")},
+        ),
+    ],
+)
+def test_every_head_trains_and_evaluates_on_smoothed_labels_as_with_the_stock_trainer(
+    model_class, task_type, labels, lora, tmp_path
+):
+    model = tiny_model("paper", model_class, num_labels=3, classifier_dropout=0.0).float()
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type=task_type, init_lora_weights=False))
+    inputs = {"input_ids": random_tokens(2, 40, seed=1), **labels}
+    rows = [{name: x[i] for name, x in inputs.items()} for i in range(2)]
+    losses = {}
+    for trainer_class, factor in ((Trainer, 0.3), (LongNetTrainer, 0.3), (LongNetTrainer, 0.0)):
+        trainer = trainer_class(model, arguments(tmp_path, label_smoothing_factor=factor), eval_dataset=rows)
+        found = losses[trainer_class, factor] = [trainer.compute_loss(model.train(), dict(inputs)).item()]
+        found.append(trainer.evaluate()["eval_loss"])
+        trainer.args.prediction_loss_only = True
+        found.append(trainer.evaluate()["eval_loss"])
+    assert losses[LongNetTrainer, 0.3] == pytest.approx(losses[Trainer, 0.3], rel=1e-5)
+    has_labels = "labels" in labels  # spans have none: transformers does not smooth them
+    assert (losses[LongNetTrainer, 0.0] == pytest.approx(losses[Trainer, 0.3], rel=1e-3)) != has_labels
 
 
 def products_of_a_step(model, tokens: torch.Tensor) -> int:

@@ -53,6 +53,8 @@ TRAPS = {
     "label smoothing does not shift the labels of an unknown class": (
         "test_trainer.py::test_label_smoothing_shifts_the_labels",
         "test_training.py::test_label_smoothing_is_the_same_in_both_trainers",
+        "test_training.py::test_every_head_trains_and_evaluates_on_smoothed_labels_as_with_the_stock_trainer",
+        "test_remote_code.py::test_a_model_that_came_with_its_code_trains_on_shifted_labels_and_tells_peft_its_modules",
     ),
     "a configuration read from a Llama stays model_type llama in memory": (
         "test_traps.py::test_a_llamas_configuration_becomes_longnets_in_memory_too",
