@@ -5,7 +5,13 @@ import functools
 import torch
 
 
-@functools.cache
 def cuda_capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device."""
+    if torch.compiler.is_compiling():  # which asks once anyway, and warns of what is kept
+        return torch.cuda.get_device_capability(device)
+    return _kept(device)
+
+
+@functools.cache
+def _kept(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
