@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention_operator import NAMESPACE
 from .cache_slots import MAX_BRANCHES
-from .cuda_capability import cuda_capability
+from .cuda_devices import cuda_capability, num_processors
 from .dilation_pattern import DilationPattern
 from .reach_ranges import ReachPass
 
@@ -101,7 +101,7 @@ def _decoding(
         key_positions, key_branches = key_positions.contiguous(), key_branches.contiguous()
     block_n = 64 if head_dim <= 128 else 32
     blocks = triton.cdiv(num_keys, block_n)
-    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * _num_processors(query.device), batch * num_kv_heads)
+    wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(query.device), batch * num_kv_heads)
     keys_per_program = triton.cdiv(blocks, min(wanted, blocks)) * block_n
     stretches = triton.cdiv(num_keys, keys_per_program)
     part = query.new_empty(batch, num_heads, num_tokens, stretches, head_dim, dtype=torch.float32)
@@ -189,7 +189,3 @@ def _block_d(head_dim: int) -> int:
 
 def _precision(x: Tensor) -> str | None:
     return "ieee" if x.dtype == torch.float32 else None
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

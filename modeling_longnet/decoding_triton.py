@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache_slots import MAX_BRANCHES, CacheSlots, offset_of_heads
-from .cuda_capability import cuda_capability
+from .cuda_devices import cuda_capability, num_processors
 from .dilation_pattern import DilationPattern
 
 
@@ -279,7 +279,3 @@ def overlap(x: Tensor) -> dict[str, bool]:
     overlaps = OVERLAPS_LAUNCHES and x.is_cuda and torch.version.hip is None
     overlaps = overlaps and cuda_capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
-
-
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

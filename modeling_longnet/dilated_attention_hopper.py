@@ -14,7 +14,7 @@ import torch
 
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
-from .cuda_capability import cuda_capability
+from .cuda_devices import cuda_capability, num_processors
 from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
@@ -149,7 +149,7 @@ def hopper_refusal(
     if any(length % r for r in pattern.dilation_rates):
         return f"length {length} is not a multiple of every rate {pattern.dilation_rates}"
     tiles = batch * num_heads * _cdiv(length, TILE)
-    if tiles < _fewest_tiles(kernel, head_dim, pattern.dilate_queries) * _processors(query.device):
+    if tiles < _fewest_tiles(kernel, head_dim, pattern.dilate_queries) * num_processors(query.device):
         return f"the portable kernel is as fast on {tiles} tiles"
     if not all(x.aligned and all(s > 0 and s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3]) for x in tensors):
         return "rows that are not aligned to 16 bytes"
@@ -164,13 +164,8 @@ def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: Dilatio
         return "tiles that meet nothing would break the chain of those that wait for each other"
     # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
     group, head_dim = query.shape[1] // key.shape[1], query.shape[-1]
-    shared = _processors(query.device) * TILE * group * head_dim * (2 * query.dtype.itemsize + 4)
+    shared = num_processors(query.device) * TILE * group * head_dim * (2 * query.dtype.itemsize + 4)
     return f"tiles at work share {shared} bytes, more than the cache keeps" if shared > MOST_SHARED else None
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def hopper_fwd_launches(
@@ -333,7 +328,7 @@ def _plan_bwd_launch(
         launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes,
         number, counter, first_mark, before,
     )  # fmt: skip
-    grid = (min(_processors(layouts["query"].device), runs * classes), 1, 1)
+    grid = (min(num_processors(layouts["query"].device), runs * classes), 1, 1)
     # Launches of the same lanes overlap: each waits for the one before lane by lane.
     options = {"launch_pdl": True} if before > 0 else {}
     planned = KernelLaunch(hopper_bwd_kernel, grid, arguments, {"V": variant}, num_warps=4, **options)
@@ -364,7 +359,7 @@ def _plan_launch(
     heads = num_kv_heads if from_key else num_heads
     tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
-    programs = tiles.programs * _processors(layouts["query"].device)
+    programs = tiles.programs * num_processors(layouts["query"].device)
     runs = periods * heads * batch
     together = _together(runs, classes, programs)
     own_tensors = 1 if kernel == "fwd" and launch.first else 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention_operator import Call, attention_operator
-from .cuda_capability import cuda_capability
+from .cuda_devices import cuda_capability
 from .dilated_attention_pieces import FULL, UPPER, Piece, Rows, reach_pieces
 from .dilation_pattern import DilationPattern
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_operator import Call, attention_operator
 from .compiled_kernels import Pointer, Rows
-from .cuda_capability import cuda_capability
+from .cuda_devices import cuda_capability
 from .dilated_attention_hopper import (
     Scratch,
     hopper_bwd_launches,

@@ -285,7 +285,7 @@ def test_hopper_kernels_leave_the_cpu_alone():
 def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache(
     preset, heads, kv_heads, head_dim, refusal, monkeypatch
 ):
-    monkeypatch.setattr(dilated_attention_hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
     query, key = (
         layout_of(torch.empty(1, n, 4096, head_dim, dtype=torch.bfloat16, device="meta")) for n in (heads, kv_heads)
     )
@@ -358,7 +358,7 @@ def test_a_row_of_millions_of_tokens_compiles_no_hopper_kernel_anew(preset, monk
     pytest.importorskip("triton", reason="triton is not installed")
     if dilated_attention_hopper.triton is None:
         pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
-    monkeypatch.setattr(dilated_attention_hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
     pattern = DilationPattern.geometric(2048, 2**18, preset=preset)
     call = attention_operator.Call(pattern, True, 0.1)
 
@@ -403,7 +403,7 @@ def test_tiles_that_start_together_have_one_segment(pattern, expected, head_dim,
     hopper = dilated_attention_hopper
     if hopper.triton is None:
         pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
-    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 132)
     length, heads = 2**14, 4
     strides = (heads * length * head_dim, head_dim, heads * head_dim, 1)
     layout = TensorLayout((1, heads, length, head_dim), strides, torch.bfloat16, torch.device("cuda", 0), True)

@@ -39,7 +39,7 @@ def compiled(monkeypatch):
     from triton.runtime import driver
     from triton.runtime.jit import MockTensor
 
-    monkeypatch.setattr(dilated_attention_hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
     monkeypatch.setattr(driver, "_active", Hopper())
 
     def compile_launch(launch: KernelLaunch) -> str:
