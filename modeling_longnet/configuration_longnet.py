@@ -19,6 +19,8 @@ PATTERN_FIELDS = (
     "window",
 )
 
+# Fields of other families, close to ours, that generic code sets whatever the family; they are kept and not read.
+OF_OTHER_FAMILIES = ("layer_norm_epsilon", "qk_layernorm")
 # What the patterns of a model's layers follow from: ``layer_pattern`` reads these fields and no others.
 LAYER_FIELDS = (
     *PATTERN_FIELDS,
@@ -141,7 +143,8 @@ class LongNetConfig(LlamaConfig):
         for name in kwargs:
             if name in TORCHSCALE:
                 raise ValueError(f"LongNetConfig has no field {name!r}; it is {TORCHSCALE[name]} here")
-            if close := difflib.get_close_matches(name, own, n=1, cutoff=0.8):
+            close = difflib.get_close_matches(name, own, n=1, cutoff=0.8)
+            if close and name not in OF_OTHER_FAMILIES:
                 raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")

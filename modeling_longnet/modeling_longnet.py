@@ -75,8 +75,8 @@ class LongNetPreTrainedModel(LlamaPreTrainedModel):
         # First: transformers would look for packages, kernels and flags, and advise what does not help here.
         if attn_implementation is not None and attn_implementation not in ATTENTION_NAMES:
             raise ValueError(
-                f"attn_implementation={attn_implementation!r} is no dilated attention; use one of "
-                f"{', '.join(ATTENTION_NAMES)}"
+                f'Specified `attn_implementation="{attn_implementation}"` is not supported: it is no dilated attention; '
+                f"use one of {', '.join(ATTENTION_NAMES)}"
             )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 

@@ -55,7 +55,7 @@ def test_pattern_survives_saving_and_loading(preset, tmp_path):
         ({"qknorm": True}, "'qknorm'; did you mean 'qk_norm'"),
         ({"scale_embeddings": True}, "'scale_embeddings'; did you mean 'scale_embedding'"),
         ({"trained_contxt": 5}, "'trained_contxt'; did you mean 'trained_context'"),
-        ({"layer_norm_epsilon": 1e-3}, "'layer_norm_epsilon'; did you mean 'layer_norm_eps'"),
+        ({"layer_norm_epsilom": 1e-3}, "'layer_norm_epsilom'; did you mean 'layer_norm_eps'"),
     ],
 )
 def test_bad_values_raise_with_the_numbers_and_the_fix(fields, message):
@@ -81,6 +81,11 @@ def test_no_keyword_of_transformers_passes_for_a_misspelt_field():
     assert len(given) > 100
     own = fields - {field.name for field in dataclasses.fields(LlamaConfig)}
     assert {name: near for name in given if (near := difflib.get_close_matches(name, own, cutoff=0.8))} == {}
+
+
+@pytest.mark.parametrize("name", ["layer_norm_epsilon", "qk_layernorm"])
+def test_fields_that_generic_code_sets_for_any_family_are_kept(name):
+    assert getattr(LongNetConfig(**{name: 1.0}), name) == 1.0
 
 
 def test_a_preset_is_given_as_its_rules():
