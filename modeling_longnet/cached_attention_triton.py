@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention_operator import NAMESPACE
 from .cache_slots import MAX_BRANCHES
-from .cuda_devices import cuda_capability, num_processors
+from .cuda_devices import MAX_BATCH, cuda_capability, num_processors
 from .dilation_pattern import DilationPattern
 from .reach_ranges import ReachPass
 
@@ -24,7 +24,6 @@ except ImportError:  # fused_refusal says so before anything here is needed
 
 
 MAX_HEAD_DIM = 256
-MAX_BATCH = 2**16 - 1  # the largest grid in that dimension
 MAX_DECODE_ROWS = 64  # query heads of a KV head times new tokens
 PROGRAMS_PER_PROCESSOR = 4
 

@@ -5,6 +5,9 @@ import functools
 import torch
 
 
+MAX_BATCH = 2**16 - 1  # as large as the dimension of a grid can be that kernels put the batch into
+
+
 def cuda_capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device."""
     if torch.compiler.is_compiling():  # which asks once anyway, and warns of what is kept

@@ -295,7 +295,9 @@ def fold_backward(
 def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Say whether one of PyTorch's fused kernels for CUDA serves: rows of whole 16 bytes, each at a multiple of them."""
     head_dim, dtype = query.shape[3], query.dtype
-    if head_dim % 8 or not _rows_are_aligned(query, key, value):
+    if head_dim % 8:
+        return False
+    if not torch.compiler.is_compiling() and not _rows_are_aligned(query, key, value):  # what is traced lies nowhere
         return False
     return head_dim <= 256 if dtype in (torch.bfloat16, torch.float16) else dtype == torch.float32
 

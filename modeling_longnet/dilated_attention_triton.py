@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_operator import Call, attention_operator
 from .compiled_kernels import Pointer, Rows
-from .cuda_devices import cuda_capability
+from .cuda_devices import MAX_BATCH, cuda_capability
 from .dilated_attention_hopper import (
     Scratch,
     hopper_bwd_launches,
@@ -42,7 +42,6 @@ except ImportError:  # triton_refusal says so before anything here is needed
 
 
 MAX_HEAD_DIM = 256
-MAX_BATCH = 2**16 - 1  # the largest grid in that dimension
 MAX_DILATION_RATE = 2**20  # keeps rate * tile within 32 bits
 MAX_PLANS = 1024  # that are kept, of each direction: as many kinds of calls as lengths, batches and layers differ in
 
@@ -342,8 +341,8 @@ def _forward(
 
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _backward_plan(
-    do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout, dlse: TensorLayout | None,
-    kind: Kind,
+    do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout,
+    dlse: TensorLayout | None, kind: Kind,
 ) -> tuple[Plan, Scratch | None]:  # fmt: skip
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}

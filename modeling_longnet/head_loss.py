@@ -167,8 +167,9 @@ def _vocabulary(head: nn.Module, hidden: Tensor) -> int:
             return head(hidden[:1]).shape[-1]
     # The weight comes first: PEFT's copy of a tied head has in_features and out_features exchanged.
     weight = getattr(head, "weight", None)
-    packed = weight is None or not weight.is_floating_point()  # as bitsandbytes does
-    return head.out_features if packed else weight.shape[0]
+    # Packed as bitsandbytes does, or elsewhere, as ZeRO-3 has weights outside of a module's own forward.
+    unknown = weight is None or not weight.is_floating_point() or weight.numel() == 0
+    return head.out_features if unknown else weight.shape[0]
 
 
 def _losses_and_gradient(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import left_padding, random_tokens, tiny_model
 
-from modeling_longnet import DecodingStep, DilationPattern, LongNetCache, dilated_attention
+from modeling_longnet import DecodingStep, DilationPattern, LongNetCache, dilated_attention, dilated_attention_torch
 from modeling_longnet.attention_operator import Call
 from modeling_longnet.dilated_attention_torch import _attention
 
@@ -41,6 +41,20 @@ def test_the_operator_is_one_graph_that_serves_every_length(return_lse):
             results.append((loss, *torch.autograd.grad(loss, inputs)))
         torch.testing.assert_close(*results)
     assert len(graphs) == 1
+
+
+def test_ordinary_attention_is_traced_without_looking_where_tensors_lie(monkeypatch):
+    def attend(x):
+        return dilated_attention(2 * x, x + 1, x, RETROFIT)
+
+    def look(*tensors):
+        raise AssertionError("what is traced lies nowhere")
+
+    x = torch.randn(1, 2, 7, 8, dtype=torch.float64)
+    expected = attend(x)
+    monkeypatch.setattr(dilated_attention_torch, "_rows_are_aligned", look)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(attend, backend="aot_eager", fullgraph=True)(x), expected)
 
 
 def test_the_registered_operator_passes_opcheck():

@@ -244,6 +244,16 @@ def test_each_tokens_own_loss():
     assert (losses[targets == IGNORED] == 0).all()
 
 
+def test_losses_of_a_head_whose_weight_is_elsewhere_between_calls():
+    hidden, head, targets = problem()
+    expected = token_losses(hidden, head, targets)
+    weight, away = head.weight.data, torch.empty(0, dtype=head.weight.dtype)  # as ZeRO-3 leaves it
+    head.weight.data = away
+    head.register_forward_pre_hook(lambda head, inputs: setattr(head.weight, "data", weight))
+    head.register_forward_hook(lambda head, inputs, output: setattr(head.weight, "data", away))
+    torch.testing.assert_close(token_losses(hidden, head, targets), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_tokens_without_a_target_have_losses_of_0_in_the_dtype_of_the_others(dtype):
     hidden, head, targets = problem(dtype)

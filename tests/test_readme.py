@@ -261,7 +261,7 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
     (cudnn,) = (row for row in plain("dense cudnn", 128) if row["length"] == str(2**15))
     assert re.search(r"cuDNN (\d+) on the same card at 32k", prose)[1] == f"{float(cudnn['tflops']):.0f}"
     for pattern, length, head_dim, names in (
-        (r"faster at 1,024 tokens \(([\d.]+) ms against ([\d.]+) and ([\d.]+)\)", 1024, 128,
+        (r"tokens \(at 1,024 in ([\d.]+) ms against ([\d.]+) and ([\d.]+)\)", 1024, 128,
          ("dense cudnn", "paper", "retrofit")),
         (r"and at 4,096 with D=64 than `retrofit` \(([\d.]+) against ([\d.]+); `paper` ([\d.]+)\)", 4096, 64,
          ("dense cudnn", "retrofit", "paper")),
@@ -269,6 +269,12 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
         stated = [float(x) for x in re.search(pattern, prose).groups()]
         taken = [milliseconds(name, length, head_dim, column="device_ms") for name in names]
         assert stated == pytest.approx(taken, abs=0.0006)
+    assert "There, dense attention is faster up to 2,048 tokens" in prose
+    for length in (1024, 2048, 4096):
+        dense, *ours = (
+            milliseconds(name, length, 128, column="device_ms") for name in ("dense cudnn", "paper", "retrofit")
+        )
+        assert dense < min(ours) if length <= 2048 else max(ours) < dense
     # Queries, outputs, keys, values and the gradients of all four, two bytes each.
     shares = [
         100 * float(row["extra_mib"]) * 2**20 / (8 * 16 * 2**20 * head_dim * 2)

@@ -68,6 +68,41 @@ def test_losses_are_those_of_a_plain_step(stage, tied):
         assert rank["tricks"][-1] < 0.95 * rank["tricks"][0]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_recipe_saves_what_is_trained_and_goes_on(stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    configuration = {
+        "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    (tmp_path / "zero.json").write_text(json.dumps(configuration))
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent),
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json",
+    }  # fmt: skip
+
+    def losses_of(steps: int, folder: str) -> list[float]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node=1", f"--master-port={port}"]
+        options = ["--length=128", f"--steps={steps}", f"--checkpoints={folder}"]
+        command = [sys.executable, *launch, str(TESTS.parent / "examples" / "finetune_accelerate.py"), *options]
+        finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        (line,) = (line for line in finished.stdout.splitlines() if line.startswith("losses: "))
+        return [float(loss) for loss in line.split()[1:]]
+
+    first = losses_of(10, "stopped")
+    assert losses_of(20, "stopped") == pytest.approx(losses_of(20, "whole"), abs=2e-5)
+    assert len(first) == 10
+    settings = json.loads((tmp_path / "stopped" / "step_0000020" / "settings.json").read_text())
+    assert (settings["distributed"], settings["step"]) == ("DEEPSPEED", 20)
+    (states,) = (tmp_path / "stopped" / "step_0000020" / "pytorch_model").glob("*model_states.pt")
+    names = torch.load(states, weights_only=False)["module"].keys()
+    assert names and all("lora_" in name for name in names)
+
+
 if __name__ == "__main__":  # a rank of the test above
     import deepspeed
 

@@ -31,7 +31,7 @@ def digest_of_weights(model: nn.Module, accelerator: Accelerator) -> str:
 class Progress:
     """The losses so far, to be registered for checkpointing: their number is the step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.losses: list[float] = []
 
     def state_dict(self) -> dict[str, list[float]]:
