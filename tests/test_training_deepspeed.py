@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 
 from modeling_longnet import head_loss, sequence_tiles
@@ -18,8 +19,17 @@ from modeling_longnet import head_loss, sequence_tiles
 TESTS = Path(__file__).parent
 
 
+@pytest.fixture(scope="module")
+def two_ranks():
+    pytest.importorskip("deepspeed")
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
 def losses(stage: int, tied: bool, plain: bool) -> list[float]:
     """Train for four steps; plain: all logits at once, nothing tiled, chunked or recomputed."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     sequence_tiles.TILE_TOKENS, head_loss.CHUNK_LOGITS = 16, 16 * VOCABULARY
@@ -34,6 +44,7 @@ def losses(stage: int, tied: bool, plain: bool) -> list[float]:
         "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }  # fmt: skip
+    deepspeed.init_distributed("gloo")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, config=options, optimizer=optimizer)
     own = random_tokens(2, 70)[dist.get_rank() :][:1]
@@ -48,24 +59,13 @@ def losses(stage: int, tied: bool, plain: bool) -> list[float]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_losses_are_those_of_a_plain_step(stage, tied):
-    pytest.importorskip("deepspeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }  # fmt: skip
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command = [sys.executable, *launch, __file__, str(stage), str(int(tied))]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    printed = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
-    assert len(printed) == 2
-    for rank in printed:
-        assert rank["tricks"] == pytest.approx(rank["plain"], rel=1e-5)
-        assert rank["tricks"][-1] < 0.95 * rank["tricks"][0]
+def test_losses_are_those_of_a_plain_step(two_ranks, stage, tied):
+    plain = two_ranks.run(losses, stage, tied, True)
+    tricks = two_ranks.run(losses, stage, tied, False)
+    assert len(plain) == len(tricks) == 2
+    for expected, found in zip(plain, tricks, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found[-1] < 0.95 * found[0]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -102,12 +102,3 @@ def test_the_recipe_saves_what_is_trained_and_goes_on(stage, tmp_path):
     names = torch.load(states, weights_only=False)["module"].keys()
     assert names and all("lora_" in name for name in names)
 
-
-if __name__ == "__main__":  # a rank of the test above
-    import deepspeed
-
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    stage, tied = int(sys.argv[1]), bool(int(sys.argv[2]))
-    result = {name: losses(stage, tied, name == "plain") for name in ("plain", "tricks")}
-    print(json.dumps(result) + "\n", end="", flush=True)
