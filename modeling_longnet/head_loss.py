@@ -24,9 +24,25 @@ FUSED_CHUNK_BYTES = 2**31
 IGNORED = -100  # the label of a token that is not predicted, as everywhere in PyTorch
 
 
-def next_tokens(labels: Tensor) -> Tensor:
+def next_tokens(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Shift labels ``[B, L]`` so that each token has its successor's; the last one of a row has none."""
-    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def mark_ignored(targets: Tensor, ignore_index: int) -> Tensor:
+    """Give ``IGNORED`` to the targets that a caller's own ``ignore_index`` marks; waits for the device if it is another.
+
+    Raises:
+        ValueError: if targets are ``IGNORED`` already, which is no token to predict then.
+    """
+    if ignore_index == IGNORED:
+        return targets
+    if not torch.compiler.is_compiling() and (count := int((targets == IGNORED).sum())):
+        raise ValueError(
+            f"{count} labels are {IGNORED}, which ignore_index={ignore_index} leaves to be predicted; give them the "
+            f"label {ignore_index}"
+        )
+    return targets.masked_fill(targets == ignore_index, IGNORED)
 
 
 def logits_loss(
@@ -94,14 +110,14 @@ def check_labels(labels: Tensor, tokens: torch.Size) -> None:
         raise ValueError(f"labels must give each of the {list(tokens)} tokens one, got shape {list(labels.shape)}")
 
 
-def check_tokens(targets: Tensor, vocabulary: int, ignored: int = IGNORED) -> None:
+def check_tokens(targets: Tensor, vocabulary: int) -> None:
     """Refuse targets that are no tokens of the vocabulary; waits for the device, so not in compiled code.
 
     Raises:
         ValueError: with the numbers.
     """
     if targets.numel() and not torch.compiler.is_compiling():
-        _refuse_outside(*torch.stack(targets.where(targets != ignored, 0).aminmax()).tolist(), vocabulary)
+        _refuse_outside(*torch.stack(targets.where(targets != IGNORED, 0).aminmax()).tolist(), vocabulary)
 
 
 def _refuse_outside(least: int, most: int, vocabulary: int) -> None:

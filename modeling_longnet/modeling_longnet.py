@@ -30,7 +30,7 @@ from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .decoding_graph import GraphedCall
 from .decoding_token import decode_token, decoding_refusal, head_refusal, model_refusal, token_logits
-from .head_loss import IGNORED, check_labels, check_tokens, head_loss, logits_loss, next_tokens
+from .head_loss import IGNORED, check_labels, check_tokens, head_loss, logits_loss, mark_ignored, next_tokens
 from .registered_names import register_adapter_targets, register_class_names
 from .rotary_longnet import LongNetRotaryEmbedding, XPosRotaryEmbedding
 from .sequence_group import current_group
@@ -241,11 +241,12 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             skip_logits: return the loss alone. None: in training (``config.loss_implementation="logits"``: never). A
                 loss function of the user's own gets its logits always.
             **kwargs: ``shift_labels [B, T]``, instead of ``labels``: the token to predict *at* each place;
-                ``label_smoothing``: weight of the uniform distribution in the target. Other arguments are those of
-                ``LongNetModel``.
+                ``label_smoothing``: weight of the uniform distribution in the target; ``ignore_index``: the label of
+                what is not predicted, in place of -100. Other arguments are those of ``LongNetModel``.
         """
         # Not in the signature: Trainer takes every name with "label" there for one that all batches have.
         shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
+        ignore_index = kwargs.get("ignore_index", IGNORED)
         if current_group() is not None and labels is not None and (shift_labels is None or num_items_in_batch is None):
             raise ValueError(
                 "under sequence_parallel a slice's last token is trained on the next rank's first, and the loss is a "
@@ -275,14 +276,15 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             check_labels(given, logits.shape[:-1])
             # A row's first label is shifted out: nothing predicts it.
             targets = given[..., 1:] if shift_labels is None else given
-            check_tokens(targets, logits.shape[-1], kwargs.get("ignore_index", IGNORED))
+            check_tokens(mark_ignored(targets, ignore_index), logits.shape[-1])
         if with_loss and logits is not None and (own_loss or not label_smoothing):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
                 num_items_in_batch=num_items_in_batch, **kwargs,
             )  # fmt: skip
         elif with_loss:
-            targets = next_tokens(labels) if shift_labels is None else shift_labels
+            targets = next_tokens(labels, ignore_index) if shift_labels is None else shift_labels
+            targets = mark_ignored(targets, ignore_index)
             options = {"num_items": num_items_in_batch, "label_smoothing": label_smoothing}
             if logits is not None:
                 loss = logits_loss(logits, targets, **options)

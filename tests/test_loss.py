@@ -267,6 +267,22 @@ def test_labels_are_shifted_by_one_and_the_last_token_has_none():
     assert next_tokens(torch.tensor([[4, 5, 6], [7, IGNORED, 9]])).tolist() == [[5, 6, -100], [-100, 9, -100]]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("train", [True, False])
+def test_an_ignore_index_of_the_callers_own_means_in_training_what_it_means_in_evaluation(train, smoothing):
+    model, tokens = tiny_model().train(train), random_tokens(2, 40)
+    expected, given = tokens.clone(), tokens.clone()
+    expected[0, :9], given[0, :9] = IGNORED, 0
+    options = {"label_smoothing": smoothing}
+    ours = {"labels": given, "ignore_index": 0, **options}
+    torch.testing.assert_close(model(tokens, **ours).loss, model(tokens, labels=expected, **options).loss)
+    shifted = {"shift_labels": F.pad(given[:, 1:], (0, 1)), "ignore_index": 0, **options}
+    torch.testing.assert_close(model(tokens, **shifted).loss, model(tokens, labels=expected, **options).loss)
+    given[1, 3:5] = IGNORED
+    with pytest.raises(ValueError, match="2 labels are -100, .* ignore_index=0 .*; give them the label 0"):
+        model(tokens, **ours)
+
+
 def test_an_implementation_asked_for_by_name_runs_or_raises():
     hidden, head, targets = problem()
     with pytest.raises(ValueError, match=r"must be one of 'auto', 'chunked', 'torch', 'liger', got 'fused'"):
