@@ -1,6 +1,8 @@
 """Move a LoRA adapter between a dense model and its LongNet conversion: the same tensors for another base model."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -20,6 +22,7 @@ from .weights import StoredTensor, read_header, read_json, write_file
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the names of the base model
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal")  # of init_lora_weights; the others read base weights
 
 
 def convert_adapter(
@@ -36,7 +39,8 @@ def convert_adapter(
 
     The tensors stay, byte for byte; what changes is the base model that ``adapter_config.json`` names. Every tensor
     must belong to a module of the new base model and have its sizes. Updates of Phi-3's fused projections become those
-    of LongNet's single ones, which is exact; the reverse is not a LoRA of the same rank, and refused.
+    of LongNet's single ones, which is exact; the reverse is not a LoRA of the same rank, and refused. Needs peft, which
+    must find in the new base model exactly the tensors that are written.
 
     Args:
         source: folder, or model id on the Hugging Face Hub, of a peft adapter.
@@ -51,8 +55,8 @@ def convert_adapter(
         The report that is also written to ``conversion_report.json``.
 
     Raises:
-        ValueError: if the source is no safetensors adapter, the base model lacks what it changes, or the target may
-            not be written.
+        ValueError: if the source is no safetensors adapter, the base model lacks what it changes, peft is not installed
+            or would load something else, or the target may not be written.
     """
     given = {"adapter": str(adapter), "revision": revision, "push_to_hub": push_to_hub, "overwrite": overwrite}
     command = command_line(source, target, given)
@@ -69,7 +73,9 @@ def convert_adapter(
     _check_rows(projections, stored)
     tensors = unfuse(projections, stored)
     check_modules(base, tensors)
-    fields |= _unfused_fields(fields, projections)
+    if tensors.keys() != stored.keys():
+        _check_start(fields)
+    fields |= _unfused_fields(fields, projections, base.config.num_hidden_layers)
 
     name = str(adapter) if base_commit else str(base_folder)
     fields |= {"base_model_name_or_path": name, "revision": None}
@@ -85,6 +91,7 @@ def convert_adapter(
     with atomic_folder(target, overwrite) as partial:
         write_file(partial / WEIGHTS_NAME, tensors)
         (partial / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _check_loading(base, partial)
         carry_files(folder, partial)
         _carry_card(folder, partial, name)
         write_report(partial, report)
@@ -122,21 +129,75 @@ def _check_rows(projections: dict[str, dict[str, int]], tensors: dict[str, Store
                 )
 
 
-def _unfused_fields(fields: dict, projections: dict[str, dict[str, int]]) -> dict:
+def _check_start(fields: dict) -> None:
+    """Refuse a LoRA of fused projections whose loading takes the fused weights apart."""
+    start = fields.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise ValueError(
+            f"the adapter starts from fused weights (init_lora_weights {start!r}), which single projections do not have; "
+            "save it as a plain LoRA first (path_initial_model_for_weight_conversion of peft's save_pretrained)"
+        )
+
+
+def _unfused_fields(fields: dict, projections: dict[str, dict[str, int]], num_layers: int) -> dict:
     """Return the fields of adapter_config.json that name modules, fused ones replaced by their parts."""
     parts_of = {fused.split(".")[-1]: [part.split(".")[-1] for part in parts] for fused, parts in projections.items()}
     renamed = {}
     for field in ("target_modules", "modules_to_save"):
         names = fields.get(field)
         if isinstance(names, list):
-            renamed[field] = [part for name in names for part in parts_of.get(name, [name])]
-    rest = json.dumps({name: value for name, value in fields.items() if name not in renamed})
-    if named := [fused for fused in parts_of if fused in rest]:
+            split = [name.rpartition(".") for name in names]
+            renamed[field] = [above + dot + part for above, dot, last in split for part in parts_of.get(last, [last])]
+    rest = {name: value for name, value in fields.items() if name not in renamed}
+    named = [fused for fused in parts_of if fused in json.dumps(rest)]
+    named += [fused.split(".")[-1] for fused in projections if _is_matched(fused, rest, num_layers)]
+    if named:
         raise ValueError(
             f"adapter_config.json names {named[0]} other than in a list of modules, as a pattern perhaps; such an "
             "adapter cannot be moved to single projections"
         )
     return renamed
+
+
+def _is_matched(module: str, fields: dict, num_layers: int) -> bool:
+    """Say whether a pattern of adapter_config.json matches this module of any layer."""
+    targets = fields.get("target_modules")
+    patterns = [targets] if isinstance(targets, str) else []
+    patterns += [*(fields.get("rank_pattern") or {}), *(fields.get("alpha_pattern") or {})]
+    paths = [f"model.layers.{i}.{module}" for i in range(num_layers)]
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", path) for pattern in patterns for path in paths)
+
+
+def _check_loading(base: PreTrainedModel, adapter: Path) -> None:
+    """Check that peft looks in the base model for exactly the tensors that an adapter's folder holds.
+
+    Weights of the base model that are saved with an adapter, such as a resized embedding, may come on top.
+
+    Raises:
+        ValueError: if it misses one, or would leave one unread.
+    """
+    try:
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    except ImportError as error:
+        raise ValueError("an adapter is moved with the help of peft; install it: pip install peft") from error
+    architecture, own_weights = type(base).__name__, base.state_dict()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            config = PeftConfig.from_pretrained(adapter)
+            if hasattr(config, "init_lora_weights"):
+                config.init_lora_weights = False  # a model without weights has nothing to start from
+            model = get_peft_model(base, config, low_cpu_mem_usage=True)
+            wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:  # every kind of adapter has refusals of its own
+        raise ValueError(f"peft cannot put the moved adapter into {architecture}: {error}") from error
+    written = set(read_header(adapter / WEIGHTS_NAME))
+    unread = [
+        name for name in written - wanted if name.removeprefix(PREFIX).replace(".base_layer.", ".") not in own_weights
+    ]
+    if unread:
+        raise ValueError(f"peft would not load {min(unread)} of the moved adapter into {architecture}")
+    if missing := wanted - written:
+        raise ValueError(f"peft would look for {min(missing)} in the moved adapter, which does not hold it")
 
 
 def check_modules(base: PreTrainedModel, tensors: dict[str, StoredTensor]) -> None:

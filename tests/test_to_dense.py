@@ -1,6 +1,7 @@
 """The way back: the ordinary checkpoint again, bit for bit; and adapters, which fit both sides."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,12 +247,43 @@ def test_an_adapter_means_the_same_on_either_side(source, tmp_path, trained_on, 
     assert card.data.base_model == str(other)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["gate_up_proj"]}], ids=str)
-def test_an_adapter_of_fused_projections_becomes_one_of_single_ones(tmp_path, options):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_all_layers_means_the_same_in_every_family(tmp_path, family):
+    make_checkpoint(tmp_path / "source", family=family)
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", modules_to_save=["norm"])
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    tokens = torch.arange(CONTEXT)[None]
+    before = adapted_logits(tmp_path / "source", tmp_path / "adapter", tokens)
+    after = adapted_logits(tmp_path / "longnet", tmp_path / "moved", tokens)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_weights_of_the_base_model_that_an_adapter_brings_are_moved_too(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(source, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    moved = load_file(tmp_path / "moved" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in moved
+
+
+FUSED_LAYERS = [f"model.layers.{i}.{module}" for i in (0, 1) for module in ("self_attn.qkv_proj", "mlp.gate_up_proj")]
+FUSED_TARGETS = {
+    "last names": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
+    "DoRA": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj"], "use_dora": True},
+    "trained in full": {"target_modules": ["qkv_proj", "o_proj"], "modules_to_save": ["gate_up_proj"]},
+    "whole paths": {"target_modules": [*FUSED_LAYERS, "model.layers.0.self_attn.o_proj"]},
+    "ends of paths": {"target_modules": ["self_attn.qkv_proj", "o_proj", "mlp.gate_up_proj"]},
+    "ends of paths, trained in full": {"target_modules": ["qkv_proj"], "modules_to_save": ["mlp.gate_up_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", FUSED_TARGETS)
+def test_an_adapter_of_fused_projections_becomes_one_of_single_ones(tmp_path, case):
     make_checkpoint(tmp_path / "source", family="phi3")
     convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)
-    targets = ["qkv_proj", "o_proj"] + ["gate_up_proj"] * ("modules_to_save" not in options)
-    make_adapter(tmp_path / "source", tmp_path / "adapter", target_modules=targets, **options)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", **FUSED_TARGETS[case])
     convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
     tokens = torch.arange(CONTEXT)[None]
     before = adapted_logits(tmp_path / "source", tmp_path / "adapter", tokens)
@@ -274,6 +306,52 @@ def test_a_fused_adapter_of_another_size_or_named_by_a_pattern_is_refused(tmp_pa
     make_adapter(tmp_path / "source", tmp_path / "pattern", target_modules=".*qkv_proj")
     with pytest.raises(ValueError, match="names qkv_proj other than in a list of modules"):
         convert_adapter(tmp_path / "pattern", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+
+
+PATTERNS = {
+    "target": {"target_modules": r".*\.(qkv|o)_proj"},
+    "rank": {"target_modules": ["qkv_proj"], "rank_pattern": {r".*0.*(qkv)_proj": 2}},
+    "alpha": {"target_modules": ["qkv_proj"], "alpha_pattern": {r"self_attn\.(qkv)_proj": 2}},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_a_pattern_that_matches_a_fused_projection_is_refused(tmp_path, case):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", **PATTERNS[case])
+    with pytest.raises(ValueError, match="names qkv_proj other than in a list of modules, as a pattern perhaps"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+
+
+def test_a_pattern_of_single_projections_stays(tmp_path):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", target_modules=r".*\.(o|down)_proj")
+    report = convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    assert report["num_tensors"] == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "eva", "lora_ga"])
+def test_an_adapter_that_starts_from_fused_weights_is_refused(tmp_path, start):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", target_modules=["qkv_proj"])
+    edit_json(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=start)
+    with pytest.raises(ValueError, match=rf"starts from fused weights \(init_lora_weights '{start}'\)"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    assert not (tmp_path / "moved").exists()
+
+
+def test_an_adapter_that_starts_from_weights_both_sides_have_is_moved(tmp_path):
+    make_checkpoint(tmp_path / "source", family="phi3")
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(tmp_path / "source", tmp_path / "adapter", target_modules=["o_proj"], init_lora_weights="pissa")
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    tokens = torch.arange(CONTEXT)[None]
+    before = adapted_logits(tmp_path / "source", tmp_path / "adapter", tokens)
+    after = adapted_logits(tmp_path / "longnet", tmp_path / "moved", tokens)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
 def test_a_moved_adapter_names_the_class_of_its_new_base(source, tmp_path):
@@ -322,6 +400,16 @@ def rename_tensor(folder: Path, old: str, new: str) -> None:
     save_file({name.replace(old, new): x for name, x in tensors.items()}, folder / "adapter_model.safetensors")
 
 
+def retarget(folder: Path, *modules: str) -> None:
+    edit_json(folder / "adapter_config.json", target_modules=list(modules))
+
+
+def drop_first_layer(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: x for name, x in tensors.items() if ".layers.0." not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+
+
 REFUSED_ADAPTERS = {
     "other module": (lambda x: rename_tensor(x, "self_attn.q_proj", "self_attn.qkv_proj"),
                      "self_attn.qkv_proj.lora_A.weight, for which LongNetForCausalLM has no module"),
@@ -331,6 +419,10 @@ REFUSED_ADAPTERS = {
                     "mlp.up_proj of LongNetForCausalLM needs"),
     "no weights": (lambda x: (x / "adapter_model.safetensors").rename(x / "adapter_model.bin"),
                    "adapter_model.safetensors is missing"),
+    "a tensor that peft would not load": (lambda x: retarget(x, "q_proj"),
+                                          "peft would not load base_model.model.model.layers.0.mlp.down_proj.lora_A"),
+    "a tensor that peft would look for": (drop_first_layer, "peft would look for base_model.model.model.layers.0."),
+    "a module that is not there": (lambda x: retarget(x, "c_attn"), "peft cannot put the moved adapter into LongNetFor"),
     "no adapter": (lambda x: (x / "adapter_config.json").unlink(), "adapter_config.json is missing"),
 }  # fmt: skip
 
@@ -345,6 +437,15 @@ def test_an_adapter_that_does_not_fit_is_refused(source, tmp_path, case):
     with pytest.raises(ValueError) as refusal:
         convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
     assert message in str(refusal.value)
+    assert not (tmp_path / "moved").exists()
+
+
+def test_moving_an_adapter_without_peft_says_what_to_install(source, tmp_path, monkeypatch):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(source, tmp_path / "adapter")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="with the help of peft; install it: pip install peft"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
     assert not (tmp_path / "moved").exists()
 
 
