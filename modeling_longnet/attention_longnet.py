@@ -127,6 +127,8 @@ class LongNetAttention(LlamaAttention):
             # A single token is always served from the slots: one graph, whatever came before.
             continues = not cache.is_empty or query.shape[2] == 1
             keys, values = past_key_values.update(key, value, self.layer_idx, positions=layout.positions)
+            if length == 1 and query.requires_grad:  # its gradient needs what the next token may overwrite
+                keys, values = (x if x.requires_grad else x.clone() for x in (keys, values))
         if continues:
             out, weights = self._attend_cached(query, keys, values, cache, layout.positions, dropout)
         else:

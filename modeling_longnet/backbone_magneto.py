@@ -68,9 +68,14 @@ class MagnetoDecoderLayer(LongNetDecoderLayer):
 class ScaledEmbedding(nn.Embedding):
     """Token embeddings times the square root of their width."""
 
+    @property
+    def embed_scale(self) -> float:
+        """The factor; PEFT looks for it under this name."""
+        return math.sqrt(self.embedding_dim)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up ``[B, T]`` ids: ``[B, T, hidden_size]``."""
-        return super().forward(input_ids) * math.sqrt(self.embedding_dim)
+        return super().forward(input_ids) * self.embed_scale
 
 
 def _inner_norm(config: LongNetConfig, width: int) -> nn.Module:

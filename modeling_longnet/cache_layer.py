@@ -133,6 +133,17 @@ class LongNetCacheLayer(CacheLayerMixin):
             for x in (self.keys, self.values, self.key_positions, self.key_branches, self.seen, self.columns):
                 torch._dynamo.mark_static_address(x)
 
+    def _leave_inference_mode(self) -> None:
+        """Copy what was made in inference mode: outside of it, nobody may write to that in place."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not self.is_initialized:
+            return
+        if not self.seen.is_inference():
+            return
+        for name in (*HELD, "columns"):
+            if isinstance(x := getattr(self, name), Tensor):
+                setattr(self, name, x.clone())
+        self._fix_addresses()
+
     def _allocate(self, slots: CacheSlots, key_states: Tensor, value_states: Tensor) -> None:
         self.slots = slots
         shape = (*key_states.shape[:2], slots.capacity + 1)
@@ -156,6 +167,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if there are more tokens than ``max_length``, and than fit.
         """
+        self._leave_inference_mode()
         num_kv_heads, num_tokens = key_states.shape[1:3]
         in_chunk = num_tokens > 1 and not self.record_past
         if not self.is_initialized and not in_chunk:
@@ -296,6 +308,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             raise ValueError(f"only an empty cache can adopt entries, this one holds {self.get_seq_length()} tokens")
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+        self._leave_inference_mode()
         if self.is_compileable:
             self.reserve(columns, 0)
         else:
@@ -483,6 +496,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             return
+        self._leave_inference_mode()
         if removed > self.croppable:
             raise ValueError(
                 f"cannot take back {removed} tokens: only the last {self.croppable} are held whole; call "
@@ -515,6 +529,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not (self.is_initialized and self.is_compileable):
             self.forget()
             return
+        self._leave_inference_mode()
         self.key_positions.fill_(PADDING)  # fixed addresses stay
         self.keys.zero_()  # a step may read slots that nothing stands in: they hold no nan
         self.values.zero_()
@@ -576,6 +591,7 @@ class LongNetCacheLayer(CacheLayerMixin):
         if not state:
             self.reset()
             return
+        self._leave_inference_mode()
         slots, columns, keys, values = int(state["slots"]), int(state["columns"]), state["keys"], state["values"]
         if self.keys is not None:
             keys, values = keys.to(self.keys), values.to(self.values)
@@ -612,6 +628,7 @@ class LongNetCacheLayer(CacheLayerMixin):
     def _select_rows(self, index: Tensor) -> None:
         if not self.is_initialized:
             return
+        self._leave_inference_mode()
         for name in HELD:
             x = getattr(self, name)
             if x is None:

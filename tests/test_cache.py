@@ -303,6 +303,51 @@ def test_gradients_go_through_what_is_held(max_length):
     torch.testing.assert_close(*gradients, **CLOSE)
 
 
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_gradients_of_queries_alone_go_through_what_is_held(max_length):
+    """As many KV heads as heads: what is saved for the queries' gradient are the slots themselves."""
+    model, tokens = tiny_model(num_key_value_heads=4), random_tokens(2, 50)
+    model.requires_grad_(False)
+    weights = [layer.self_attn.q_proj.weight.requires_grad_() for layer in model.model.layers]
+    gradients = []
+    for chunks in ([50], [20] + [1] * 30):
+        cache, parts = LongNetCache(model.config, max_length=max_length), tokens.split(chunks, dim=1)
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+        gradients.append(torch.autograd.grad(logits.square().mean(), weights))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_what_was_held_in_inference_mode_is_written_outside_of_it(max_length):
+    model, tokens = tiny_model(), random_tokens(2, 50)
+    full = model(tokens, use_cache=False).logits.detach()
+
+    def filled(length: int, record: bool = False) -> LongNetCache:
+        cache = LongNetCache(model.config, max_length=max_length)
+        if record:
+            cache.activate_past_recording()
+        with torch.inference_mode():
+            model(tokens[:, :length], past_key_values=cache)
+        return cache
+
+    def rest(cache: LongNetCache, first: int, *chunks: int) -> None:
+        with torch.no_grad():
+            parts = [model(part, past_key_values=cache).logits for part in tokens[:, first:].split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), full[:, first:], **CLOSE)
+
+    rest(filled(40), 40, 1, 9)
+    (cropped := filled(7, record=max_length is not None)).crop(-5)
+    rest(cropped, 2, 1, 47)
+    (emptied := filled(40)).reset()
+    rest(emptied, 0, 20, 30)
+    (turned := filled(40)).reorder_cache(torch.tensor([1, 0]))
+    turned.reorder_cache(torch.tensor([1, 0]))
+    rest(turned, 40, 10)
+    (loaded := filled(30)).load_state_dict(filled(40).state_dict())
+    rest(loaded, 40, 1, 9)
+
+
 def test_rows_can_be_selected_and_repeated():
     model, tokens = tiny_model(), random_tokens(3, 50)
     with torch.no_grad():

@@ -262,6 +262,26 @@ def test_saving_and_loading_keeps_config_and_logits(variant, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}],
+    ids=["lora", "trainable tokens"],
+)
+def test_adapters_of_scaled_embeddings_are_scaled_as_these_are(options):
+    model, tokens = magneto("no Sub-LN"), torch.tensor([[3, 7, 5, 3, 11]])
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    adapted = get_peft_model(copy.deepcopy(model), config).double()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += torch.randn_like(parameter)
+        found = adapted(tokens).logits
+        merged = adapted.merge_and_unload()(tokens).logits
+    assert (found - model(tokens).logits).abs().max() > 0.1
+    assert_close(found, merged, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
 def test_lora_finds_its_targets_and_merges():
     model, tokens = magneto(), random_tokens(2, 40)
     before = model(tokens).logits.detach()
