@@ -16,18 +16,25 @@ class TokenStream:
     and the last hidden state are kept. Positions are integers, so they stay exact at any length.
 
     Args:
-        model: a ``LongNetForCausalLM`` in evaluation mode.
+        model: a ``LongNetForCausalLM`` in evaluation mode, or a PEFT model of one.
         cache: a ``LongNetCache`` to go on from, or None: one whose windows are whole from the start, so that memory is
             constant from the first chunk on. Tokens that a given cache holds already are context and no part of the
             stream: ``position`` counts from 0 after them, and what predicts its first token is not in a cache, so that
             this token's loss is nan.
 
     Raises:
-        ValueError: if the model is no ``LongNetForCausalLM`` or in training mode, the cache no ``LongNetCache``, or if
-            the model has ``dense_layers``, whose cache would grow with the stream, and no cache is given.
+        ValueError: if the model is no ``LongNetForCausalLM`` or in training mode, puts virtual tokens before the
+            sequence (prompt tuning), the cache is no ``LongNetCache``, or if the model has ``dense_layers``, whose cache
+            would grow with the stream, and no cache is given.
     """
 
     def __init__(self, model: nn.Module, cache: LongNetCache | None = None):
+        if hasattr(model, "get_base_model"):
+            if (adapter := model.active_peft_config).is_prompt_learning:
+                raise ValueError(
+                    f"a stream takes no {adapter.peft_type.value}, whose virtual tokens it would leave out"
+                )
+            model = model.get_base_model()
         # By what they have: code loaded with a checkpoint may hold the classes twice.
         if not (hasattr(model, "lm_head") and hasattr(getattr(model, "config", None), "layer_pattern")):
             raise ValueError(f"a stream needs a LongNetForCausalLM, got {type(model).__name__}")
@@ -62,7 +69,9 @@ class TokenStream:
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [batch, at least one token], got {list(tokens.shape)}")
         _refuse_training(self.model)
-        hidden = self.model.model(input_ids=tokens, past_key_values=self.cache, use_cache=True).last_hidden_state
+        hidden = self.model.model(
+            input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True
+        ).last_hidden_state
         losses = torch.full(tokens.shape, torch.nan, dtype=torch.float32, device=hidden.device)
         head = self.model.lm_head
         if self.last_hidden_state is not None:
@@ -138,7 +147,7 @@ def stream(model: nn.Module, chunks: Iterable[Tensor], cache: LongNetCache | Non
     """Score a sequence of any length, fed in chunks; nothing that grows with it is kept.
 
     Args:
-        model: a ``LongNetForCausalLM`` in evaluation mode.
+        model: as in ``TokenStream``.
         chunks: tensors of token ids ``[B, T]``, T at will; one after the other they are the sequence. Long chunks (64k
             tokens) are the fastest.
         cache: as in ``TokenStream``.

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tokens, tiny_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -29,6 +30,27 @@ def test_losses_by_chunks_are_those_of_one_pass(preset, chunks):
     losses = torch.cat(list(stream(model, tokens.split(chunks, dim=1))), dim=1)
     assert losses[:, 0].isnan().all() and losses.dtype == torch.float32
     torch.testing.assert_close(losses[:, 1:], losses_of_one_pass(model, tokens), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft reads it
+def test_a_model_with_an_adapter_streams_with_it():
+    tokens = random_tokens(2, 60)
+    adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    tuned = get_peft_model(tiny_model("retrofit"), adapter).eval()
+    losses = torch.cat(list(stream(tuned, tokens.split(25, dim=1))), dim=1)
+    torch.testing.assert_close(losses[:, 1:], losses_of_one_pass(tuned, tokens), **CLOSE)
+    assert not torch.allclose(losses[:, 1:], losses_of_one_pass(tiny_model("retrofit"), tokens))
+    with pytest.raises(ValueError, match="training mode"):
+        TokenStream(tuned.train())
+    prompted = get_peft_model(tiny_model("retrofit"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="a stream takes no PROMPT_TUNING, whose virtual tokens"):
+        TokenStream(prompted.eval())
+
+
+def test_a_config_that_asks_for_tuples_streams():
+    model, tokens = tiny_model("retrofit", return_dict=False), random_tokens(1, 60)
+    losses = torch.cat(list(stream(model, tokens.split(25, dim=1))), dim=1)
+    torch.testing.assert_close(losses[:, 1:], losses_of_one_pass(tiny_model("retrofit"), tokens), **CLOSE)
 
 
 def test_chunks_come_lazily_and_memory_is_constant_from_the_first_on():
