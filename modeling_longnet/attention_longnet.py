@@ -17,7 +17,7 @@ from .dilated_attention_eager import eager_attention
 from .rotary_longnet import rotate_heads
 from .sequence_cache import hold_reachable_keys
 from .sequence_parallel import sequence_parallel_attention
-from .token_layout import TokenLayout, pack, unpack
+from .token_layout import TokenLayout, pack, unpack, unpack_weights
 from .xpos_decay import BLOCK, XPosDecay
 
 
@@ -135,6 +135,7 @@ class LongNetAttention(LlamaAttention):
             query, key, value = (pack(x, layout) for x in (query, key, value))
             out, weights = self._attend_all(query, key, value, layout, dropout)
             out = unpack(out, layout, batch, length)
+            weights = None if weights is None else unpack_weights(weights, layout, batch, length)
         return self.project(out.flatten(2)), weights
 
     def project(self, heads: Tensor) -> Tensor:

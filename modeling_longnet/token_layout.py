@@ -81,6 +81,11 @@ def locate_tokens(
             f"position_ids must be [batch, tokens] = {[batch, length]} or {[1, length]}, got {list(position_ids.shape)}"
         )
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise ValueError(
+                f"attention_mask must be a tensor [batch, past + new tokens], got a {type(attention_mask).__name__}; "
+                "all layers take the same one"
+            )
         if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
             raise ValueError(
                 f"attention_mask must be [batch, past + new tokens], here {[batch, length]} or wider, "
@@ -255,3 +260,15 @@ def unpack(out: Tensor, layout: TokenLayout, batch: int, length: int) -> Tensor:
         padded = out.new_zeros(1, batch * length, *out.shape[2:])
         out = padded.index_copy(1, layout.real_tokens, out)
     return out.reshape(batch, length, *out.shape[2:])
+
+
+def unpack_weights(weights: Tensor, layout: TokenLayout, batch: int, length: int) -> Tensor:
+    """Undo ``pack`` on attention weights ``[1, heads, tokens, tokens]``: ``[batch, heads, length, length]``."""
+    if layout.cu_seqlens is None:
+        return weights
+    heads, weights = weights.shape[1], weights[0]
+    if layout.real_tokens is not None:
+        padded = weights.new_zeros(heads, batch * length, batch * length)
+        padded[:, layout.real_tokens[:, None], layout.real_tokens] = weights
+        weights = padded
+    return weights.view(heads, batch, length, batch, length).diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)

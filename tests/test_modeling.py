@@ -309,6 +309,11 @@ def test_a_mask_of_the_wrong_shape_is_refused(mask_shape):
         tiny_model()(random_tokens(2, 8), attention_mask=torch.ones(mask_shape))
 
 
+def test_a_mask_for_each_kind_of_layer_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask must be a tensor \[batch, past \+ new tokens\], got a dict"):
+        tiny_model()(random_tokens(2, 8), attention_mask={"full_attention": torch.ones(2, 8)})
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_all_attention_implementations_agree(preset):
     model, tokens, mask = tiny_model(preset), random_tokens(2, 50), left_padding(0, 11, length=50)
@@ -340,6 +345,25 @@ def test_eager_returns_the_attention_weights_of_the_pattern():
             for position in (0, 7, 8, 17, 39):
                 reached = weights[0, head, position].nonzero().flatten().tolist()
                 assert reached == model.config.pattern.reach(position, head // 2)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_weights_of_packed_rows_stand_where_their_tokens_do(padded):
+    model, tokens = tiny_model("retrofit", attn_implementation="eager"), random_tokens(2, 30)
+    position_ids = torch.stack([torch.cat([torch.arange(n), torch.arange(30 - n)]) for n in (12, 21)])
+    mask = torch.ones(2, 30)
+    if padded:
+        mask[0, :2] = mask[1, -3:] = 0
+    options = {"attention_mask": mask, "use_cache": False, "output_attentions": True}
+    with torch.no_grad():
+        found = model(tokens, position_ids=position_ids, **options).attentions[0]
+        assert found.shape == (2, 4, 30, 30)
+        expected = torch.zeros_like(found)
+        for row, first, stop in ((0, 2 * padded, 12), (0, 12, 30), (1, 0, 21), (1, 21, 30 - 3 * padded)):
+            document = slice(first, stop)
+            alone = model(tokens[row : row + 1, document], output_attentions=True).attentions[0]
+            expected[row, :, document, document] = alone[0]
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_attention_weights_take_part_in_the_graph():
