@@ -142,11 +142,12 @@ def triton_attention(
 
 
 def _locate_documents(attention_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Documents:
+    """Describe the documents in tensors without gaps, as the kernels read them."""
     if cu_seqlens is not None:
-        return Documents(cu_seqlens.to(device, torch.int32), None, None)
+        return Documents(cu_seqlens.to(device, torch.int32).contiguous(), None, None)
     if attention_mask is not None:
         # Stable: real tokens first, in their order. Padding follows and is never looked at.
-        rows = attention_mask.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        rows = attention_mask.logical_not().to(torch.uint8).contiguous().argsort(dim=-1, stable=True)
         return Documents(None, rows.int(), attention_mask.sum(-1, dtype=torch.int32))
     return Documents(None, None, None)
 
@@ -421,12 +422,12 @@ def _backward(
         return dq, dk, dv
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
     kind = Kind(documents.packing, attention_mask is not None, call)
-    dlse = None if dlse is None else dlse.contiguous()
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     plan, scratch = _backward_plan(
         *map(layout_of, (do, query, key, value, out)), None if dlse is None else layout_of(dlse), kind
     )
     plan.run(
-        query=query, key=key, value=value, do=do, out=out, lse=lse.contiguous(),
+        query=query, key=key, value=value, do=do, out=out, lse=lse,
         dlse=dlse, stats=torch.empty_like(lse, dtype=torch.int64),
         dq=dq, dk=dk, dv=dv, **_allocate(scratch, query.device), **documents._asdict(),
     )  # fmt: skip

@@ -167,6 +167,31 @@ def test_a_short_last_segment_is_written_whole(call, dtype):
     check_against_oracle(call, DTYPES[dtype], "cuda")
 
 
+def check_documents_that_lie_apart(device: str) -> None:
+    """Fail unless a transposed mask and a column of a table of edges are read as if they were contiguous."""
+    torch.manual_seed(0)
+    mask, edges = torch.rand(3, 24, device=device) < 0.7, torch.tensor([0, 7, 16, 24], dtype=torch.int32, device=device)
+    table = torch.stack([edges, torch.full_like(edges, 5)], dim=1)
+    pattern = DilationPattern.preset("retrofit", [4, 8], [1, 2])
+    for batch, plain, apart in (
+        (3, {"attention_mask": mask}, {"attention_mask": mask.t().contiguous().t()}),
+        (1, {"cu_seqlens": edges}, {"cu_seqlens": table[:, 0]}),
+    ):
+        tensors = [torch.randn(batch, 2, 24, 16, device=device, requires_grad=True) for _ in range(3)]
+        found = []
+        for documents in (plain, apart):
+            options = {"is_causal": True, "attention_mask": None, "cu_seqlens": None, "scale": 0.25} | documents
+            out, lse = triton_attention(*tensors, pattern, **options)
+            found.append([out, lse, *torch.autograd.grad(out.square().sum(), tensors)])
+        for ours, expected in zip(*found):
+            assert torch.equal(ours, expected), apart
+
+
+@pytest.mark.gpu
+def test_documents_may_lie_apart():
+    check_documents_that_lie_apart("cuda")
+
+
 RETROFIT = {"count_overlaps": False, "dilate_queries": False, "window": "sliding"}
 # What the Hopper kernels serve: both ways to walk, all orders of tiles, GQA, packing, tiles that meet nothing, short ones.
 HOPPER_CALLS = [
@@ -645,6 +670,7 @@ def test_kernel_logic_in_the_interpreter(part):
 if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own
     torch.set_num_threads(1)
     part = int(sys.argv[1])
+    check_documents_that_lie_apart("cpu")
     for preset in PRESETS:
         pattern = DilationPattern.geometric(24, 96, preset=preset)
         check_against_oracle(Call(pattern, 1, 6, 3, 100, 8, is_causal=part == 0), torch.float32, "cpu")
