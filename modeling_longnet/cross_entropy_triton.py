@@ -29,6 +29,7 @@ def fused_losses(logits: Tensor, targets: Tensor, label_smoothing: float, gradie
         gradient: like the logits, filled with the gradient of the losses' sum; the logits themselves may be given. None: not
             wanted.
     """
+    targets = targets.contiguous()
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     into = logits if gradient is None else gradient
     with torch.cuda.device_of(logits):

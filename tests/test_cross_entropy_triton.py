@@ -28,7 +28,7 @@ def check_kernel(vocabulary: int, smoothing: float, dtype: torch.dtype, device: 
     logits = (4 * torch.randn(7, 2 * vocabulary, device=device)).to(dtype)[
         :, :vocabulary
     ]  # rows apart from each other
-    targets = torch.randint(vocabulary, (7,), device=device)
+    targets = torch.randint(vocabulary, (7, 2), device=device)[:, 0]  # apart, too
     targets[0], targets[1] = 0, vocabulary - 1
     losses, gradient = plain(logits, targets, smoothing)
     # Half a unit of the last place on the GPU; the interpreter cuts instead of rounding.
