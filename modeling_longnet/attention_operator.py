@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dilation_pattern import DilationPattern
 
@@ -50,6 +49,18 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Call],
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+class _WithoutDerivative(torch.autograd.Function):
+    """A gradient that depends on the tensors given beside it, in a way that nobody has written down."""
+
+    @staticmethod
+    def forward(ctx, gradient, *_):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError('this backend is differentiable once; backend="eager" is differentiable twice')
+
+
 def attention_operator(
     name: str, forward: Forward, backward: Backward, empty_like: Callable[[Tensor], Tensor] = torch.empty_like
 ) -> Forward:
@@ -77,10 +88,14 @@ def attention_operator(
             return out, lse
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_out, grad_lse):
-            grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
-            return *backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.call), None, None, None
+            saved = ctx.saved_tensors
+            grad_out = torch.zeros_like(saved[3]) if grad_out is None else grad_out
+            with torch.no_grad():
+                gradients = backward(grad_out, grad_lse, *saved, ctx.call)
+            if torch.is_grad_enabled():  # create_graph=True
+                gradients = [_WithoutDerivative.apply(gradient, *saved[:3], grad_out) for gradient in gradients]
+            return *gradients, None, None, None
 
     @torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
     def registered(
@@ -152,5 +167,5 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """Give ``x`` the strides that were announced to the compiler, by a copy where it has others."""
-    return x if x.stride() == like.stride() else like.copy_(x)
+    """Give ``x`` the strides and dtype that were announced to the compiler, by a copy where it has others."""
+    return x if x.stride() == like.stride() and x.dtype == like.dtype else like.copy_(x)

@@ -23,7 +23,7 @@ from .dilation_pattern import DilationPattern
 SCORES_PER_CHUNK = 2**22
 # cuDNN plans every new shape anew and refuses single rows: small pieces are left to FlashAttention.
 CUDNN_MIN_ROWS = 256
-# Fused CUDA kernels put the batch into a grid dimension of at most 65,535.
+# Fused CUDA kernels put the batch, and the heads, into a grid dimension of at most 65,535.
 BLOCKS_PER_CALL = 2**15
 
 
@@ -112,7 +112,8 @@ def _forward(
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     if _is_one_piece(call, query, attention_mask, cu_seqlens):
-        return _kernel(call, query, key, value, None, call.seed).forward(query, key, value, call.is_causal)
+        out, lse = _kernel(call, query, key, value, None, call.seed).forward(query, key, value, call.is_causal)
+        return out.to(query.dtype), lse
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
@@ -139,7 +140,7 @@ def _backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out = grad_out.contiguous()
-    if not _rows_are_aligned(grad_out):
+    if grad_out.is_cuda and not _rows_are_aligned(grad_out):
         grad_out = grad_out.clone()
     if _is_one_piece(call, query, attention_mask, cu_seqlens):
         kernel = _kernel(call, query, key, value, grad_lse, call.seed)
@@ -211,6 +212,11 @@ def piece_views(piece: Piece, kv_heads: list[int], batch: int, group: int) -> It
             for first in range(0, query.blocks, BLOCKS_PER_CALL)
             for blocks in [min(BLOCKS_PER_CALL, query.blocks - first)]
         ]
+    parts = [
+        (part._replace(start=part.start + first, residues=min(BLOCKS_PER_CALL, part.residues - first)), part_key, rows)
+        for part, part_key, rows in parts
+        for first in range(0, part.residues, BLOCKS_PER_CALL)
+    ]
     if query.residues > 1:
         heads = [(range(h, h + 1), range(g, g + 1)) for g in kv_heads for h in range(g * group, (g + 1) * group)]
     else:
@@ -293,7 +299,20 @@ def fold_backward(
 
 
 def has_fused_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Say whether one of PyTorch's fused kernels for CUDA serves: rows of whole 16 bytes, each at a multiple of them."""
+    """Say whether one of PyTorch's fused kernels for CUDA serves: rows of whole 16 bytes, each at a multiple of them.
+
+    Cards before Ampere have none for bfloat16.
+    """
+    if not _fits_fused_kernels(query, key, value):
+        return False
+    return query.dtype != torch.bfloat16 or not query.is_cuda or not _is_before_ampere(query.device)
+
+
+def _is_before_ampere(device: torch.device) -> bool:
+    return torch.version.hip is None and cuda_capability(device) < (8, 0)
+
+
+def _fits_fused_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
     head_dim, dtype = query.shape[3], query.dtype
     if head_dim % 8:
         return False
@@ -308,13 +327,18 @@ def _kernel(call: Call, query: Tensor, key: Tensor, value: Tensor, grad_lse: Ten
         return _PlainKernel(call.scale, call.dropout, seed, grad_lse)
     if query.is_cpu:
         return _CpuFlashKernel(call.scale)
-    if not query.is_cuda or not has_fused_kernel(query, key, value):
+    if not query.is_cuda or not _fits_fused_kernels(query, key, value):
         return _PlainKernel(call.scale)
     if query.dtype == torch.float32:
         return _CudaEfficientKernel(call.scale)
+    if torch.version.hip is not None:  # whose capabilities count something else
+        return _CudaFlashKernel(call.scale)
+    capability = cuda_capability(query.device)
+    if capability < (8, 0):  # FlashAttention needs Ampere; the memory-efficient kernel has no bfloat16 before it
+        return _CudaEfficientKernel(call.scale) if query.dtype == torch.float16 else _PlainKernel(call.scale)
     large = query.shape[2] >= CUDNN_MIN_ROWS and key.shape[2] >= CUDNN_MIN_ROWS and query.shape[3] <= 128
     # The gradients of cuDNN's differ from run to run, as PyTorch knows.
-    if large and cuda_capability(query.device) >= (9, 0) and not torch.are_deterministic_algorithms_enabled():
+    if large and capability >= (9, 0) and not torch.are_deterministic_algorithms_enabled():
         return _CudaCudnnKernel(call.scale)
     return _CudaFlashKernel(call.scale)
 
@@ -389,7 +413,7 @@ class _CudaFlashKernel(_FusedKernel):
 
 
 class _CudaEfficientKernel(_FusedKernel):
-    """PyTorch's memory-efficient attention for CUDA, float32."""
+    """PyTorch's memory-efficient attention for CUDA, float32, and float16 before Ampere."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
         k, v = (_repeat_heads(x, q) for x in (k, v))

@@ -7,7 +7,7 @@ import torch
 from tiny_models import left_padding, random_tokens, tiny_model
 
 from modeling_longnet import DecodingStep, DilationPattern, LongNetCache, dilated_attention, dilated_attention_torch
-from modeling_longnet.attention_operator import Call
+from modeling_longnet.attention_operator import Call, _laid_out
 from modeling_longnet.dilated_attention_torch import _attention
 
 
@@ -64,6 +64,27 @@ def test_the_registered_operator_passes_opcheck():
         torch.library.opcheck(_attention.registered, (*tensors(length), attention_mask, None, *call.flatten()))
         transposed = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(length)]
         torch.library.opcheck(_attention.registered, (*transposed, attention_mask, None, *call.flatten()))
+
+
+def test_one_piece_beside_dropout_compiles_in_the_dtype_of_the_input():
+    query, key, value = (x.detach().bfloat16() for x in tensors(7))
+    call = Call(RETROFIT, is_causal=True, scale=0.5, dropout=0.1, seed=7)
+
+    def attend(*inputs):
+        return _attention.registered(*inputs, None, None, *call.flatten())[0].relu()
+
+    torch.compiler.reset()
+    expected = attend(query, key, value)
+    assert expected.dtype == torch.bfloat16
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(query, key, value)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=0)
+    torch.library.opcheck(_attention.registered, (query, key, value, None, None, *call.flatten()))
+
+
+def test_a_result_in_another_dtype_than_announced_is_cast():
+    announced = torch.empty(2, 3, dtype=torch.bfloat16)
+    given = torch.randn(2, 3)
+    assert torch.equal(_laid_out(given, announced), given.bfloat16())
 
 
 @pytest.mark.parametrize("fields", [{}, {"backbone": "magneto"}], ids=["llama", "magneto"])

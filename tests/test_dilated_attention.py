@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from strategies import Call, calls
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 from modeling_longnet import DilationPattern, attention_operator, dilated_attention, dilated_attention_torch
@@ -576,6 +577,76 @@ def test_kernels_of_cuda_need_every_tensor_aligned(odd, monkeypatch):
     assert chosen(*aligned) == "_CudaFlashKernel"
     aligned[odd] = torch.zeros(1, 2, 512, 72, dtype=torch.bfloat16)[..., 1:65]
     assert chosen(*aligned) == "_PlainKernel"
+
+
+def test_cards_before_ampere_and_amds_take_the_kernels_that_they_have(monkeypatch):
+    call = attention_operator.Call(PAPER, True, 1.0)
+
+    def chosen(dtype: torch.dtype, capability: tuple[int, int], hip: str | None = None) -> str:
+        monkeypatch.setattr(dilated_attention_torch, "cuda_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        tensors = [_OnCuda(torch.zeros(1, 2, 512, 64, dtype=dtype)) for _ in range(3)]
+        name = type(dilated_attention_torch._kernel(call, *tensors, None, 0)).__name__
+        assert dilated_attention_torch.has_fused_kernel(*tensors) == (name != "_PlainKernel")
+        return name
+
+    half, bfloat16, full = torch.float16, torch.bfloat16, torch.float32
+    for old in ((7, 0), (7, 5)):
+        assert chosen(half, old) == chosen(full, old) == "_CudaEfficientKernel"
+        assert chosen(bfloat16, old) == "_PlainKernel"
+    for ampere in ((8, 0), (8, 9)):
+        assert chosen(half, ampere) == chosen(bfloat16, ampere) == "_CudaFlashKernel"
+    assert chosen(bfloat16, (9, 0)) == "_CudaCudnnKernel"
+    assert chosen(bfloat16, (9, 4), hip="6.4") == chosen(half, (9, 4), hip="6.4") == "_CudaFlashKernel"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_one_piece_gives_beside_dropout_has_the_dtype_of_the_input(dtype):
+    tensors = [torch.randn(1, 2, 32, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    ordinary = DilationPattern((64,), (1,))
+    out, lse = dilated_attention(*tensors, ordinary, dropout=0.1, return_lse=True)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert dilated_attention(*tensors, ordinary, dropout=0.1).dtype == dtype
+    assert all(x.dtype == dtype for x in torch.autograd.grad(out.sum() + lse.sum(), tensors))
+
+
+def test_blocks_and_residues_beyond_a_grid_are_cut(monkeypatch):
+    sparse = DilationPattern((8, 16), (1, 8), dilate_queries=False)
+    call = random_call(sparse, 24, num_heads=2, num_kv_heads=2)
+    whole = evaluate(operator(sparse, "torch"), call.tensors(), *call.cotangents())
+    shapes, kernel = [], dilated_attention_torch._kernel
+    monkeypatch.setattr(
+        dilated_attention_torch, "_kernel", lambda call, q, *rest: shapes.append(q.shape) or kernel(call, q, *rest)
+    )
+    evaluate(operator(sparse, "torch"), call.tensors(), *call.cotangents())
+    assert max(heads for _, heads, _, _ in shapes) > 3
+    shapes.clear()
+    monkeypatch.setattr(dilated_attention_torch, "BLOCKS_PER_CALL", 3)
+    cut = evaluate(operator(sparse, "torch"), call.tensors(), *call.cotangents())
+    assert max(max(blocks, heads) for blocks, heads, _, _ in shapes) == 3
+    assert_close(cut, whole, **EXACT)
+
+
+@pytest.mark.parametrize("length", [8, 24])  # one piece, several
+def test_a_second_derivative_is_refused_in_a_line(length):
+    pattern = DilationPattern.preset("retrofit", (8, 16), (1, 2))
+    query, key, value = random_call(pattern, length).tensors()
+    out, _ = dilated_attention(query, key, value, pattern, return_lse=True)
+    (gradient,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    assert_close(gradient, torch.autograd.grad(dilated_attention(query, key, value, pattern).sum(), query)[0], **EXACT)
+    with pytest.raises(RuntimeError, match='differentiable once; backend="eager" is differentiable twice'):
+        gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(
+        dilated_attention(query, key, value, pattern, backend="eager").sum(), query, create_graph=True
+    )
+    gradient.sum().backward()
+
+
+def test_fake_tensors_have_gradients_without_a_look_at_where_they_lie():
+    with FakeTensorMode():
+        tensors = [torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(3)]
+        out = dilated_attention(*tensors, DilationPattern.preset("retrofit", (4, 8), (1, 2)))
+        assert [x.shape for x in torch.autograd.grad(out.sum(), tensors)] == [(1, 2, 32, 16)] * 3
 
 
 @pytest.mark.parametrize("head_dim", [20, 24])
