@@ -34,6 +34,8 @@ def fused_refusal(query: Tensor, pattern: DilationPattern, dropout: float) -> st
         return "triton is not installed"
     if not query.is_cuda:
         return f"the fused kernels need a CUDA device, the inputs are on {query.device}"
+    if torch.version.hip is not None:
+        return "the fused kernels are written and tested for NVIDIA, this PyTorch is built for AMD (ROCm)"
     if query.dtype == torch.float64:
         return "the fused kernels have no float64"
     if dropout > 0:
@@ -44,7 +46,7 @@ def fused_refusal(query: Tensor, pattern: DilationPattern, dropout: float) -> st
         return f"the fused kernels support up to {MAX_BRANCHES} branches, got {len(pattern.branches)}"
     if query.shape[0] > MAX_BATCH:
         return f"the fused kernels take up to {MAX_BATCH} rows at once, got {query.shape[0]}"
-    if torch.version.hip is None and cuda_capability(query.device) < (8, 0):
+    if cuda_capability(query.device) < (8, 0):
         return f"the fused kernels need compute capability 8.0, {query.device} is older"
     return None
 

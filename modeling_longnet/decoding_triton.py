@@ -67,11 +67,13 @@ def device_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     """Say why the kernels do not serve tensors of a dtype on a device, None if they do."""
     if device.type != "cuda":
         return f"it needs a CUDA device, the model is on {device}"
+    if torch.version.hip is not None:
+        return "it is written and tested for NVIDIA, this PyTorch is built for AMD (ROCm)"
     if triton is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no {str(dtype).removeprefix('torch.')}"
-    if torch.version.hip is None and cuda_capability(device) < (8, 0):
+    if cuda_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, {device} is older"
     return None
 

@@ -14,7 +14,7 @@ import torch
 
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
-from .cuda_devices import cuda_capability, num_processors
+from .cuda_devices import MAX_BATCH, cuda_capability, num_processors
 from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
@@ -259,7 +259,7 @@ def hopper_bwd_launches(
     """Plan the launches of all gradients, and what they need beside the results.
 
     The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
-    time as fit.
+    time as fit, and no more query heads than a dimension of the grid that scales them.
     """
     pattern = call.pattern
     batch, num_heads, length, head_dim = layouts["query"].shape
@@ -267,7 +267,7 @@ def hopper_bwd_launches(
     group = num_heads // num_kv_heads
     lanes = batch * num_kv_heads
     tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
-    at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim)))
+    at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim), MAX_BATCH // group))
     at_once = _cdiv(lanes, _cdiv(lanes, at_once))
     branches = key_launches(pattern)
     # The first branch's first tile of each block writes; what no whole block covers has to be zero before.

@@ -17,7 +17,9 @@ from triton_interpreter import interpret, needs_interpreter
 from modeling_longnet import (
     DilationPattern,
     attention_operator,
+    cached_attention_triton,
     compiled_kernels,
+    decoding_triton,
     dilated_attention,
     dilated_attention_hopper,
 )
@@ -170,7 +172,10 @@ def test_a_short_last_segment_is_written_whole(call, dtype):
 def check_documents_that_lie_apart(device: str) -> None:
     """Fail unless a transposed mask and a column of a table of edges are read as if they were contiguous."""
     torch.manual_seed(0)
-    mask, edges = torch.rand(3, 24, device=device) < 0.7, torch.tensor([0, 7, 16, 24], dtype=torch.int32, device=device)
+    mask, edges = (
+        torch.rand(3, 24, device=device) < 0.7,
+        torch.tensor([0, 7, 16, 24], dtype=torch.int32, device=device),
+    )
     table = torch.stack([edges, torch.full_like(edges, 5)], dim=1)
     pattern = DilationPattern.preset("retrofit", [4, 8], [1, 2])
     for batch, plain, apart in (
@@ -318,6 +323,35 @@ def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache
         query, key, DilationPattern.geometric(2048, 4096, preset=preset)
     )
     assert found is None if refusal is None else refusal in found
+
+
+@pytest.mark.skipif(dilated_attention_hopper.triton is None, reason="the plans name Triton's kernels")
+def test_the_backward_in_one_kernel_keeps_within_a_grid_whatever_the_batch(monkeypatch):
+    monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
+    x = layout_of(torch.empty(8192, 16, 256, 64, dtype=torch.bfloat16, device="meta"))
+    layouts = dict.fromkeys(("query", "key", "value", "do", "out", "dq", "dk", "dv"), x)
+    grouped = layouts | dict.fromkeys(("key", "value", "dk", "dv"), x._replace(shape=(8192, 1, 256, 64)))
+    call = attention_operator.Call(DilationPattern.preset("paper", (64, 128), (1, 2)), True, 0.125)
+    for each in (layouts, grouped):
+        launches, _ = dilated_attention_hopper.hopper_bwd_launches(each, 0, call)
+        assert max(launch.grid[1] for launch in launches) <= 65535
+        scaled = [launch.grid[1] for launch in launches if launch.grid[1] > 1]
+        assert sum(scaled) == 8192 * 16, "every head of every row is scaled once"
+
+
+def test_amds_cards_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    query = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=torch.Size((1, 2, 8, 16))
+    )
+    pattern = DilationPattern((4,), (1,))
+    for backend in (fused_backend, cached_attention_triton, decoding_triton):
+        monkeypatch.setattr(backend, "triton", object())
+        monkeypatch.setattr(backend, "cuda_capability", lambda device: (9, 4))
+    said = "written and tested for NVIDIA, this PyTorch is built for AMD (ROCm)"
+    assert said in triton_refusal(query, query, query, pattern, 0.0)
+    assert said in cached_attention_triton.fused_refusal(query, pattern, 0.0)
+    assert said in decoding_triton.device_refusal(query.dtype, query.device)
 
 
 @pytest.mark.gpu
