@@ -17,8 +17,8 @@ class DecodingGraph:
 
     Called with tokens ``[B, 1]`` it returns the logits ``[B, 1, vocab_size]`` of the next ones. The first call
     launches the kernels one by one, and so compiles them; the second captures them. The cache may be reset, reordered
-    and given other tokens in between; where it or the weights have moved, the graph is captured again. Hooks and
-    settings are those of the capture.
+    and given other tokens in between; where it or the weights have moved, the graph is captured again. Hooks,
+    settings and modules are those of the capture: where one was replaced, make another ``DecodingGraph``.
 
         cache = LongNetCache(model.config, max_length=...)
         logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits

@@ -12,6 +12,7 @@ from .attention_longnet import LongNetAttention
 from .backbone_llama import LongNetDecoderLayer
 from .cache_layer import LongNetCacheLayer
 from .cache_longnet import LongNetCache
+from .cuda_devices import MAX_BATCH
 from .decoding_hopper import at_once_refusal, attend_at_once
 from .decoding_triton import (
     Rotary,
@@ -114,6 +115,9 @@ def cache_refusal(cache: LongNetCache) -> str | None:
     """Say why the fused step does not serve a cache, None if it does."""
     if cache.offloading:
         return "the cache is offloaded"
+    seen = cache.layers[0].seen
+    if seen is not None and len(seen) > MAX_BATCH:
+        return f"it takes up to {MAX_BATCH} rows at once, got {len(seen)}"
     for layer in cache.layers:
         if not layer.is_compileable:
             return "the cache grows; make it with LongNetCache(max_length=...)"
@@ -173,7 +177,10 @@ def decode_token(
     """
     config, rope = model.config, model.rotary_emb
     batch = hidden.shape[0]
+    # The kernels overwrite rows without gaps; a hook may have kept what the embedding gave.
+    kept = len(model.embed_tokens._forward_hooks) > 0
     hidden = hidden.reshape(batch, -1)
+    hidden = hidden.clone(memory_format=torch.contiguous_format) if kept else hidden.contiguous()
     for layer in cache.layers:
         if not layer.is_initialized:
             layer.lazy_initialization(*[hidden.new_empty(batch, config.num_key_value_heads, 1, config.head_dim)] * 2)

@@ -201,6 +201,9 @@ def test_what_the_fused_step_does_not_serve_is_said_by_name(served):
     recording = LongNetCache(model.config, max_length=20)
     recording.activate_past_recording()
     assert "taken back" in refusal(model, recording)
+    many = LongNetCache(model.config, max_length=20)
+    many.layers[0].seen = torch.zeros(2**16, dtype=torch.int64)
+    assert refusal(model, many) == "it takes up to 65535 rows at once, got 65536"
     assert "xPos" in refusal(tiny_model(backbone="magneto").float())
     assert "'gelu'" in refusal(tiny_model(hidden_act="gelu").float())
     assert "'longnet_torch'" in refusal(tiny_model(attn_implementation="longnet_torch").float())
@@ -298,11 +301,38 @@ def test_the_ordinary_step_says_why_it_served(caplog):
     assert "the fused decoding step does not serve: " in caplog.text
 
 
+def check_what_is_overwritten(device: str) -> None:
+    """Fail unless a hook's tensor stays as it was, and embeddings that lie apart are read as what they are."""
+    model = tiny_model("retrofit").float().to(device)
+    tokens, kept = random_tokens(3, 9).to(device), []
+
+    def step(rows: int, **inputs) -> torch.Tensor:
+        cache = LongNetCache(model.config, max_length=9)
+        model(tokens[:rows, :8], past_key_values=cache)
+        return model(**inputs, past_key_values=cache).logits
+
+    with torch.no_grad():
+        embeds = model.model.embed_tokens(tokens[:, 8:])
+        expected = step(3, inputs_embeds=embeds)
+        apart = embeds[:, 0].t().contiguous().t()[:, None]
+        torch.testing.assert_close(step(3, inputs_embeds=apart), expected, rtol=1e-6, atol=1e-6)
+        handle = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        step(1, input_ids=tokens[:1, 8:])
+        handle.remove()
+    assert torch.equal(kept[-1], embeds[:1])
+
+
+@pytest.mark.gpu
+def test_what_others_hold_is_not_overwritten():
+    check_what_is_overwritten("cuda")
+
+
 if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a process of its own
     torch.set_num_threads(1)
     check_plans("cpu", int(sys.argv[1]) if len(sys.argv) > 1 else 6)
     # The interpreter takes CPU tensors.
     decoding_token.slots_refusal = decoding_token.device_refusal = lambda *call: None
+    check_what_is_overwritten("cpu")
     # Several blocks, and parts to merge in several goes.
     decoding_triton.KEYS_PER_BLOCK, decoding_triton.ATTENDING_PROGRAMS, decoding_triton.MERGED_AT_ONCE = 8, 12, 64
     for k, shape in enumerate(SHAPES):
