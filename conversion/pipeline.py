@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .atomic_folder import atomic_folder, check_target, write_report
+from .carried_tokenizer import keep_encodings
 from .hub import check_repo_id, interruptible_upload, push_folder
 from .plan import Plan
 from .steps import (
@@ -71,6 +72,7 @@ def convert(
             weight_files = copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update, plan.dtype)
         plan.write_config(folder)
         carry_files(plan.source, folder)
+        tokenizer = keep_encodings(plan.source, folder)
         plan.write_generation_config(folder)
         verification = verify_logits(plan.comparison(folder), progress) if verify else None
         report = {
@@ -85,6 +87,7 @@ def convert(
                 "not_finite": count_not_finite(weight_files, progress),
                 "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size, plan.dtype),
             },
+            "tokenizer": tokenizer,
             "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "verification": describe_verification(verification),
             "versions": versions(),
@@ -93,6 +96,8 @@ def convert(
         write_report(folder, report)
     with interruptible_upload(target, push_to_hub):
         if progress:
+            if tokenizer is not None:
+                print(f"tokenizer  {tokenizer}")
             if not_finite := report["weights"]["not_finite"]:
                 print(f"warning    {describe_not_finite(not_finite)}")
             print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)

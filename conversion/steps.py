@@ -22,7 +22,7 @@ from .weights import copy_bytes, count_numbers_not_finite, read_header, total_by
 
 logger = logging.getLogger(__name__)
 
-CARRIED_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -30,6 +30,9 @@ CARRIED_FILES = (
     "merges.txt",
     "*.tiktoken",
     "spiece.model",
+)
+CARRIED_FILES = (
+    *TOKENIZER_FILES,
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
