@@ -19,7 +19,9 @@ from .once_per_pass import OncePerPass
 class LongNetCache(Cache):
     """KV cache of a LongNet model: constant memory once the longest segment is full (but for ``dense_layers``).
 
-    Theorem: decoding through this cache, one token or any chunk at a time, equals the full forward pass.
+    Theorem: decoding through this cache, one token or any chunk at a time, equals the full forward pass. Where a longrope
+    changes its frequencies, the model refuses to go on with keys of the others; keys of dynamic NTK stay as their own
+    call rotated them, as everywhere in ``transformers``.
 
     Args:
         config: a ``LongNetConfig``; the patterns of its layers count.
@@ -53,11 +55,25 @@ class LongNetCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         self._config = config
         self._served: list | None = None  # the fields that check_fits found to fit
+        self._rotated_up_to: int | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether no token has come yet; known without waiting for the device."""
         return self.layers[0].is_empty
+
+    @property
+    def rotated_up_to(self) -> int:
+        """The number of tokens that the last call reached: a length-dependent RoPE rotated for it. 0 if none is held.
+
+        A crop leaves it as it is, for the keys that stay were rotated so. Of a loaded state: the tokens that it holds.
+        """
+        read = 0 if self.is_empty else int(self.layers[0].seen.max())
+        return read if self._rotated_up_to is None or not read else self._rotated_up_to
+
+    @rotated_up_to.setter
+    def rotated_up_to(self, length: int) -> None:
+        self._rotated_up_to = length
 
     def check_fits(self, config: PretrainedConfig) -> None:
         """Refuse to serve a model whose layers reach other keys than the cache was made to hold.
@@ -128,6 +144,7 @@ class LongNetCache(Cache):
                 raise ValueError(f"layer {i}: {error}") from None
         for layer, of_layer in zip(self.layers, by_layer):
             layer.load_state_dict(of_layer)
+        self._rotated_up_to = None
 
     def _entry_shape(self, state: dict[str, Tensor]) -> tuple[int, int, int]:
         """Return the rows, KV heads and head_dim that all layers must have, given the state of the first."""

@@ -142,7 +142,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: if inputs are missing or doubled, the mask has a wrong shape, the cache is not a
-                ``LongNetCache``, or packed documents meet a cache.
+                ``LongNetCache``, packed documents meet a cache, or a longrope's keys in the cache have other frequencies
+                than those to come.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -184,6 +185,14 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
             position_ids = layout.rotary_positions(*inputs_embeds.shape[:2])
+        if (
+            past_key_values is not None
+            and self.rotary_emb.rope_type == "longrope"
+            and not torch.compiler.is_compiling()
+        ):
+            length = int(position_ids.max()) + 1
+            self.rotary_emb.refuse_turn(past_key_values.rotated_up_to, length)
+            past_key_values.rotated_up_to = length
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -338,20 +347,45 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         """Prepare one forward pass as ``transformers`` does; a mask no longer than ``input_ids`` says that they are all.
 
         What a cache has read of them is left out then: assisted decoding begins with all tokens, whatever it holds.
+        Where a longrope's frequencies change, the cache is emptied and reads all tokens anew, as with Phi-3.
         """
         if next_sequence_length is None and past_key_values is not None and inputs_embeds is None:
             num_tokens, held = input_ids.shape[1], past_key_values.get_seq_length()
             if attention_mask is not None and attention_mask.shape[1] == num_tokens > held:
                 next_sequence_length = num_tokens - held
+        if (
+            next_sequence_length is not None
+            and past_key_values is not None
+            and self.model.rotary_emb.rope_type == "longrope"
+        ):
+            has_all = input_ids.shape[1] == past_key_values.get_seq_length() + next_sequence_length
+            positions = kwargs.get("position_ids")
+            length = input_ids.shape[1] if positions is None else int(positions.max()) + 1
+            if has_all and self.model.rotary_emb.turns_otherwise(past_key_values.rotated_up_to, length):
+                past_key_values.reset()
+                past_key_values.rotated_up_to = length  # compiled, the forward pass does not note it
+                next_sequence_length = None
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
 
+    def _refuse_candidates(self, num_tokens: int, num_new: int) -> None:
+        """Refuse assisted decoding where longrope would verify tokens with the frequencies of candidates beyond them."""
+        rotary = self.model.rotary_emb
+        if rotary.rope_type == "longrope" and rotary.turns_otherwise(num_tokens, num_tokens + num_new):
+            raise ValueError(
+                f"RoPE 'longrope' rotates otherwise beyond {rotary.length_border} tokens, and candidates of assisted decoding "
+                f"would decide when between {num_tokens} and {num_tokens + num_new}; leave the assistant out, or let "
+                f"max_length be at most {rotary.length_border}"
+            )
+
     def _assisted_decoding(
         self, input_ids: Tensor, *args: Any, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        num_real = input_ids.shape[1] if mask is None else int(mask.count_nonzero())
+        self._refuse_candidates(num_real, generation_config.max_length - input_ids.shape[1])
         if cache is not None and (held := cache.get_seq_length()):
             num_tokens = input_ids.shape[1]
             if kwargs.get("attention_mask") is None:  # dropped where all tokens are real; its length is needed

@@ -41,6 +41,35 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
         return cos.to(x.dtype), sin.to(x.dtype)
 
     @property
+    def length_border(self) -> int | None:
+        """The number of tokens beyond which frequencies follow from the length of a call; None: they never do."""
+        if self.rope_type == "longrope":
+            return self.config.rope_parameters["original_max_position_embeddings"]
+        return self.original_max_seq_len if self.rope_type == "dynamic" else None
+
+    def turns_otherwise(self, held: int, length: int) -> bool:
+        """Whether keys of a call that reached ``held`` tokens are rotated otherwise than in one that reaches ``length``."""
+        border = self.length_border
+        if border is None or 0 in (held, length):
+            return False
+        if self.rope_type == "longrope":
+            return (held > border) != (length > border)
+        return max(held, length) > border and held != length
+
+    def refuse_turn(self, held: int, length: int) -> None:
+        """Raise where ``turns_otherwise``.
+
+        Raises:
+            ValueError: with the numbers.
+        """
+        if self.turns_otherwise(held, length):
+            raise ValueError(
+                f"RoPE {self.rope_type!r} rotates otherwise beyond {self.length_border} tokens: the cache was filled up to "
+                f"{held}, and this call reaches {length}; give all {length} tokens at once (no prefill_chunk_size) with "
+                "an empty cache"
+            )
+
+    @property
     def as_source_below(self) -> int:
         """The position from which on angles are exact."""
         return self.config.segment_lengths[0]

@@ -62,13 +62,18 @@ class TokenStream:
             one, which nothing predicts.
 
         Raises:
-            ValueError: if there is no token, or another number of rows than before, or the model is in training mode.
+            ValueError: if there is no token, or another number of rows than before, the model is in training mode, or its
+                RoPE depends on the length (longrope, dynamic) and would rotate what follows otherwise than what came.
         """
         if not isinstance(tokens, Tensor):
             raise ValueError(f"tokens must be a tensor [batch, at least one token], got {type(tokens).__name__}")
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be [batch, at least one token], got {list(tokens.shape)}")
         _refuse_training(self.model)
+        rotary = self.model.model.rotary_emb
+        if rotary.length_border is not None and not self.cache.is_empty:
+            length = int(self.cache.layers[0].seen.max()) + tokens.shape[1]
+            rotary.refuse_turn(self.cache.rotated_up_to, length)
         hidden = self.model.model(
             input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True
         ).last_hidden_state
