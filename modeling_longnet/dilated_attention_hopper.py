@@ -436,7 +436,6 @@ def _variant_of(
         stores=stores,
         counted=counted,
         starts_together=_starts_together(launch, tiles, pattern) and not from_key and num_documents == 0,
-        nonempty=_nonempty(launch, tiles, call) and num_documents == 0,
         **{name: x for name, x in tiles._asdict().items() if name != "programs"},
     )
 
@@ -445,17 +444,6 @@ def _starts_together(launch: Launch, tiles: HopperTiles, pattern: DilationPatter
     """Say whether the queries of each tile share one segment, all of which before them they meet."""
     aligned = all(window % (tiles.block_m * launch.rate) == 0 for window in launch.windows)
     return pattern.window == "segment" and pattern.count_overlaps and aligned
-
-
-def _nonempty(launch: Launch, tiles: HopperTiles, call: Call) -> bool:
-    """Say whether each query has met something before the blocks that all queries of its tile meet whole.
-
-    In the first branch it meets itself: with the last keys, which the tile's first query does not meet, or, that one,
-    with the first keys, which the others of a window do not meet.
-    """
-    pattern = call.pattern
-    aligned = all(window % (tiles.block_m * launch.rate) == 0 for window in launch.windows)
-    return call.is_causal and pattern.dilation_rates[0] == 1 and (pattern.window == "sliding" or aligned)
 
 
 @functools.cache

@@ -51,179 +51,82 @@ except ImportError as error:
 SLACK = gl.constexpr(8.0)  # log2 of how far weights may be above one
 
 
-@constexpr_function
-def _raise_assembly(elements, compare_bits):
-    """Raise the peaks of a warp's rows where scores lie SLACK above them; say by how much. Totals follow.
-
-    A thread has the peaks, totals and maxima of two columns of each of its rows; three more threads have the other six.
-    compare_bits: maxima are relative to the peaks, and compared as integers: of positive ones the order is that of
-    floats, and others do not matter.
-    """
-    names = [f"${i}" for i in range(6 * elements + (0 if compare_bits else elements))]
-    parts = [names[i : i + elements] for i in range(0, len(names), elements)]
-    peak, total, growth, _, _, highest = parts[:6]
-    rows = range(0, elements, 2)
-    lines = [
-        "{ .reg .pred up, any; .reg .b32 all, other; .reg .f32 limit; " + "".join(f".reg .b32 h{i}; " for i in rows)
-    ]
-    if compare_bits:
-        lines += [f"mov.b32 all, {highest[0]};", *(f"max.s32 all, all, {x};" for x in highest[1:])]
-        lines += ["setp.gt.s32 any, all, 0x41000000;"]
-    else:
-        for i in rows:
-            lines += [f"max.f32 h{i}, {highest[i]}, {highest[i + 1]};", f"mul.f32 h{i}, h{i}, {parts[6][0]};"]
-            lines += [f"add.f32 limit, {peak[i]}, 0f41000000;"]
-            lines += [f"setp.gt.f32 any, h{i}, limit;" if i == 0 else f"setp.gt.or.f32 any, h{i}, limit, any;"]
-    lines += ["vote.sync.any.pred any, any, 0xffffffff;"]
-    for i in range(elements):
-        lines += [f"mov.f32 {growth[i]}, 0f00000000;"]
-    lines += ["@!any bra DONE;"]
-    larger = "max.s32" if compare_bits else "max.f32"
-    for i in rows:
-        if compare_bits:
-            lines += [f"max.s32 h{i}, {highest[i]}, {highest[i + 1]};"]
-        for lanes in (1, 2):
-            lines += [f"shfl.sync.bfly.b32 other, h{i}, {lanes}, 31, 0xffffffff;", f"{larger} h{i}, h{i}, other;"]
-        if compare_bits:
-            lines += [f"setp.gt.s32 up, h{i}, 0x41000000;", f"@!up bra ROW{i};"]
-            lines += [f"add.f32 {peak[j]}, {peak[j]}, h{i};" for j in (i, i + 1)]
-        else:
-            lines += [f"add.f32 limit, {peak[i]}, 0f41000000;", f"setp.gt.f32 up, h{i}, limit;", f"@!up bra ROW{i};"]
-            lines += [f"mov.f32 {peak[j]}, h{i};" for j in (i, i + 1)] + [f"sub.f32 h{i}, h{i}, {peak[i]};"]
-        lines += [f"mov.f32 {growth[j]}, h{i};" for j in (i, i + 1)]
-        lines += [f"neg.f32 other, h{i};", "ex2.approx.ftz.f32 other, other;"]
-        lines += [f"mul.f32 {total[j]}, {total[j]}, other;" for j in (i, i + 1)]
-        lines += [f"ROW{i}:"]
-    return " ".join([*lines, "DONE: }"])
-
-
-@constexpr_function
-def _raise_constraints(elements, compare_bits):
-    in_place = [str(i) for i in range(2 * elements)]
-    return ",".join(["=&f"] * 3 * elements + in_place + (["r"] if compare_bits else ["f", "f"]) * elements)
-
-
-@constexpr_function
-def _grown_assembly(elements, rows, decays):
-    """Change a thread's elements of ``[rows, n]`` where any of its rows has grown: the sums decay, weights' logarithms fall.
-
-    The third of its elements lies 8 rows below the first; of 128 rows, the second half of them 64.
-    """
-    names = [f"${i}" for i in range(3 * elements)]
-    x, growth = names[:elements], names[2 * elements :]
-    half = elements * 64 // rows
-    own = range(0, elements, half)
-    first, *others = (growth[start + i] for start in own for i in (0, 2))
-    lines = [f"{{ .reg .pred none; setp.eq.f32 none, {first}, 0f00000000;"]
-    lines += [f"setp.eq.and.f32 none, {other}, 0f00000000, none;" for other in others]
-    lines += ["@none bra DONE;"]
-    if decays:
-        for start in own:
-            for i in (0, 2):
-                name = f"f{start + i}"
-                lines += [f".reg .f32 {name}; neg.f32 {name}, {growth[start + i]}; ex2.approx.ftz.f32 {name}, {name};"]
-        lines += [f"mul.f32 {x[i]}, {x[i]}, f{i // half * half + (i & 2)};" for i in range(elements)]
-    else:
-        lines += [f"sub.f32 {a}, {a}, {g};" for a, g in zip(x, growth)]
-    return " ".join([*lines, "DONE: }"])
-
-
-@constexpr_function
-def _grown_constraints(elements):
-    return ",".join(["=&f"] * elements + [str(i) for i in range(elements)] + ["f"] * elements)
-
-
-@gluon.jit
-def _grown(x, growth, DECAYS: gl.constexpr, V: gl.constexpr):
-    """Change ``[rows, n / 8, 8]`` where peaks have grown."""
-    _, growth = gl.broadcast(x, gl.convert_layout(gl.expand_dims(growth, 1), x.type.layout))
-    ELEMENTS: gl.constexpr = x.shape[0] * x.shape[1] // 16
-    return gl.inline_asm_elementwise(
-        _grown_assembly(ELEMENTS, V.rows, DECAYS), _grown_constraints(ELEMENTS), [x, growth], dtype=gl.float32,
-        is_pure=True, pack=ELEMENTS,
-    )  # fmt: skip
-
-
 @gluon.jit
 def _softmax(
     s, peak, total, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Return the weights of a block, what they are relative to, the new running sum, and by how much peaks have grown.
+    """Return the weights of a block, what they are relative to, the new running sum, and by how much the old one decays.
 
     They are relative to an earlier maximum until the scores are SLACK beyond it: until then nothing decays.
     """
-    ROWS: gl.constexpr = V.rows // 16
     if MASKED:
         s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
-    s = gl.reshape(s, [V.rows, V.block_n // 8, 8])
-    if MASKED or not V.nonempty:
-        highest = gl.convert_layout(gl.max(s, 1), peak.type.layout)
-        _, scales = gl.broadcast(highest, scale2)
-        peak, total, growth = gl.inline_asm_elementwise(
-            _raise_assembly(ROWS, False), _raise_constraints(ROWS, False), [peak, total, highest, scales],
-            dtype=(gl.float32, gl.float32, gl.float32), is_pure=True, pack=ROWS,
-        )  # fmt: skip
-        shift = gl.where(peak == float("-inf"), 0.0, peak)
-        x = s * scale2 - gl.convert_layout(gl.expand_dims(shift, 1), s.type.layout)
-    else:
-        x = s * scale2 - gl.convert_layout(gl.expand_dims(peak, 1), s.type.layout)
-        highest = gl.convert_layout(gl.max(x.to(gl.int32, bitcast=True), 1), peak.type.layout)
-        peak, total, growth = gl.inline_asm_elementwise(
-            _raise_assembly(ROWS, True), _raise_constraints(ROWS, True), [peak, total, highest],
-            dtype=(gl.float32, gl.float32, gl.float32), is_pure=True, pack=ROWS,
-        )  # fmt: skip
-        x = _grown(x, growth, False, V)
-    p = gl.exp2(x)
-    total += gl.convert_layout(gl.sum(p, 1), total.type.layout)
-    return gl.convert_layout(gl.reshape(p, [V.rows, V.block_n]), s_layout), peak, total, growth
+    highest = gl.max(s, 1) * scale2
+    new_peak = gl.where(highest > peak + SLACK, highest, peak)
+    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
+    decay = gl.exp2(peak - shift)
+    return p, new_peak, total * decay + gl.sum(p, 1), decay
+
+
+@constexpr_function
+def _decay_assembly(elements, rows):
+    """Multiply a thread's elements of ``[rows, n]`` by their factors, if those of its rows are not all one.
+
+    The third of its elements lies 8 rows below the first; of 128 rows, the second half of them 64.
+    """
+    names = [f"${i}" for i in range(3 * elements)]
+    out, x, factors = names[:elements], names[elements : 2 * elements], names[2 * elements :]
+    first, *others = (factors[half + i] for half in range(0, elements, elements * 64 // rows) for i in (0, 2))
+    lines = [f"{{ .reg .pred all; setp.eq.f32 all, {first}, 0f3F800000;"]
+    lines += [f"setp.eq.and.f32 all, {other}, 0f3F800000, all;" for other in others]
+    lines += [f"mov.f32 {o}, {a};" for o, a in zip(out, x)]
+    lines += ["@all bra DONE;"]
+    lines += [f"mul.f32 {o}, {a}, {factor};" for o, a, factor in zip(out, x, factors)]
+    return " ".join([*lines, "DONE: }"])
+
+
+@constexpr_function
+def _decay_constraints(elements):
+    return ",".join(["=f"] * elements + ["f"] * (2 * elements))
 
 
 @gluon.jit
-def _spread(x, layout: gl.constexpr):
-    """Give each row's number to eight columns."""
-    x = gl.expand_dims(x, 1)
-    _, x = gl.broadcast(gl.full([x.shape[0], 8], 0.0, gl.float32, x.type.layout), x)
-    return gl.convert_layout(x, layout)
-
-
-@gluon.jit
-def _decayed(acc, growth, V: gl.constexpr):
+def _decayed(acc, decay, V: gl.constexpr):
     """Multiply what has been summed, ``[rows, D]``, by each row's decay; threads whose rows do not decay pass over it."""
-    parts = _grown(gl.reshape(acc, [V.rows, V.head_dim // 8, 8]), growth, True, V)
-    return gl.convert_layout(gl.reshape(parts, [V.rows, V.head_dim]), acc.type.layout)
-
-
-@gluon.jit
-def _next_stage(stage, phase, V: gl.constexpr):
-    """Go on to the next place of the rings: reckoned a block ahead, it keeps no product waiting."""
-    wraps = stage == V.stages - 1
-    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+    factors = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
+    _, factors = gl.broadcast(acc, factors)
+    ELEMENTS: gl.constexpr = V.rows * V.head_dim // 128
+    return gl.inline_asm_elementwise(
+        _decay_assembly(ELEMENTS, V.rows), _decay_constraints(ELEMENTS), [acc, factors], dtype=gl.float32,
+        is_pure=True, pack=ELEMENTS,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _attend_block(
-    acc, p, peak, total, done, stage, phase, q, rings, first, row_first, row_stop, scale2,
+    acc, p, peak, total, done, q, rings, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
-    last, last_phase = stage, phase
-    stage, phase = _next_stage(stage, phase, V)
+    stage = done % V.stages
+    last = (done - 1) % V.stages
     zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
     _await_turn(rings, done, consumer, V)
-    mbarrier.wait(rings.k_full.index(stage), phase)
+    mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(rings.v_full.index(last), last_phase)
+    mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
     acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
     _end_turn(rings, consumer, V)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(rings.k_empty.index(stage), count=1)
-    new_p, peak, total, growth = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
+    new_p, peak, total, decay = _softmax(s, peak, total, first, row_first, row_stop, scale2, MASKED, V, s_layout)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(rings.v_empty.index(last), count=1)
-    acc = _decayed(acc, growth, V)
-    return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1, stage, phase
+    acc = _decayed(acc, decay, V)
+    return acc, _pack(new_p, rings.k.dtype), peak, total, done + 1
 
 
 @gluon.jit
@@ -301,13 +204,9 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    eighths: gl.constexpr = (
-        gl.reshape(gl.zeros([V.rows, V.block_n], gl.float32, s_layout), [V.rows, V.block_n // 8, 8]).max(1).type.layout
-    )
     scale2 = results.scale * LOG2E
     index = consumer * V.rows + gl.arange(0, V.rows, layout=rows_layout)
     done = 0
-    stage, phase = V.stages - 1, 1  # before the first
     filled = 0
     seen = 1
     record = _read_record(rings, 0)
@@ -327,11 +226,11 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 begun += 1
                 base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         if V.first:
-            peak = gl.full([V.rows, 8], float("-inf"), gl.float32, eighths)
-            total = gl.zeros([V.rows, 8], gl.float32, eighths)
+            peak = gl.full([V.rows], float("-inf"), gl.float32, rows_layout)
+            total = gl.zeros([V.rows], gl.float32, rows_layout)
         else:
-            peak = _spread(upcoming * LOG2E, eighths)
-            total = gl.where(peak == float("-inf"), 0.0, 0.125)
+            peak = upcoming * LOG2E
+            total = gl.where(peak == float("-inf"), 0.0, 1.0)
         acc = gl.zeros([V.rows, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
             mbarrier.wait(rings.own_full, filled & 1)
@@ -343,20 +242,20 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             if not V.first:
                 acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
             row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
-            stage, phase = _next_stage(stage, phase, V)
+            stage = done % V.stages
             zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
             _await_turn(rings, done, consumer, V)
-            mbarrier.wait(rings.k_full.index(stage), phase)
+            mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
             s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
             _end_turn(rings, consumer, V)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(rings.k_empty.index(stage), count=1)
-            new_p, peak, total, growth = _softmax(
+            new_p, peak, total, decay = _softmax(
                 s, peak, total, first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n,
                 row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             if not V.first:
-                acc = _decayed(acc, growth, V)
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
             p = _pack(new_p, rings.k.dtype)
             done += 1
             for branch in range(begun, V.num_branches):
@@ -368,30 +267,29 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 visited = gl.where(branch == begun, 1, 0)
                 edges = head_edge + blocks - tail_edge
                 for n in range(visited, edges):
-                    acc, p, peak, total, done, stage, phase = _attend_block(
-                        acc, p, peak, total, done, stage, phase, q, rings,
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings,
                         first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
                         scale2, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for _ in range(gl.maximum(edges, visited), blocks):
-                    acc, p, peak, total, done, stage, phase = _attend_block(
-                        acc, p, peak, total, done, stage, phase, q, rings, first, row_first, row_stop,
+                    acc, p, peak, total, done = _attend_block(
+                        acc, p, peak, total, done, q, rings, first, row_first, row_stop,
                         scale2, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
-            mbarrier.wait(rings.v_full.index(stage), phase)
-            acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(stage), acc, is_async=True)
+            last = (done - 1) % V.stages
+            mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+            acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
             record = _read_record(rings, seen)
             upcoming = _lse_before(record, results, index, V)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(rings.v_empty.index(stage), count=1)
+            mbarrier.arrive(rings.v_empty.index(last), count=1)
         else:
             record = _read_record(rings, seen)
             upcoming = _lse_before(record, results, index, V)
             count = count if V.first else 0
         seen += 1
 
-        total = gl.convert_layout(gl.sum(total, 1), rows_layout)
-        peak = gl.convert_layout(gl.max(peak, 1), rows_layout)
         skipped = total == 0.0
         total = gl.where(skipped, 1.0, total)
         out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)

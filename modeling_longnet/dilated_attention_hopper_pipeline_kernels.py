@@ -50,8 +50,7 @@ class Variant:
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first
     tile that meets a block writes what others add to. ``counted``: launches overlap, tiles of queries are counted.
-    ``starts_together``: all rows of a tile meet the first term of its first block. ``nonempty``: each has met something
-    before the blocks that all of them meet whole.
+    ``starts_together``: all rows of a tile meet the first term of its first block.
     """
 
     num_branches: int
@@ -77,7 +76,6 @@ class Variant:
     stores: bool = False
     counted: bool = False
     starts_together: bool = False
-    nonempty: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
