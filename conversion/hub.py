@@ -10,6 +10,10 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 
+# What a checkpoint of other shards has left in a repository would be loaded in place of the new one.
+WEIGHTS = ("model*.safetensors*", "pytorch_model*")
+
+
 def find_folder(source: str | Path, revision: str | None, allow_patterns: list[str]) -> tuple[Path, str | None]:
     """Return the folder of a source, downloaded if it is a model id, and then also its commit.
 
@@ -52,13 +56,17 @@ def check_repo_id(repo_id: str | None) -> None:
 def push_folder(folder: Path, repo_id: str, message: str) -> None:
     """Upload a finished checkpoint; a repository that does not exist yet is created, private.
 
+    Of a repository that exists, weights that the checkpoint replaces under other names are deleted in the same commit.
+
     Raises:
         ValueError: if the upload fails; the folder stays.
     """
     try:
         api = HfApi()
         api.create_repo(repo_id, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=_replaced_files(folder)
+        )
     except Exception as error:  # whatever the network or the Hub's answer come up with
         raise ValueError(
             f"{folder} is finished, but uploading it to {repo_id} failed: {error}; {_how_to_upload(folder, repo_id)}"
@@ -83,5 +91,11 @@ def interruptible_upload(folder: Path, repo_id: str | None) -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted; {folder} is finished{upload}") from interrupt
 
 
+def _replaced_files(folder: Path) -> list[str]:
+    """Return patterns of the files that a checkpoint replaces; an adapter's replace nothing of a model beside them."""
+    return list(WEIGHTS) if any(folder.glob(WEIGHTS[0])) else []
+
+
 def _how_to_upload(folder: Path, repo_id: str) -> str:
-    return f"upload it with: {shlex.join(['hf', 'upload', '--private', repo_id, str(folder), '.'])}"
+    delete = [word for pattern in _replaced_files(folder) for word in ("--delete", pattern)]
+    return f"upload it with: {shlex.join(['hf', 'upload', '--private', repo_id, str(folder), '.', *delete])}"

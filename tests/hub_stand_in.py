@@ -30,8 +30,8 @@ class Repository:
         commit = self.names.get(revision, revision)
         return commit if commit in self.commits else None
 
-    def commit(self, branch: str, files: dict[str, bytes]) -> str:
-        snapshot = {**self.commits[self.names[branch]], **files}
+    def commit(self, branch: str, files: dict[str, bytes], deleted: frozenset[str] = frozenset()) -> str:
+        snapshot = {p: x for p, x in self.commits[self.names[branch]].items() if p not in deleted} | files
         digest = hashlib.sha1(repr(sorted((p, hashlib.sha1(x).digest()) for p, x in snapshot.items())).encode())
         self.commits[digest.hexdigest()] = snapshot
         self.names[branch] = digest.hexdigest()
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def commit(self, id, revision, repository):
-        files = {}
+        files, deleted = {}, set()
         for line in filter(None, self.body.splitlines()):
             entry = json.loads(line)
             value = entry["value"]
@@ -158,7 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.large_files.pop(value["oid"])
-        commit = repository.commit(revision, files)
+            elif entry["key"] == "deletedFile":
+                deleted.add(value["path"])
+        commit = repository.commit(revision, files, frozenset(deleted))
         self._answer(200, {"commitOid": commit, "commitUrl": f"{self.hub.url}/{id}/commit/{commit}", "success": True})
 
     def tag(self, id, revision, repository):

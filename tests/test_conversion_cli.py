@@ -228,7 +228,7 @@ def test_an_interrupted_upload_says_that_the_target_is_finished_and_how_to_go_on
     assert main(command) == 1
     assert capsys.readouterr().err == (
         f"longnet-convert: error: interrupted; {target} is finished, but its upload to me/x is not; upload it with: "
-        f"hf upload --private me/x '{target}' .\n"
+        f"hf upload --private me/x '{target}' . --delete 'model*.safetensors*' --delete 'pytorch_model*'\n"
     )
     assert (target / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["a target"]
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **options: None)

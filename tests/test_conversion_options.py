@@ -216,7 +216,7 @@ class RecordingHub:
     def create_repo(self, repo_id, **options):
         self.calls.append(("create", repo_id, options))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
 

@@ -130,3 +130,18 @@ def test_a_conversion_is_pushed_complete_with_tokenizer_and_card(hub, tmp_path):
         assert files[name] == path.read_bytes(), name
     assert {"tokenizer.json", "tokenizer_config.json", "README.md", "modeling_longnet.py"} <= set(files)
     assert repository.private
+
+
+def test_a_conversion_that_is_pushed_again_leaves_no_weights_of_other_shards(hub, tmp_path):
+    make_checkpoint(tmp_path / "llama")
+    arguments = [str(tmp_path / "llama"), str(tmp_path / "longnet"), "--segment-lengths", "8,16", "--overwrite"]
+    arguments += ["--dilation-rates", "1,2", "--push-to-hub", "me/llama-longnet", "--no-verify"]
+    others = {"adapter_model.safetensors": b"an adapter", "model_notes.md": b"notes"}
+    for shards in ("5GB", "20KB", "5GB"):
+        client(hub, tmp_path, CONVERT, *arguments, "--max-shard-size", shards, with_package=True)
+        repository = hub.repositories["me/llama-longnet"]
+        found = {name for name in repository.commits[repository.names["main"]] if name not in others}
+        assert found == {path.name for path in (tmp_path / "longnet").iterdir()}
+        assert shards == "5GB" or len([name for name in found if name.endswith(".safetensors")]) > 1
+        repository.commit("main", others)
+    assert set(others) <= set(repository.commits[repository.names["main"]])
