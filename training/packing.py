@@ -92,7 +92,7 @@ class PackedRows(IterableDataset):
         self._reading = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+        if (worker := get_worker_info()) is not None:  # a copy, of which state_dict would know nothing
             raise ValueError(f"PackedRows is one stream: use num_workers=0, got {worker.num_workers}")
         unread = self._unread()
         exhausted = False
