@@ -325,7 +325,7 @@ def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache
     assert found is None if refusal is None else refusal in found
 
 
-@pytest.mark.skipif(dilated_attention_hopper.triton is None, reason="the plans name Triton's kernels")
+@pytest.mark.skipif(dilated_attention_hopper.triton is None, reason="triton is not installed")
 def test_the_backward_in_one_kernel_keeps_within_a_grid_whatever_the_batch(monkeypatch):
     monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
     x = layout_of(torch.empty(8192, 16, 256, 64, dtype=torch.bfloat16, device="meta"))
