@@ -13,7 +13,9 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _copy,
     _field,
     _hand_out,
+    _lap,
     _look_up,
+    _place,
     _read_record,
 )
 from .dilated_attention_hopper_progress_kernels import (
@@ -134,8 +136,8 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
                         _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
                     fetched_of_tile += 1
                     row = term + n * V.block_n
-                    stage = fetched % V.stages
-                    phase = ((fetched // V.stages) & 1) ^ 1
+                    stage = _place(fetched, V.stages)
+                    phase = _lap(fetched, V.stages) ^ 1
                     mbarrier.wait(shared.block_empty.index(stage), phase)
                     mbarrier.expect(shared.q_full.index(stage), V.block_n * V.head_dim * 2)
                     q, full = shared.q.index(stage), shared.q_full.index(stage)
@@ -182,8 +184,8 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
                 term = first + n * V.block_n + gl.arange(0, V.block_n, layout=layout)
                 words = gl.load(stats_ptr + row + term.to(gl.int64) * rate, mask=term < stop, other=0)
                 lse2, delta = _unpack_stats(words)
-                stage = fetched % V.stages
-                mbarrier.wait(shared.block_empty.index(stage), ((fetched // V.stages) & 1) ^ 1)
+                stage = _place(fetched, V.stages)
+                mbarrier.wait(shared.block_empty.index(stage), _lap(fetched, V.stages) ^ 1)
                 shared.stats.index(2 * stage).store(lse2)
                 shared.stats.index(2 * stage + 1).store(-delta)
                 mbarrier.arrive(shared.stats_full.index(stage), count=1)
@@ -211,7 +213,7 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     while _field(record, GOES_ON) > 0:
         lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         _await_count(tiles.finished_ptr + lane, tiles.before)
-        mbarrier.arrive(shared.ready.index((seen - 1) % PLACES), count=1)
+        mbarrier.arrive(shared.ready.index(_place(seen - 1, PLACES)), count=1)
         for inner in range(V.group):
             row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
             for n in range(blocks):
@@ -222,8 +224,8 @@ def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
                     while found != mark + 1:
                         found = _glance(ptr)
                     _look(ptr)
-                mbarrier.wait(shared.turn_over.index(done % PLACES), ((done // PLACES) & 1) ^ 1)
-                mbarrier.arrive(shared.turn.index(done % PLACES), count=1)
+                mbarrier.wait(shared.turn_over.index(_place(done, PLACES)), _lap(done, PLACES) ^ 1)
+                mbarrier.arrive(shared.turn.index(_place(done, PLACES)), count=1)
                 done += 1
         record = _read_record(shared, seen, 1)
         seen += 1
@@ -242,7 +244,9 @@ def _rows_handed_over(shared, handed, consumer: gl.constexpr, V: gl.constexpr):
     """Return a place of the ring of dq as rows of dk or dv: half as wide, twice as many columns."""
     dtype: gl.constexpr = shared.k.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, V.head_dim], dtype)
-    return shared.dq.index(handed % PLACES * V.consumers + consumer)._reinterpret(dtype, [ROWS, V.head_dim], layout)
+    return shared.dq.index(_place(handed, PLACES) * V.consumers + consumer)._reinterpret(
+        dtype, [ROWS, V.head_dim], layout
+    )
 
 
 @gluon.jit
@@ -266,9 +270,9 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
             row = head.to(gl.int64) * tiles.length + start + base
             for n in range(blocks):
                 term = first + n * V.block_n
-                place = handed % PLACES
-                mbarrier.wait(shared.turn.index(done % PLACES), (done // PLACES) & 1)
-                mbarrier.wait(shared.dq_full.index(place), (handed // PLACES) & 1)
+                place = _place(handed, PLACES)
+                mbarrier.wait(shared.turn.index(_place(done, PLACES)), _lap(done, PLACES))
+                mbarrier.wait(shared.dq_full.index(place), _lap(handed, PLACES))
                 _fence_global()
                 fresh = (term < met_first) | (term >= met_stop) if V.stores else term < -1
                 for consumer in gl.static_range(V.consumers):
@@ -282,12 +286,12 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
                         _start_adding(sums_desc, [0, head, residue, term_before + term, consumer * COLUMNS], source)
                 tma.store_wait(0)
                 mbarrier.arrive(shared.dq_empty.index(place), count=1)
-                mbarrier.arrive(shared.turn_over.index(done % PLACES), count=1)
+                mbarrier.arrive(shared.turn_over.index(_place(done, PLACES)), count=1)
                 _await_written()
                 _tell(marks_ptr + (row + term.to(gl.int64) * rate), mark)
                 done += 1
                 handed += 1
-        mbarrier.wait(shared.ready.index(seen % PLACES), (seen // PLACES) & 1)
+        mbarrier.wait(shared.ready.index(_place(seen, PLACES)), _lap(seen, PLACES))
         if _field(record, COUNT) == V.block_m:
             head, batch = _field(record, HEAD), _field(record, BATCH)
             row = start + _field(record, X_FIRST)
@@ -295,8 +299,8 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
             _start_rows(dk_desc, shared, handed + 1, batch, head, row, tiles.rate, V)
             _await_written()
             handed += 2
-        mbarrier.wait(shared.stored.index(seen % PLACES), (seen // PLACES) & 1)
-        mbarrier.arrive(shared.records_empty.index(seen % PLACES), count=1)
+        mbarrier.wait(shared.stored.index(_place(seen, PLACES)), _lap(seen, PLACES))
+        mbarrier.arrive(shared.records_empty.index(_place(seen, PLACES)), count=1)
         _count(tiles.finished_ptr + lane, 1)
         seen += 1
         record = _look_up(shared, seen, 1)
@@ -305,8 +309,8 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
 @gluon.jit
 def _start_rows(descriptor, shared, handed, batch, head, row, rate, V: gl.constexpr):
     """Have the copy engine write a tile's rows of dk or dv, or add them to what launches before have written."""
-    place = handed % PLACES
-    mbarrier.wait(shared.dq_full.index(place), (handed // PLACES) & 1)
+    place = _place(handed, PLACES)
+    mbarrier.wait(shared.dq_full.index(place), _lap(handed, PLACES))
     for consumer in gl.static_range(V.consumers):
         source = _rows_handed_over(shared, handed, consumer, V)
         source = source._reinterpret(descriptor.dtype, [1, 1, 1, ROWS, V.head_dim], descriptor.layout)

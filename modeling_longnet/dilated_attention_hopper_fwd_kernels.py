@@ -20,8 +20,10 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _end_turn,
     _field,
     _in_order,
+    _lap,
     _met,
     _pack,
+    _place,
     _produce,
     _read_record,
     _store_rows,
@@ -48,7 +50,62 @@ except ImportError as error:
     raise ImportError("the Hopper kernels need Gluon, which comes with triton") from error
 
 
-SLACK = gl.constexpr(8.0)  # log2 of how far weights may be above one
+SLACK = "0f41000000"  # 8.0, log2 of how far weights may be above one
+
+
+@constexpr_function
+def _peak_assembly(elements):
+    """Where any score of a warp's rows is SLACK above their peaks, raise these to the rows' maxima; the others stay.
+
+    A thread has two of the eight columns of each of its rows, three threads beside it have the others: only then do
+    they exchange their maxima.
+    """
+    names = [f"${i}" for i in range(7 * elements)]
+    new_peak, new_total, decay, peak, total, highest, scale2 = (
+        names[i : i + elements] for i in range(0, 7 * elements, elements)
+    )
+    rows = range(0, elements, 2)
+    lines = ["{ .reg .pred grows, any; .reg .f32 limit, other;", *(f".reg .f32 h{i};" for i in rows)]
+    for i in rows:
+        lines += [f"max.f32 h{i}, {highest[i]}, {highest[i + 1]};", f"mul.f32 h{i}, h{i}, {scale2[i]};"]
+        lines += [f"add.f32 limit, {peak[i]}, {SLACK};"]
+        lines += [f"setp.gt.f32 any, h{i}, limit;" if i == 0 else f"setp.gt.or.f32 any, h{i}, limit, any;"]
+    for i in range(elements):
+        lines += [f"mov.f32 {new_peak[i]}, {peak[i]};", f"mov.f32 {new_total[i]}, {total[i]};"]
+        lines += [f"mov.f32 {decay[i]}, 0f3F800000;"]
+    lines += ["vote.sync.any.pred any, any, 0xffffffff;", "@!any bra DONE;"]
+    for i in rows:
+        for lanes in (1, 2):
+            lines += [f"shfl.sync.bfly.b32 other, h{i}, {lanes}, 31, 0xffffffff;", f"max.f32 h{i}, h{i}, other;"]
+        lines += [f"add.f32 limit, {peak[i]}, {SLACK};", f"setp.gt.f32 grows, h{i}, limit;", f"@!grows bra ROW{i};"]
+        lines += [f"sub.f32 other, {peak[i]}, h{i};", "ex2.approx.ftz.f32 other, other;"]
+        for j in (i, i + 1):
+            lines += [f"mov.f32 {new_peak[j]}, h{i};", f"mov.f32 {decay[j]}, other;"]
+            lines += [f"mul.f32 {new_total[j]}, {total[j]}, other;"]
+        lines += [f"ROW{i}:"]
+    return " ".join([*lines, "DONE: }"])
+
+
+@constexpr_function
+def _peak_constraints(elements):
+    return ",".join(["=&f"] * (3 * elements) + ["f"] * (4 * elements))
+
+
+@constexpr_function
+def _eighths(rows):
+    """Return the layout of ``[rows, 8]`` in which scores' rows lie: two columns of each in a thread, one after the other."""
+    own = [[0, 0, 1], [8, 0, 0], [64, 0, 0]] if rows == 128 else [[0, 0, 1], [8, 0, 0]]
+    lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.SliceLayout(1, gl.DistributedLinearLayout(own, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, 1, 8]))
+
+
+@gluon.jit
+def _in_eighths(x, V: gl.constexpr):
+    """Give rows' numbers to all of their eight columns."""
+    layout: gl.constexpr = _eighths(V.rows)
+    x = gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, layout)), 1)
+    x, _ = gl.broadcast(x, gl.zeros([V.rows, 8], gl.float32, layout))
+    return x
 
 
 @gluon.jit
@@ -56,18 +113,24 @@ def _softmax(
     s, peak, total, first, row_first, row_stop, scale2,
     MASKED: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Return the weights of a block, what they are relative to, the new running sum, and by how much the old one decays.
+    """Return the weights of a block, what they are relative to, the new running sums, and by how much the old ones decay.
 
-    They are relative to an earlier maximum until the scores are SLACK beyond it: until then nothing decays.
+    They are relative to an earlier maximum until the scores are SLACK beyond it: until then nothing decays. A row has
+    eight sums, of every eighth column each: they are added up when its tile ends.
     """
     if MASKED:
         s = gl.where(_met(first, row_first, row_stop, V, s_layout), s, float("-inf"))
-    highest = gl.max(s, 1) * scale2
-    new_peak = gl.where(highest > peak + SLACK, highest, peak)
-    shift = gl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    p = gl.exp2(s * scale2 - gl.expand_dims(shift, 1))
-    decay = gl.exp2(peak - shift)
-    return p, new_peak, total * decay + gl.sum(p, 1), decay
+    s = gl.reshape(s, [V.rows, V.block_n // 8, 8])
+    highest = gl.convert_layout(gl.max(s, 1), peak.type.layout)
+    ELEMENTS: gl.constexpr = V.rows // 16
+    peak, total, decay = gl.inline_asm_elementwise(
+        _peak_assembly(ELEMENTS), _peak_constraints(ELEMENTS), [peak, total, highest, gl.full_like(peak, scale2)],
+        dtype=(gl.float32, gl.float32, gl.float32), is_pure=True, pack=ELEMENTS,
+    )  # fmt: skip
+    shift = gl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
+    p = gl.exp2(s * scale2 - gl.convert_layout(gl.expand_dims(shift, 1), s.type.layout))
+    total += gl.convert_layout(gl.sum(p, 1), total.type.layout)
+    return gl.convert_layout(gl.reshape(p, [V.rows, V.block_n]), s_layout), peak, total, decay
 
 
 @constexpr_function
@@ -95,13 +158,14 @@ def _decay_constraints(elements):
 @gluon.jit
 def _decayed(acc, decay, V: gl.constexpr):
     """Multiply what has been summed, ``[rows, D]``, by each row's decay; threads whose rows do not decay pass over it."""
-    factors = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout)), 1)
-    _, factors = gl.broadcast(acc, factors)
+    parts = gl.reshape(acc, [V.rows, V.head_dim // 8, 8])
+    _, factors = gl.broadcast(parts, gl.convert_layout(gl.expand_dims(decay, 1), parts.type.layout))
     ELEMENTS: gl.constexpr = V.rows * V.head_dim // 128
-    return gl.inline_asm_elementwise(
-        _decay_assembly(ELEMENTS, V.rows), _decay_constraints(ELEMENTS), [acc, factors], dtype=gl.float32,
+    parts = gl.inline_asm_elementwise(
+        _decay_assembly(ELEMENTS, V.rows), _decay_constraints(ELEMENTS), [parts, factors], dtype=gl.float32,
         is_pure=True, pack=ELEMENTS,
     )  # fmt: skip
+    return gl.convert_layout(gl.reshape(parts, [V.rows, V.head_dim]), acc.type.layout)
 
 
 @gluon.jit
@@ -111,13 +175,13 @@ def _attend_block(
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """Score a block while the values of the block before are multiplied; the softmax runs beside the latter."""
-    stage = done % V.stages
-    last = (done - 1) % V.stages
+    stage = _place(done, V.stages)
+    last = _place(done - 1, V.stages)
     zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
     _await_turn(rings, done, consumer, V)
-    mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+    mbarrier.wait(rings.k_full.index(stage), _lap(done, V.stages))
     s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+    mbarrier.wait(rings.v_full.index(last), _lap(done - 1, V.stages))
     acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
     _end_turn(rings, consumer, V)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -204,6 +268,7 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.head_dim, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    eighths: gl.constexpr = _eighths(V.rows)
     scale2 = results.scale * LOG2E
     index = consumer * V.rows + gl.arange(0, V.rows, layout=rows_layout)
     done = 0
@@ -226,11 +291,11 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 begun += 1
                 base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         if V.first:
-            peak = gl.full([V.rows], float("-inf"), gl.float32, rows_layout)
-            total = gl.zeros([V.rows], gl.float32, rows_layout)
+            peak = gl.full([V.rows, 8], float("-inf"), gl.float32, eighths)
+            total = gl.zeros([V.rows, 8], gl.float32, eighths)
         else:
-            peak = upcoming * LOG2E
-            total = gl.where(peak == float("-inf"), 0.0, 1.0)
+            peak = _in_eighths(upcoming * LOG2E, V)
+            total = gl.where(peak == float("-inf"), 0.0, 0.125)
         acc = gl.zeros([V.rows, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
             mbarrier.wait(rings.own_full, filled & 1)
@@ -242,10 +307,10 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             if not V.first:
                 acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
             row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
-            stage = done % V.stages
+            stage = _place(done, V.stages)
             zero = gl.zeros([V.rows, V.block_n], gl.float32, s_layout)
             _await_turn(rings, done, consumer, V)
-            mbarrier.wait(rings.k_full.index(stage), (done // V.stages) & 1)
+            mbarrier.wait(rings.k_full.index(stage), _lap(done, V.stages))
             s = warpgroup_mma(q, rings.k.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
             _end_turn(rings, consumer, V)
             s = warpgroup_mma_wait(0, deps=(s,))
@@ -255,7 +320,7 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 row_first, row_stop, scale2, True, V, s_layout,
             )  # fmt: skip
             if not V.first:
-                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, o_layout)), 1)
+                acc = _decayed(acc, decay, V)
             p = _pack(new_p, rings.k.dtype)
             done += 1
             for branch in range(begun, V.num_branches):
@@ -277,8 +342,8 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                         acc, p, peak, total, done, q, rings, first, row_first, row_stop,
                         scale2, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
-            last = (done - 1) % V.stages
-            mbarrier.wait(rings.v_full.index(last), ((done - 1) // V.stages) & 1)
+            last = _place(done - 1, V.stages)
+            mbarrier.wait(rings.v_full.index(last), _lap(done - 1, V.stages))
             acc = warpgroup_mma(_unpack(p, rings.k.dtype, p_layout), rings.v.index(last), acc, is_async=True)
             record = _read_record(rings, seen)
             upcoming = _lse_before(record, results, index, V)
@@ -290,6 +355,8 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             count = count if V.first else 0
         seen += 1
 
+        total = gl.convert_layout(gl.sum(total, 1), rows_layout)
+        peak = gl.convert_layout(gl.max(peak, 1), rows_layout)
         skipped = total == 0.0
         total = gl.where(skipped, 1.0, total)
         out = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, o_layout)), 1)

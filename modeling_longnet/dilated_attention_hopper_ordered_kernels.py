@@ -49,8 +49,10 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _barriers,
     _end_turn,
     _field,
+    _lap,
     _look_up,
     _met,
+    _place,
     _settle,
     _store_key_rows,
     _terms_met,
@@ -89,16 +91,16 @@ def _here(which):
 
 @gluon.jit
 def _scores(s, shared, done, consumer: gl.constexpr, V: gl.constexpr):
-    stage = done % V.stages
+    stage = _place(done, V.stages)
     k = shared.k.index(_here(consumer))
-    mbarrier.wait(shared.q_full.index(stage), (done // V.stages) & 1)
+    mbarrier.wait(shared.q_full.index(stage), _lap(done, V.stages))
     return warpgroup_mma(k, shared.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _dq_product(dq, shared, done, consumer: gl.constexpr, V: gl.constexpr):
     """Start a block's product for the queries: with all keys of the tile, for the consumer's half of the columns."""
-    place = done % PLACES
+    place = _place(done, PLACES)
     for other in gl.static_range(V.consumers):
         theirs = shared.ds.index(place * V.consumers + other)
         keys = shared.k.index(_here(other)).slice(
@@ -111,8 +113,8 @@ def _dq_product(dq, shared, done, consumer: gl.constexpr, V: gl.constexpr):
 @gluon.jit
 def _hand_over(x, destination, shared, handed):
     """Give to those who add up what belongs at a place of their ring."""
-    place = handed % PLACES
-    mbarrier.wait(shared.dq_empty.index(place), ((handed // PLACES) & 1) ^ 1)
+    place = _place(handed, PLACES)
+    mbarrier.wait(shared.dq_empty.index(place), _lap(handed, PLACES) ^ 1)
     destination.store(x)
     fence_async_shared()
     gl.thread_barrier()
@@ -128,7 +130,7 @@ def _hand_over_dq(dq, shared, handed, consumer: gl.constexpr, V: gl.constexpr):
     """
     COLUMNS: gl.constexpr = dq.shape[1]
     dq = gl.permute(gl.reshape(dq, [ROWS, COLUMNS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-    destination = shared.dq.index(handed % PLACES * V.consumers + consumer)
+    destination = shared.dq.index(_place(handed, PLACES) * V.consumers + consumer)
     _hand_over(gl.reshape(dq, [ROWS, COLUMNS]), destination, shared, handed)
 
 
@@ -144,14 +146,14 @@ def _block(
     tile's LAST, the next one's when it ends. Products that are on their way may not share registers with what is read
     meanwhile: ptxas would run them one by one.
     """
-    stage = done % V.stages
-    place = done % PLACES
+    stage = _place(done, V.stages)
+    place = _place(done, PLACES)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     q = shared.q.index(stage)
     do = shared.do.index(stage)
     s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.wait(shared.do_full.index(stage), (done // V.stages) & 1)
-    mbarrier.wait(shared.stats_full.index(stage), (done // V.stages) & 1)
+    mbarrier.wait(shared.do_full.index(stage), _lap(done, V.stages))
+    mbarrier.wait(shared.stats_full.index(stage), _lap(done, V.stages))
     delta = gl.expand_dims(shared.stats.index(2 * stage + 1).load(columns), 0)
     dp = gl.broadcast(delta, s)[0]
     dp = warpgroup_mma(shared.v.index(_here(consumer)), do.permute((1, 0)), dp, is_async=True)
@@ -165,7 +167,7 @@ def _block(
     own = shared.ds.index(place * V.consumers + consumer)
     # With the block before, all have also reckoned dq of the one whose score gradients lie there.
     before = done + 2 * V.stages - 1
-    mbarrier.wait(shared.block_empty.index(before % V.stages), (before // V.stages) & 1)
+    mbarrier.wait(shared.block_empty.index(_place(before, V.stages)), _lap(before, V.stages))
     own.store(ds)
     fence_async_shared()
     gl.thread_barrier()
@@ -181,7 +183,7 @@ def _block(
         dq = dp
     follows = done > begun
     last = done + PLACES - 1
-    mbarrier.wait(shared.ds_full.index(last % PLACES), ((last // PLACES) & 1) ^ 1, pred=follows)
+    mbarrier.wait(shared.ds_full.index(_place(last, PLACES)), _lap(last, PLACES) ^ 1, pred=follows)
     dq = _dq_product(dq, shared, last, consumer, V)
     if LAST:
         _end_turn(shared, consumer, V)
@@ -249,7 +251,7 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
                 dk, dv, dq, s, done, begun, extra, shared, first + (blocks - 1) * V.block_n,
                 row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
-            mbarrier.wait(shared.ds_full.index((done - 1) % PLACES), ((done - 1) // PLACES) & 1)
+            mbarrier.wait(shared.ds_full.index(_place(done - 1, PLACES)), _lap(done - 1, PLACES))
             dq = _dq_product(dq, shared, done - 1, consumer, V)
             dq = warpgroup_mma_wait(0, deps=(dq,))
             _hand_over_dq(dq, shared, done - 1 + extra, consumer, V)
@@ -264,13 +266,13 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
             _hand_over(dk.to(shared.k.dtype), _rows_handed_over(shared, handed, consumer, V), shared, handed)
             extra += 2
         else:  # the copy engine would not stop after count rows
-            mbarrier.wait(shared.ready.index(filled % PLACES), (filled // PLACES) & 1)
+            mbarrier.wait(shared.ready.index(_place(filled, PLACES)), _lap(filled, PLACES))
             head, batch = _field(record, HEAD), _field(record, BATCH)
             start, x_first = _field(record, START), _field(record, X_FIRST)
             _store_key_rows(dk, dv, outputs.gradients, head, batch, start, x_first, count, consumer, V, o_layout)
-        mbarrier.arrive(shared.records_empty.index(filled % PLACES), count=1)
+        mbarrier.arrive(shared.records_empty.index(_place(filled, PLACES)), count=1)
         gl.thread_barrier()
-        mbarrier.arrive(shared.stored.index(filled % PLACES), count=1)
+        mbarrier.arrive(shared.stored.index(_place(filled, PLACES)), count=1)
         filled += 1
         record = _look_up(shared, filled)
 

@@ -270,7 +270,7 @@ def _copy(descriptor, batch, head, residue, term, barrier, destination, COUNT_RO
 def _copy_own(sources, rings, before, batch, head, first_row, rate, V: gl.constexpr):
     # ``before``: blocks that have been fetched for the tiles before.
     last = gl.maximum(before - 1, 0)
-    mbarrier.wait(rings.own_empty.index(last % V.stages), gl.where(before > 0, (last // V.stages) & 1, 1))
+    mbarrier.wait(rings.own_empty.index(_place(last, V.stages)), gl.where(before > 0, _lap(last, V.stages), 1))
     mbarrier.expect(rings.own_full, V.own_tensors * V.block_m * V.head_dim * 2)
     residue = first_row % rate
     term = first_row // rate
@@ -321,8 +321,8 @@ def _produce(sources, rings, work, V: gl.constexpr):
                     term = (start + base) // rate + first
                     for n in range(blocks):
                         row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
-                        stage = fetched % V.stages
-                        phase = ((fetched // V.stages) & 1) ^ 1
+                        stage = _place(fetched, V.stages)
+                        phase = _lap(fetched, V.stages) ^ 1
                         mbarrier.wait(rings.k_empty.index(stage), phase)
                         mbarrier.expect(rings.k_full.index(stage), V.block_n * V.head_dim * 2)
                         _copy(
@@ -357,6 +357,18 @@ def _produce(sources, rings, work, V: gl.constexpr):
             upcoming = _start_drawing(work.drawn_ptr)
         index = gl.num_programs(0) + _drawn(upcoming)
     _write_record(rings, written, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0)
+
+
+@gluon.jit
+def _place(n, size: gl.constexpr):
+    """Return where in a ring the n-th thing lies. Signed remainders take some instructions more."""
+    return (gl.to_tensor(n).to(gl.uint32) % size).to(gl.int32)
+
+
+@gluon.jit
+def _lap(n, size: gl.constexpr):
+    """Return the parity of a ring's laps that are over before the n-th thing."""
+    return ((gl.to_tensor(n).to(gl.uint32) // size) & 1).to(gl.int32)
 
 
 @gluon.jit
