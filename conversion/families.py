@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -52,6 +54,25 @@ def _phi3_projections(config: Phi3Config) -> dict[str, dict[str, int]]:
     }
 
 
+def _no_windows(config: PreTrainedConfig) -> list[int | None]:
+    return [None] * config.num_hidden_layers
+
+
+def _one_window(config: PreTrainedConfig) -> list[int | None]:
+    return [config.sliding_window] * config.num_hidden_layers
+
+
+def _windows_by_type(config: PreTrainedConfig) -> list[int | None]:
+    if strange := set(config.layer_types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ValueError(
+            f"layer {config.layer_types.index('sliding_attention')} of the source attends in a sliding window "
+            "(layer_types) whose length is switched off; set use_sliding_window and sliding_window, or full_attention"
+        )
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
 def unfuse(projections: dict[str, dict[str, int]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Cut what belongs to fused modules into the parts that belong to LongNet's, by rows; no byte moves.
 
@@ -85,12 +106,15 @@ class Family:
         config_class: reads the checkpoint's config.json.
         translate: gives the ``LongNetConfig`` fields that are not the source's fields of the same name.
         projections: gives the modules that are several of LongNet's in one, and the rows of each, by config.
+        windows: gives how many tokens back each layer attends by config, None for all: from the fields that the
+            architecture reads, whatever others the file holds.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     translate: Callable[[PreTrainedConfig], dict]
     projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
+    windows: Callable[[PreTrainedConfig], list[int | None]] = _no_windows
 
     @property
     def architecture(self) -> str:
@@ -111,6 +135,19 @@ class Family:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
         carried = {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
         return carried | _LLAMA | self.translate(config)
+
+    def sliding_window(self, config: PreTrainedConfig) -> int | None:
+        """Return how many tokens back the source attends in layers with a sliding window, None if it has none.
+
+        Raises:
+            ValueError: if a layer attends in yet another way.
+        """
+        return next((window for window in self.windows(config) if window is not None), None)
+
+    def local_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Return which layers of the source attend in a sliding window, if others attend to everything."""
+        windows = self.windows(config)
+        return tuple(i for i, window in enumerate(windows) if window is not None) if None in windows else ()
 
     def to_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Name the source's tensors as LongNet does, fused ones cut into their parts."""
@@ -134,26 +171,35 @@ class Family:
 
 FAMILIES = (
     Family(LlamaForCausalLM, LlamaConfig, translate=lambda config: {}),
-    Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS),
+    Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS, windows=_one_window),
     Family(
         Qwen2ForCausalLM,
         Qwen2Config,
         translate=lambda config: {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+        windows=_windows_by_type,
     ),
-    Family(Qwen3ForCausalLM, Qwen3Config, translate=lambda config: {"qk_norm": True, "mlp_bias": False}),
+    Family(
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        translate=lambda config: {"qk_norm": True, "mlp_bias": False},
+        windows=_windows_by_type,
+    ),
     Family(
         SmolLM3ForCausalLM,
         SmolLM3Config,
         translate=lambda config: {
             "layers_without_rope": [i for i in range(config.num_hidden_layers) if not config.no_rope_layers[i]]
         },
+        windows=_windows_by_type,
     ),
     Family(
         Phi3ForCausalLM,
         Phi3Config,
         translate=lambda config: _NO_BIAS,
         projections=_phi3_projections,
+        windows=_one_window,
     ),
+    Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
 )
 
 
@@ -171,6 +217,8 @@ def find_family(fields: dict) -> Family:
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the source's weights are quantized ({method}); convert the unquantized checkpoint")
+    if (model_type, architectures) == ("mistral", [MistralForCausalLM.__name__]) and "layer_types" in fields:
+        model_type, architectures = "ministral", [MinistralForCausalLM.__name__]  # as transformers' Auto classes do
     for family in FAMILIES:
         if architectures == [family.architecture] and model_type == family.config_class.model_type:
             return family
@@ -193,25 +241,3 @@ def _obstacle(fields: dict) -> str:
         if any(fields.get(name) for name in names):
             return f" because {obstacle}"
     return ""
-
-
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens back the source attends in layers with a sliding window, None if it has none.
-
-    Raises:
-        ValueError: if a layer attends in yet another way.
-    """
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        return window
-    if strange := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
-    return window if "sliding_attention" in layer_types else None
-
-
-def local_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return which layers of the source attend in a sliding window, if others attend to everything."""
-    layer_types = getattr(config, "layer_types", None) or ()
-    sliding = tuple(i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention")
-    return sliding if len(sliding) < len(layer_types) else ()

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import FAMILIES, find_family, local_layers, sliding_window
+from .families import FAMILIES, find_family
 from .hub import find_folder
 from .plan import LongNetPlan, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
@@ -74,7 +74,8 @@ def plan_conversion(
     tensors = family.to_longnet(source_config, source_tensors)
     shard_layout(tensors, max_shard_size, dtype)
 
-    trained, window = _trained_context(source_config), sliding_window(source_config)
+    trained, window = _trained_context(source_config), family.sliding_window(source_config)
+    local_layers = family.local_layers(source_config)
     pattern, context = _choose_pattern(
         source_config, trained, window, preset, segment_lengths, dilation_rates, local, max_position_embeddings
     )
@@ -106,7 +107,7 @@ def plan_conversion(
         "max_position_embeddings": position_embeddings,
         "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
         "dense_layers": dense_layers,
-        "local_layers": [layer for layer in local_layers(source_config) if layer not in dense_layers],
+        "local_layers": [layer for layer in local_layers if layer not in dense_layers],
         "trained_context": trained,
         "source_config": fields,
         **pattern_fields(pattern),
@@ -131,7 +132,7 @@ def plan_conversion(
         reference=StoredModel(family.model_class, reference_config, source_tensors, rounded_to),
         config=config,
         preset=preset,
-        trained=_in_words(source_config, trained, window),
+        trained=_in_words(source_config, trained, window, some_layers=bool(local_layers)),
         compared_tokens=min(limit for limit in (same, trained, window, verify_tokens) if limit),
         same_attention=bool(same),
         generation_fields=fields,
@@ -155,22 +156,22 @@ def default_config(fields: dict) -> tuple[LongNetConfig, str]:
         fields = {**fields, "architectures": named}
     family = find_family(fields)
     source_config = family.read_config(fields)
-    trained, window = _trained_context(source_config), sliding_window(source_config)
+    trained, window = _trained_context(source_config), family.sliding_window(source_config)
     pattern, context = _choose_pattern(source_config, trained, window, "retrofit", None, None, None, None)
     longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": frozen_rope(source_config),
         "max_position_embeddings": context,
-        "local_layers": local_layers(source_config),
+        "local_layers": family.local_layers(source_config),
         **pattern_fields(pattern),
     }
     return LongNetConfig(**longnet_fields), family.architecture
 
 
-def _in_words(config: PreTrainedConfig, trained: int, window: int | None) -> str:
+def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_layers: bool) -> str:
     """Say what the source was trained for."""
     stretched = config.max_position_embeddings
     stretch = f", stretched to {stretched:,} by its RoPE" if stretched > trained else ""
-    each = "some layers" if local_layers(config) else "each"
+    each = "some layers" if some_layers else "each"
     attending = f", {each} attending to the last {window:,}" if window else ""
     return f"{trained:,} tokens{stretch}{attending}"
 
