@@ -108,6 +108,7 @@ class Family:
         projections: gives the modules that are several of LongNet's in one, and the rows of each, by config.
         windows: gives how many tokens back each layer attends by config, None for all: from the fields that the
             architecture reads, whatever others the file holds.
+        rotates_partly: whether it reads ``partial_rotary_factor``; others rotate whole heads.
     """
 
     model_class: type[PreTrainedModel]
@@ -115,6 +116,7 @@ class Family:
     translate: Callable[[PreTrainedConfig], dict]
     projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
     windows: Callable[[PreTrainedConfig], list[int | None]] = _no_windows
+    rotates_partly: bool = False
 
     @property
     def architecture(self) -> str:
@@ -127,9 +129,19 @@ class Family:
             ValueError: if a field has a bad type or value.
         """
         try:
-            return self.config_class.from_dict(fields)
+            config = self.config_class.from_dict(fields)
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
             raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
+        if not self.rotates_partly:
+            rope = dict(config.rope_parameters)
+            part = rope.pop("partial_rotary_factor", None)
+            if part not in (None, 1) and rope["rope_type"] != "default":  # which reads it, and gives too few angles
+                raise ValueError(
+                    f"{self.architecture} rotates whole heads and fails with RoPE {rope['rope_type']} and "
+                    f"partial_rotary_factor {part}; remove partial_rotary_factor from config.json"
+                )
+            config.rope_parameters = rope
+        return config
 
     def longnet_fields(self, config: PreTrainedConfig) -> dict:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
@@ -198,6 +210,7 @@ FAMILIES = (
         translate=lambda config: _NO_BIAS,
         projections=_phi3_projections,
         windows=_one_window,
+        rotates_partly=True,
     ),
     Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
 )

@@ -87,7 +87,8 @@ def plan_conversion(
     reference_config = copy.deepcopy(source_config)
     if rope_parameters is not None:
         try:
-            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+            kept = {name: fields[name] for name in fields if name not in ("rope_scaling", "partial_rotary_factor")}
+            reference_config = family.read_config({**kept, "rope_parameters": rope})
         except ValueError as error:
             raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
         if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:

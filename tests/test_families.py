@@ -35,6 +35,11 @@ VARIANTS = {
         "sliding_window": 16,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "llama, rotation in part that it does not read": {"family": "llama", "partial_rotary_factor": 0.5},
+    "qwen3, rotation in part that it does not read": {
+        "family": "qwen3",
+        "rope_parameters": {**ROPE["default"], "partial_rotary_factor": 0.5},
+    },
     "mistral": {"family": "mistral"},
     "mistral, wide heads": {"family": "mistral", "head_dim": 12},
     "mistral, window of the trained context": {"family": "mistral", "sliding_window": CONTEXT},
@@ -191,6 +196,10 @@ REFUSED = {
     "window without a length": (
         "qwen2", config(layer_types=["full_attention", "sliding_attention"]), {},
         "layer 1 of the source attends in a sliding window (layer_types) whose length is switched off",
+    ),
+    "rotation in part that breaks the source": (
+        "llama", config(rope_parameters=ROPE["linear"], partial_rotary_factor=0.5), {},
+        "LlamaForCausalLM rotates whole heads and fails with RoPE linear and partial_rotary_factor 0.5; remove",
     ),
     "RoPE that the family lacks": (
         "phi3", lambda source: None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
