@@ -25,12 +25,12 @@ from transformers import (
 from .weights import StoredTensor, join_rows, split_rows
 
 
-# What identifies the source, its code or the library that wrote it; and what an entry translates or refuses.
-_NOT_CARRIED = {
-    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
-    "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
-    "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
-}  # fmt: skip
+# What LongNet may take over under the same name: what Llama has. Whatever else a file holds, LongNet's own names among
+# it, is translated by a family's entry or read by none.
+_CARRIED = {*LlamaConfig.__dataclass_fields__, "tokenizer_class"} - {"architectures", "transformers_version"}
+
+# How a model was run when its config was saved: it does not change what it computes, but can keep it from running here.
+_OF_A_RUN = {"return_dict", "output_attentions", "output_hidden_states", "attn_implementation", "_attn_implementation"}
 
 # A Llama's own; other families say what differs.
 _LLAMA: dict[str, object] = {"attention_output_bias": None, "qk_norm": False, "layers_without_rope": []}
@@ -129,7 +129,7 @@ class Family:
             ValueError: if a field has a bad type or value.
         """
         try:
-            config = self.config_class.from_dict(fields)
+            config = self.config_class.from_dict({name: fields[name] for name in fields if name not in _OF_A_RUN})
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
             raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
         if not self.rotates_partly:
@@ -145,7 +145,7 @@ class Family:
 
     def longnet_fields(self, config: PreTrainedConfig) -> dict:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
-        carried = {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
+        carried = {name: value for name, value in config.to_dict().items() if name in _CARRIED}
         return carried | _LLAMA | self.translate(config)
 
     def sliding_window(self, config: PreTrainedConfig) -> int | None:

@@ -151,6 +151,42 @@ def test_the_converted_model_generates_as_its_source_does(tmp_path, family):
     assert torch.equal(ours, theirs)
 
 
+UNREAD = {
+    "the pattern": {"segment_lengths": [8], "dilation_rates": [2], "window": "segment", "count_overlaps": True},
+    "a preset": {"preset": "paper"},
+    "names of the official code": {"segment_length": [8], "dilated_ratio": [2], "subln": True, "xpos_rel_pos": True},
+    "close to names of LongNet": {"windows": 3, "qk_norms": True, "local_layer": 1},
+    "another backbone": {"backbone": "magneto", "sub_layernorm": True, "scale_embedding": True, "layer_norm_eps": "x"},
+    "xPos": {"xpos": True, "xpos_scale_base": 0},
+    "layers": {"dense_layers": [0], "local_layers": [1], "layers_without_rope": [0], "qk_norm": True},
+    "training": {"loss_implementation": "fast", "trained_context": 3, "source_config": 3},
+    "other families' fields": {"resid_pdrop": 0.1, "logits_scaling": 8.0, "quantization_config": None},
+    "how it was run": {"return_dict": False, "output_attentions": True, "output_hidden_states": True},
+    "kernels of another machine": {"attn_implementation": "flash_attention_2", "torchscript": True},
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_fields_that_the_source_does_not_read_change_nothing(tmp_path, family, case):
+    make_checkpoint(tmp_path / "source", family=family)
+    convert_checkpoint(tmp_path / "source", tmp_path / "clean", **QUIET)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    before = read_json(tmp_path / "source" / "config.json")
+    edit_json(tmp_path / "source" / "config.json", **UNREAD[case])
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)  # verified against the source's own class
+    clean, ours = (read_json(tmp_path / name / "config.json") for name in ("clean", "target"))
+    assert clean.pop("source_config") == before
+    assert ours.pop("source_config") == read_json(tmp_path / "source" / "config.json")
+    assert ours == clean
+    tokens = torch.randint(3, 288, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "target")(tokens).logits
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    convert_to_dense(tmp_path / "target", tmp_path / "dense", **QUIET)
+    assert read_json(tmp_path / "dense" / "config.json") == read_json(tmp_path / "source" / "config.json")
+
+
 def test_a_window_shorter_than_the_trained_context_sets_the_first_segment(tmp_path):
     make_checkpoint(tmp_path / "source", family="mistral", sliding_window=16)
     plan = plan_conversion(tmp_path / "source")
