@@ -72,7 +72,7 @@ class DensePlan(Plan):
     def comparison(self, folder: Path) -> Comparison:
         """Return the LongNet model and what was written; up to the first segment the two are one."""
         config = LongNetConfig.from_dict(self.config.to_dict())
-        config.dtype = self.dense_config.dtype
+        config.dtype, config.return_dict = self.dense_config.dtype, True
         same = dense_length(config.pattern)
         window = self.family.sliding_window(self.dense_config)
         limits = (same, config.trained_context, window, self.verify_tokens)
