@@ -12,7 +12,7 @@ from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
 from .families import FAMILIES, find_family
 from .hub import find_folder
-from .plan import LongNetPlan, pattern_fields
+from .plan import LongNetPlan, foreign_cache, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
 from .steps import DOWNLOADED_FILES
 from .stored_model import StoredModel, skeleton
@@ -328,6 +328,9 @@ def _notes(
         notes.append(f"weights are stored as {stored} and rounded to {dtype_name(config.dtype)}")
     elif stored != dtype_name(config.dtype):
         notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
+    settings = folder / "generation_config.json"
+    if cache := foreign_cache(read_json(settings) if settings.is_file() else fields):
+        notes.append(f"generation settings ask for a {cache} cache: left out, since LongNet brings its own")
     if fields.get("auto_map"):
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
     if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
