@@ -109,6 +109,7 @@ class Family:
         windows: gives how many tokens back each layer attends by config, None for all: from the fields that the
             architecture reads, whatever others the file holds.
         rotates_partly: whether it reads ``partial_rotary_factor``; others rotate whole heads.
+        rope_types: which kinds of RoPE it has, None: all of transformers'.
     """
 
     model_class: type[PreTrainedModel]
@@ -117,6 +118,7 @@ class Family:
     projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
     windows: Callable[[PreTrainedConfig], list[int | None]] = _no_windows
     rotates_partly: bool = False
+    rope_types: tuple[str, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -131,7 +133,9 @@ class Family:
         try:
             config = self.config_class.from_dict({name: fields[name] for name in fields if name not in _OF_A_RUN})
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
-            raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
+            raise ValueError(
+                f"config.json is not a valid {self.config_class.__name__}: {' '.join(str(error).split())}"
+            ) from error
         if not self.rotates_partly:
             rope = dict(config.rope_parameters)
             part = rope.pop("partial_rotary_factor", None)
@@ -211,6 +215,7 @@ FAMILIES = (
         projections=_phi3_projections,
         windows=_one_window,
         rotates_partly=True,
+        rope_types=("default", "longrope"),
     ),
     Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
 )

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import FAMILIES, find_family
+from .families import FAMILIES, Family, find_family
 from .hub import find_folder
 from .plan import LongNetPlan, foreign_cache, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
@@ -81,7 +81,7 @@ def plan_conversion(
     )
     if isinstance(rope_parameters, str):
         rope_parameters = _rope_from_word(rope_parameters, source_config, trained, context)
-    rope = _rope_parameters(source_config, rope_parameters, trained)
+    rope = _rope_parameters(family, source_config, rope_parameters, trained)
     # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
     position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
     reference_config = copy.deepcopy(source_config)
@@ -90,9 +90,7 @@ def plan_conversion(
             kept = {name: fields[name] for name in fields if name not in ("rope_scaling", "partial_rotary_factor")}
             reference_config = family.read_config({**kept, "rope_parameters": rope})
         except ValueError as error:
-            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
-        if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
-            raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
+            raise ValueError(f"rope_parameters do not fit: {' '.join(str(error.__cause__).split())}") from error
         reference_config.max_position_embeddings = position_embeddings
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -116,7 +114,9 @@ def plan_conversion(
     try:
         config = LongNetConfig(**longnet_fields)
     except Exception as error:  # strict-dataclass errors of several lines
-        raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
+        raise ValueError(
+            f"this {family.architecture} makes no LongNetConfig: {' '.join(str(error).split())}"
+        ) from error
     config.architectures = [LongNetForCausalLM.__name__]
     match_weights(skeleton(LongNetForCausalLM, config), tensors)
     reference_config.dtype = config.dtype
@@ -248,8 +248,7 @@ def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: 
         )
     factor = context / trained
     if word == "ntk":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotating = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        rotating = _rotating(config, config.rope_parameters)
         theta = config.rope_parameters["rope_theta"] * factor ** (rotating / (rotating - 2))
         return {"rope_type": "default", "rope_theta": theta}
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
@@ -270,27 +269,45 @@ def frozen_rope(config: PreTrainedConfig) -> dict:
     return rope
 
 
-def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
+def _rope_parameters(family: Family, config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
     """Return the target's RoPE settings: the source's, or new ones completed from them."""
     if override is None:
-        return _checked_rope(frozen_rope(config))
+        return _checked_rope(frozen_rope(config), config)
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
     if not isinstance(override, dict) or override.get("rope_type") not in known:
         raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
+    if family.rope_types is not None and override["rope_type"] not in family.rope_types:
+        raise ValueError(
+            f"{family.architecture} has no RoPE of type {override['rope_type']}, only {', '.join(family.rope_types)}; "
+            "choose ntk, which stretches the default one (--rope ntk), or keep the source's (--rope none)"
+        )
+    if not family.rotates_partly and override.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{family.architecture} rotates whole heads; leave partial_rotary_factor out")
     kept = ("rope_theta", "partial_rotary_factor")
     rope = {name: value for name, value in config.rope_parameters.items() if name in kept} | override
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", trained)
-    return _checked_rope(rope)
+    return _checked_rope(rope, config)
 
 
-def _checked_rope(rope: dict) -> dict:
-    """Hand RoPE settings back if the angles that they give are numbers."""
+def _checked_rope(rope: dict, config: PreTrainedConfig) -> dict:
+    """Hand RoPE settings back if the angles that they give are numbers, one for each pair that rotates."""
     for name in ("rope_theta",) if rope["rope_type"] == "default" else ("rope_theta", "factor"):
         value = rope.get(name, 1.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"rope_parameters need a positive finite number as {name}, got {value!r}")
+    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+        value, pairs = rope.get(name), _rotating(config, rope) // 2
+        if not isinstance(value, list | tuple) or len(value) != pairs:
+            found = len(value) if isinstance(value, list | tuple) else repr(value)
+            raise ValueError(f"RoPE longrope needs {pairs} numbers as {name}, one per pair that rotates, got {found}")
     return rope
+
+
+def _rotating(config: PreTrainedConfig, rope: dict) -> int:
+    """Return how many dimensions of a head rotate."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
 def _notes(

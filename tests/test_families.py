@@ -239,7 +239,24 @@ REFUSED = {
     ),
     "RoPE that the family lacks": (
         "phi3", lambda source: None, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        "rope_parameters do not fit: ",
+        "Phi3ForCausalLM has no RoPE of type yarn, only default, longrope; choose ntk, which stretches the default one "
+        "(--rope ntk), or keep the source's (--rope none)",
+    ),
+    "a word for RoPE that the family lacks": (
+        "phi3", lambda source: None, {"rope_parameters": "llama3"}, "Phi3ForCausalLM has no RoPE of type llama3, only",
+    ),
+    "a part that the family does not rotate": (
+        "qwen2", lambda source: None, {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "Qwen2ForCausalLM rotates whole heads; leave partial_rotary_factor out",
+    ),
+    "longrope without factors": (
+        "mistral", lambda source: None, {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+        "RoPE longrope needs 4 numbers as short_factor, one per pair that rotates, got None",
+    ),
+    "longrope with too few factors": (
+        "llama", lambda source: None,
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3}},
+        "RoPE longrope needs 4 numbers as long_factor, one per pair that rotates, got 3",
     ),
     "heads that LongNet cannot have": (
         "qwen3", lambda source: make_checkpoint(source, family="qwen3", hidden_size=30), {},
@@ -275,4 +292,5 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(tmp_path, case):
     with pytest.raises(ValueError) as refusal:
         convert_checkpoint(tmp_path / "source", tmp_path / "target", **options, **QUIET)
     assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
