@@ -179,8 +179,10 @@ def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_l
 
 def _trained_context(config: PreTrainedConfig) -> int:
     """Return the length the source was trained for before any RoPE scaling stretched it."""
-    original = config.rope_parameters.get("original_max_position_embeddings")
-    return min(config.max_position_embeddings, original or config.max_position_embeddings)
+    rope, context = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] == "default":  # stretches nothing, whatever its settings still hold
+        return context
+    return min(context, rope.get("original_max_position_embeddings") or context)
 
 
 def _choose_pattern(

@@ -35,6 +35,10 @@ VARIANTS = {
         "sliding_window": 16,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "llama, length before a stretch that plain RoPE does not do": {
+        "family": "llama",
+        "rope_parameters": {**ROPE["default"], "original_max_position_embeddings": 16},
+    },
     "llama, rotation in part that it does not read": {"family": "llama", "partial_rotary_factor": 0.5},
     "qwen3, rotation in part that it does not read": {
         "family": "qwen3",
