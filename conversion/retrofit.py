@@ -148,7 +148,7 @@ def _keep_padding_mask(
     if int(q_offset) + q_length != kv_length:
         raise ValueError(
             f"retrofit needs a cache that grows (DynamicCache), got {kv_length} cache columns for "
-            f"{int(q_offset) + q_length} tokens"
+            f"{int(q_offset) + q_length} tokens; leave cache_implementation out, and set config.sliding_window to None"
         )
     return attention_mask
 

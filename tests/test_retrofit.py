@@ -333,3 +333,17 @@ def test_masks_and_caches_that_cannot_be_served_are_refused():
             model(tokens(1, 10), attention_mask=torch.ones(1, 1, 10, 10))
         with pytest.raises(ValueError, match="needs a cache that grows"):
             model.generate(tokens(1, 10), cache_implementation="static", max_new_tokens=3)
+
+
+def test_a_cache_cut_to_a_window_that_no_layer_attends_in_is_refused_with_the_fix():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, sliding_window=16)).eval()
+    ids, settings = tokens(1, 30), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with retrofit(model, PATTERN):
+        with pytest.raises(
+            ValueError, match=r"got 16 cache columns for 31 tokens; .* set config.sliding_window to None"
+        ):
+            model.generate(ids, **settings)
+        model.config.sliding_window = None
+        cached, uncached = (model.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
