@@ -1,6 +1,7 @@
 """A converted model's tokenizer gives the source's encodings, though transformers chooses classes by model_type."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,7 +14,15 @@ CONFIG_NAME = "tokenizer_config.json"
 SAMPLES = ("Call me Ishmael.", " two  spaces and 1234567", "\nlines\n\nand\ttabs ", "“naïve” — 漢字, λ = 0.5")
 
 
-def keep_encodings(source: Path, folder: Path) -> str | None:
+@dataclass(frozen=True)
+class TokenizerWord:
+    """What there is to say of a carried tokenizer, and whether it encodes as the source's."""
+
+    text: str
+    encodes_alike: bool
+
+
+def keep_encodings(source: Path, folder: Path) -> TokenizerWord | None:
     """Name the tokenizer's class in the target where transformers would choose another than for the source.
 
     Args:
@@ -21,7 +30,7 @@ def keep_encodings(source: Path, folder: Path) -> str | None:
         folder: of the target, the source's tokenizer files carried.
 
     Returns:
-        What was changed, or what could not be kept, in a line; None if there is nothing to say.
+        What was changed, or that the encodings could not be kept; None if there is nothing to say.
     """
     if not source.is_dir() or not any(path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         return None
@@ -35,12 +44,14 @@ def keep_encodings(source: Path, folder: Path) -> str | None:
         fields = read_json(config) if config.exists() else {}
         config.write_text(json.dumps(fields | {"tokenizer_class": chosen}, indent=2, ensure_ascii=False) + "\n")
         if _encode(_load(folder), theirs) == expected:
-            return f"{CONFIG_NAME} names the class that transformers chooses for the source, {chosen}"
+            named = f"{CONFIG_NAME} names the class that transformers chooses for the source, {chosen}"
+            return TokenizerWord(named, encodes_alike=True)
         config.unlink() if before is None else config.write_bytes(before)
     if _encode(ours, theirs) == expected:
         return None
     found = f"of class {type(ours).__name__}" if ours else "that does not load"
-    return f"the source's tokenizer is a {chosen}, the target has one {found}: encode with the source's"
+    differs = f"the source's tokenizer is a {chosen}, the target has one {found}: encode with the source's"
+    return TokenizerWord(differs, encodes_alike=False)
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -33,7 +33,8 @@ def convert_checkpoint(
     converted model has the source's logits on every input of at most ``w_0`` tokens, and is verified to. ``target``
     appears complete or not at all, whenever the process is killed. Tokenizer, chat template and generation config are
     carried along byte for byte, but that ``tokenizer_config.json`` names the class of the source's tokenizer where
-    transformers would choose another for LongNet: both encode alike.
+    transformers would choose another for LongNet (both encode alike), and that ``generation_config.json`` asks for no
+    cache but LongNet's.
 
     Without ``segment_lengths`` the pattern is geometric: ``w_0`` is the trained context of the source (4,096 where it
     was trained for more, and its sliding window where it has a shorter one), doubled, with rates 1, 2, 4, ..., until a

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -23,12 +25,12 @@ from transformers import (
 from .weights import StoredTensor, join_rows, split_rows
 
 
-# What identifies the source, its code or the library that wrote it; and what an entry translates or refuses.
-_NOT_CARRIED = {
-    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path",
-    "layer_types", "sliding_window", "use_sliding_window", "max_window_layers",
-    "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
-}  # fmt: skip
+# What LongNet may take over under the same name: what Llama has. Whatever else a file holds, LongNet's own names among
+# it, is translated by a family's entry or read by none.
+_CARRIED = {*LlamaConfig.__dataclass_fields__, "tokenizer_class"} - {"architectures", "transformers_version"}
+
+# How a model was run when its config was saved: it does not change what it computes, but can keep it from running here.
+_OF_A_RUN = {"return_dict", "output_attentions", "output_hidden_states", "attn_implementation", "_attn_implementation"}
 
 # A Llama's own; other families say what differs.
 _LLAMA: dict[str, object] = {"attention_output_bias": None, "qk_norm": False, "layers_without_rope": []}
@@ -50,6 +52,25 @@ def _phi3_projections(config: Phi3Config) -> dict[str, dict[str, int]]:
         },
         "mlp.gate_up_proj": {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size},
     }
+
+
+def _no_windows(config: PreTrainedConfig) -> list[int | None]:
+    return [None] * config.num_hidden_layers
+
+
+def _one_window(config: PreTrainedConfig) -> list[int | None]:
+    return [config.sliding_window] * config.num_hidden_layers
+
+
+def _windows_by_type(config: PreTrainedConfig) -> list[int | None]:
+    if strange := set(config.layer_types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
+    if "sliding_attention" in config.layer_types and config.sliding_window is None:
+        raise ValueError(
+            f"layer {config.layer_types.index('sliding_attention')} of the source attends in a sliding window "
+            "(layer_types) whose length is switched off; set use_sliding_window and sliding_window, or full_attention"
+        )
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
 def unfuse(projections: dict[str, dict[str, int]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -85,12 +106,19 @@ class Family:
         config_class: reads the checkpoint's config.json.
         translate: gives the ``LongNetConfig`` fields that are not the source's fields of the same name.
         projections: gives the modules that are several of LongNet's in one, and the rows of each, by config.
+        windows: gives how many tokens back each layer attends by config, None for all: from the fields that the
+            architecture reads, whatever others the file holds.
+        rotates_partly: whether it reads ``partial_rotary_factor``; others rotate whole heads.
+        rope_types: which kinds of RoPE it has, None: all of transformers'.
     """
 
     model_class: type[PreTrainedModel]
     config_class: type[PreTrainedConfig]
     translate: Callable[[PreTrainedConfig], dict]
     projections: Callable[[PreTrainedConfig], dict[str, dict[str, int]]] = _unfused
+    windows: Callable[[PreTrainedConfig], list[int | None]] = _no_windows
+    rotates_partly: bool = False
+    rope_types: tuple[str, ...] | None = None
 
     @property
     def architecture(self) -> str:
@@ -103,14 +131,39 @@ class Family:
             ValueError: if a field has a bad type or value.
         """
         try:
-            return self.config_class.from_dict(fields)
+            config = self.config_class.from_dict({name: fields[name] for name in fields if name not in _OF_A_RUN})
         except Exception as error:  # transformers raises KeyError, TypeError and strict-dataclass errors of its own
-            raise ValueError(f"config.json is not a valid {self.config_class.__name__}: {error}") from error
+            raise ValueError(
+                f"config.json is not a valid {self.config_class.__name__}: {' '.join(str(error).split())}"
+            ) from error
+        if not self.rotates_partly:
+            rope = dict(config.rope_parameters)
+            part = rope.pop("partial_rotary_factor", None)
+            if part not in (None, 1) and rope["rope_type"] != "default":  # which reads it, and gives too few angles
+                raise ValueError(
+                    f"{self.architecture} rotates whole heads and fails with RoPE {rope['rope_type']} and "
+                    f"partial_rotary_factor {part}; remove partial_rotary_factor from config.json"
+                )
+            config.rope_parameters = rope
+        return config
 
     def longnet_fields(self, config: PreTrainedConfig) -> dict:
         """Translate the source's config to ``LongNetConfig`` arguments, without pattern."""
-        carried = {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
+        carried = {name: value for name, value in config.to_dict().items() if name in _CARRIED}
         return carried | _LLAMA | self.translate(config)
+
+    def sliding_window(self, config: PreTrainedConfig) -> int | None:
+        """Return how many tokens back the source attends in layers with a sliding window, None if it has none.
+
+        Raises:
+            ValueError: if a layer attends in yet another way.
+        """
+        return next((window for window in self.windows(config) if window is not None), None)
+
+    def local_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Return which layers of the source attend in a sliding window, if others attend to everything."""
+        windows = self.windows(config)
+        return tuple(i for i, window in enumerate(windows) if window is not None) if None in windows else ()
 
     def to_longnet(self, config: PreTrainedConfig, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Name the source's tensors as LongNet does, fused ones cut into their parts."""
@@ -134,26 +187,37 @@ class Family:
 
 FAMILIES = (
     Family(LlamaForCausalLM, LlamaConfig, translate=lambda config: {}),
-    Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS),
+    Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS, windows=_one_window),
     Family(
         Qwen2ForCausalLM,
         Qwen2Config,
         translate=lambda config: {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+        windows=_windows_by_type,
     ),
-    Family(Qwen3ForCausalLM, Qwen3Config, translate=lambda config: {"qk_norm": True, "mlp_bias": False}),
+    Family(
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        translate=lambda config: {"qk_norm": True, "mlp_bias": False},
+        windows=_windows_by_type,
+    ),
     Family(
         SmolLM3ForCausalLM,
         SmolLM3Config,
         translate=lambda config: {
             "layers_without_rope": [i for i in range(config.num_hidden_layers) if not config.no_rope_layers[i]]
         },
+        windows=_windows_by_type,
     ),
     Family(
         Phi3ForCausalLM,
         Phi3Config,
         translate=lambda config: _NO_BIAS,
         projections=_phi3_projections,
+        windows=_one_window,
+        rotates_partly=True,
+        rope_types=("default", "longrope"),
     ),
+    Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
 )
 
 
@@ -171,6 +235,8 @@ def find_family(fields: dict) -> Family:
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"the source's weights are quantized ({method}); convert the unquantized checkpoint")
+    if (model_type, architectures) == ("mistral", [MistralForCausalLM.__name__]) and "layer_types" in fields:
+        model_type, architectures = "ministral", [MinistralForCausalLM.__name__]  # as transformers' Auto classes do
     for family in FAMILIES:
         if architectures == [family.architecture] and model_type == family.config_class.model_type:
             return family
@@ -193,25 +259,3 @@ def _obstacle(fields: dict) -> str:
         if any(fields.get(name) for name in names):
             return f" because {obstacle}"
     return ""
-
-
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens back the source attends in layers with a sliding window, None if it has none.
-
-    Raises:
-        ValueError: if a layer attends in yet another way.
-    """
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if not layer_types:
-        return window
-    if strange := set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"the source has layers of {min(strange)}, which dilated attention cannot express")
-    return window if "sliding_attention" in layer_types else None
-
-
-def local_layers(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return which layers of the source attend in a sliding window, if others attend to everything."""
-    layer_types = getattr(config, "layer_types", None) or ()
-    sliding = tuple(i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention")
-    return sliding if len(sliding) < len(layer_types) else ()

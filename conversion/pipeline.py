@@ -87,7 +87,7 @@ def convert(
                 "not_finite": count_not_finite(weight_files, progress),
                 "files_unchanged": files_are_kept(plan.tensors, plan.max_shard_size, plan.dtype),
             },
-            "tokenizer": tokenizer,
+            "tokenizer": tokenizer and tokenizer.text,
             "config_sha256": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
             "verification": describe_verification(verification),
             "versions": versions(),
@@ -97,7 +97,7 @@ def convert(
     with interruptible_upload(target, push_to_hub):
         if progress:
             if tokenizer is not None:
-                print(f"tokenizer  {tokenizer}")
+                print(f"{'tokenizer' if tokenizer.encodes_alike else 'warning':9}  {tokenizer.text}")
             if not_finite := report["weights"]["not_finite"]:
                 print(f"warning    {describe_not_finite(not_finite)}")
             print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)

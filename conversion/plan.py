@@ -1,6 +1,7 @@
 """What a conversion will do, known before a byte is written; and the plan of every conversion to LongNet."""
 
 import dataclasses
+import json
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,9 +29,14 @@ from .weights import (
     dtype_name,
     files_are_kept,
     files_of,
+    read_json,
     shard_layout,
     total_bytes,
 )
+
+
+# Generation settings that choose a cache, or mean something only with the one chosen.
+CACHE_FIELDS = ("cache_implementation", "cache_config", "max_cache_len")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,9 +197,15 @@ class LongNetPlan(Plan):
         self.config.save_pretrained(folder)
 
     def write_generation_config(self, folder: Path) -> None:
-        """Save the generation settings; old checkpoints keep them in config.json, where transformers does no longer."""
-        if not (folder / "generation_config.json").exists():
-            GenerationConfig.from_model_config(self.generation_fields).save_pretrained(folder)
+        """Save the generation settings; old checkpoints keep them in config.json, where transformers does no longer.
+
+        Of a file that was carried, only what asks for another cache than LongNet's goes.
+        """
+        path = folder / "generation_config.json"
+        if not path.exists():
+            GenerationConfig.from_model_config(_without_cache(self.generation_fields)).save_pretrained(folder)
+        elif foreign_cache(fields := read_json(path)) is not None:
+            path.write_text(json.dumps(_without_cache(fields), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def comparison(self, folder: Path) -> Comparison:
         """Return source and target; where the two never have the same attention, both with ordinary attention."""
@@ -230,6 +242,18 @@ def pattern_fields(pattern: DilationPattern) -> dict:
     """Return a pattern's fields as ``LongNetConfig`` takes and JSON holds them."""
     fields = dataclasses.asdict(pattern)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def foreign_cache(generation_fields: dict) -> str | None:
+    """Return the kind of cache that generation settings ask for if it is none that LongNet has."""
+    asked: str | None = generation_fields.get("cache_implementation")
+    return None if asked in (None, "dynamic", "offloaded") else asked
+
+
+def _without_cache(generation_fields: dict) -> dict:
+    if foreign_cache(generation_fields) is None:
+        return generation_fields
+    return {name: value for name, value in generation_fields.items() if name not in CACHE_FIELDS}
 
 
 def _dtype(name: torch.dtype | str) -> torch.dtype:

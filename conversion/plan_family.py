@@ -10,9 +10,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
-from .families import FAMILIES, find_family, local_layers, sliding_window
+from .families import FAMILIES, Family, find_family
 from .hub import find_folder
-from .plan import LongNetPlan, pattern_fields
+from .plan import LongNetPlan, foreign_cache, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
 from .steps import DOWNLOADED_FILES
 from .stored_model import StoredModel, skeleton
@@ -74,23 +74,23 @@ def plan_conversion(
     tensors = family.to_longnet(source_config, source_tensors)
     shard_layout(tensors, max_shard_size, dtype)
 
-    trained, window = _trained_context(source_config), sliding_window(source_config)
+    trained, window = _trained_context(source_config), family.sliding_window(source_config)
+    local_layers = family.local_layers(source_config)
     pattern, context = _choose_pattern(
         source_config, trained, window, preset, segment_lengths, dilation_rates, local, max_position_embeddings
     )
     if isinstance(rope_parameters, str):
         rope_parameters = _rope_from_word(rope_parameters, source_config, trained, context)
-    rope = _rope_parameters(source_config, rope_parameters, trained)
+    rope = _rope_parameters(family, source_config, rope_parameters, trained)
     # Dynamic RoPE starts to stretch at max_position_embeddings, so for it that stays the trained context.
     position_embeddings = source_config.max_position_embeddings if rope["rope_type"] == "dynamic" else context
     reference_config = copy.deepcopy(source_config)
     if rope_parameters is not None:
         try:
-            reference_config = family.read_config({**fields, "rope_parameters": rope, "rope_scaling": None})
+            kept = {name: fields[name] for name in fields if name not in ("rope_scaling", "partial_rotary_factor")}
+            reference_config = family.read_config({**kept, "rope_parameters": rope})
         except ValueError as error:
-            raise ValueError(f"rope_parameters do not fit: {error.__cause__}") from error
-        if reference_config.rope_parameters["rope_type"] != rope["rope_type"]:
-            raise ValueError(f"{family.architecture} has no RoPE of type {rope['rope_type']}")
+            raise ValueError(f"rope_parameters do not fit: {' '.join(str(error.__cause__).split())}") from error
         reference_config.max_position_embeddings = position_embeddings
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -106,7 +106,7 @@ def plan_conversion(
         "max_position_embeddings": position_embeddings,
         "dtype": own_dtype if dtype is None else dtype_name(DTYPES[dtype]),
         "dense_layers": dense_layers,
-        "local_layers": [layer for layer in local_layers(source_config) if layer not in dense_layers],
+        "local_layers": [layer for layer in local_layers if layer not in dense_layers],
         "trained_context": trained,
         "source_config": fields,
         **pattern_fields(pattern),
@@ -114,7 +114,9 @@ def plan_conversion(
     try:
         config = LongNetConfig(**longnet_fields)
     except Exception as error:  # strict-dataclass errors of several lines
-        raise ValueError(f"this {family.architecture} makes no LongNetConfig: {error}") from error
+        raise ValueError(
+            f"this {family.architecture} makes no LongNetConfig: {' '.join(str(error).split())}"
+        ) from error
     config.architectures = [LongNetForCausalLM.__name__]
     match_weights(skeleton(LongNetForCausalLM, config), tensors)
     reference_config.dtype = config.dtype
@@ -131,7 +133,7 @@ def plan_conversion(
         reference=StoredModel(family.model_class, reference_config, source_tensors, rounded_to),
         config=config,
         preset=preset,
-        trained=_in_words(source_config, trained, window),
+        trained=_in_words(source_config, trained, window, some_layers=bool(local_layers)),
         compared_tokens=min(limit for limit in (same, trained, window, verify_tokens) if limit),
         same_attention=bool(same),
         generation_fields=fields,
@@ -155,30 +157,32 @@ def default_config(fields: dict) -> tuple[LongNetConfig, str]:
         fields = {**fields, "architectures": named}
     family = find_family(fields)
     source_config = family.read_config(fields)
-    trained, window = _trained_context(source_config), sliding_window(source_config)
+    trained, window = _trained_context(source_config), family.sliding_window(source_config)
     pattern, context = _choose_pattern(source_config, trained, window, "retrofit", None, None, None, None)
     longnet_fields = family.longnet_fields(source_config) | {
         "rope_parameters": frozen_rope(source_config),
         "max_position_embeddings": context,
-        "local_layers": local_layers(source_config),
+        "local_layers": family.local_layers(source_config),
         **pattern_fields(pattern),
     }
     return LongNetConfig(**longnet_fields), family.architecture
 
 
-def _in_words(config: PreTrainedConfig, trained: int, window: int | None) -> str:
+def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_layers: bool) -> str:
     """Say what the source was trained for."""
     stretched = config.max_position_embeddings
     stretch = f", stretched to {stretched:,} by its RoPE" if stretched > trained else ""
-    each = "some layers" if local_layers(config) else "each"
+    each = "some layers" if some_layers else "each"
     attending = f", {each} attending to the last {window:,}" if window else ""
     return f"{trained:,} tokens{stretch}{attending}"
 
 
 def _trained_context(config: PreTrainedConfig) -> int:
     """Return the length the source was trained for before any RoPE scaling stretched it."""
-    original = config.rope_parameters.get("original_max_position_embeddings")
-    return min(config.max_position_embeddings, original or config.max_position_embeddings)
+    rope, context = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] == "default":  # stretches nothing, whatever its settings still hold
+        return context
+    return min(context, rope.get("original_max_position_embeddings") or context)
 
 
 def _choose_pattern(
@@ -246,8 +250,7 @@ def _rope_from_word(word: str, config: PreTrainedConfig, trained: int, context: 
         )
     factor = context / trained
     if word == "ntk":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotating = int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        rotating = _rotating(config, config.rope_parameters)
         theta = config.rope_parameters["rope_theta"] * factor ** (rotating / (rotating - 2))
         return {"rope_type": "default", "rope_theta": theta}
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if word == "llama3" else {}
@@ -268,27 +271,45 @@ def frozen_rope(config: PreTrainedConfig) -> dict:
     return rope
 
 
-def _rope_parameters(config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
+def _rope_parameters(family: Family, config: PreTrainedConfig, override: dict | None, trained: int) -> dict:
     """Return the target's RoPE settings: the source's, or new ones completed from them."""
     if override is None:
-        return _checked_rope(frozen_rope(config))
+        return _checked_rope(frozen_rope(config), config)
     known = ("default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default"))
     if not isinstance(override, dict) or override.get("rope_type") not in known:
         raise ValueError(f"rope_parameters must be a dict with a rope_type among {', '.join(known)}, got {override!r}")
+    if family.rope_types is not None and override["rope_type"] not in family.rope_types:
+        raise ValueError(
+            f"{family.architecture} has no RoPE of type {override['rope_type']}, only {', '.join(family.rope_types)}; "
+            "choose ntk, which stretches the default one (--rope ntk), or keep the source's (--rope none)"
+        )
+    if not family.rotates_partly and override.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{family.architecture} rotates whole heads; leave partial_rotary_factor out")
     kept = ("rope_theta", "partial_rotary_factor")
     rope = {name: value for name, value in config.rope_parameters.items() if name in kept} | override
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", trained)
-    return _checked_rope(rope)
+    return _checked_rope(rope, config)
 
 
-def _checked_rope(rope: dict) -> dict:
-    """Hand RoPE settings back if the angles that they give are numbers."""
+def _checked_rope(rope: dict, config: PreTrainedConfig) -> dict:
+    """Hand RoPE settings back if the angles that they give are numbers, one for each pair that rotates."""
     for name in ("rope_theta",) if rope["rope_type"] == "default" else ("rope_theta", "factor"):
         value = rope.get(name, 1.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"rope_parameters need a positive finite number as {name}, got {value!r}")
+    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+        value, pairs = rope.get(name), _rotating(config, rope) // 2
+        if not isinstance(value, list | tuple) or len(value) != pairs:
+            found = len(value) if isinstance(value, list | tuple) else repr(value)
+            raise ValueError(f"RoPE longrope needs {pairs} numbers as {name}, one per pair that rotates, got {found}")
     return rope
+
+
+def _rotating(config: PreTrainedConfig, rope: dict) -> int:
+    """Return how many dimensions of a head rotate."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
 def _notes(
@@ -326,6 +347,9 @@ def _notes(
         notes.append(f"weights are stored as {stored} and rounded to {dtype_name(config.dtype)}")
     elif stored != dtype_name(config.dtype):
         notes.append(f"weights are stored as {stored}; config.json says {dtype_name(config.dtype)}")
+    settings = folder / "generation_config.json"
+    if cache := foreign_cache(read_json(settings) if settings.is_file() else fields):
+        notes.append(f"generation settings ask for a {cache} cache: left out, since LongNet brings its own")
     if fields.get("auto_map"):
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
     if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):

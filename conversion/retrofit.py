@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from modeling_longnet import DilationPattern, dilated_attention
 from modeling_longnet.token_layout import documents_from_position_ids
 
+from .families import FAMILIES
+
 
 NAME = "longnet_retrofit"
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
@@ -86,9 +88,10 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} (model_type {config.model_type!r}) is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    if getattr(config, "sliding_window", None) is not None:
+    family = next(family for family in FAMILIES if family.config_class.model_type == config.model_type)
+    if window := family.sliding_window(config):
         raise ValueError(
-            f"{name} attends in a sliding window of {config.sliding_window} tokens; load it with sliding_window=None "
+            f"{name} attends in a sliding window of {window} tokens; load it with sliding_window=None "
             "if it may see further"
         )
 
@@ -145,7 +148,7 @@ def _keep_padding_mask(
     if int(q_offset) + q_length != kv_length:
         raise ValueError(
             f"retrofit needs a cache that grows (DynamicCache), got {kv_length} cache columns for "
-            f"{int(q_offset) + q_length} tokens"
+            f"{int(q_offset) + q_length} tokens; leave cache_implementation out, and set config.sliding_window to None"
         )
     return attention_mask
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from modeling_longnet import DilationPattern, LongNetConfig, LongNetForCausalLM
 
 from . import pipeline
-from .families import Family, find_family, sliding_window
+from .families import Family, find_family
 from .hub import find_folder
 from .model_card import fill_dense_card
 from .plan import Plan, pattern_fields
@@ -72,9 +72,10 @@ class DensePlan(Plan):
     def comparison(self, folder: Path) -> Comparison:
         """Return the LongNet model and what was written; up to the first segment the two are one."""
         config = LongNetConfig.from_dict(self.config.to_dict())
-        config.dtype = self.dense_config.dtype
+        config.dtype, config.return_dict = self.dense_config.dtype, True
         same = dense_length(config.pattern)
-        limits = (same, config.trained_context, sliding_window(self.dense_config), self.verify_tokens)
+        window = self.family.sliding_window(self.dense_config)
+        limits = (same, config.trained_context, window, self.verify_tokens)
         token_ids, text = verification_tokens(self.source, config.vocab_size, min(limit for limit in limits if limit))
         if not same:
             for name, value in pattern_fields(DilationPattern((token_ids.shape[1],), (1,))).items():

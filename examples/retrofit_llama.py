@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_longnet import DilationPattern
+from modeling_longnet import DilationPattern, LongNetConfig
 
 
 # peft 0.21 asks transformers 5.23 by an old name; nothing that a user of this script could change.
@@ -91,7 +91,7 @@ def main() -> None:
     losses[name], kv_bytes[name] = token_losses(reloaded, held_out, name), cache_bytes(reloaded, held_out[:1])
 
     step("Results")
-    print_table(losses, kv_bytes, attention_flops(config, reloaded.config.pattern, STRETCH * context), context)
+    print_table(losses, kv_bytes, attention_flops(reloaded.config, STRETCH * context), context)
     plot_perplexity(losses, context, args.output / "perplexity.png")
     print_continuation(reloaded, tokenizer, held_out[0], context)
     check_tuning_helped(losses)
@@ -292,7 +292,9 @@ def stretched_rope(config: LlamaConfig, factor: float) -> dict:
     texts least.
     """
     rope = config.rope_parameters
-    return {**rope, "rope_theta": rope["rope_theta"] * factor ** (config.head_dim / (config.head_dim - 2))}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # as Qwen2 has it
+    rotating = int(head_dim * rope.get("partial_rotary_factor", 1))
+    return {**rope, "rope_theta": rope["rope_theta"] * factor ** (rotating / (rotating - 2))}
 
 
 def load(folder: Path | str) -> PreTrainedModel:
@@ -348,9 +350,9 @@ def cache_bytes(model: PreTrainedModel, tokens: Tensor) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def attention_flops(config: LlamaConfig, pattern: DilationPattern, length: int) -> dict[str, int]:
+def attention_flops(config: LongNetConfig, length: int) -> dict[str, int]:
     """Count the FLOPs of attention in one forward pass over ``length`` tokens, for each model."""
-    dense = DilationPattern((length,), (1,))
+    dense, pattern = DilationPattern((length,), (1,)), config.pattern
     return {
         name: config.num_hidden_layers
         * used.attention_flops(

@@ -70,6 +70,13 @@ def test_a_part_that_rotates_stays_that_part_under_new_rope(tmp_path):
     assert len(inv_freq) == 2 and 1e-2 / inv_freq[-1] == pytest.approx(8.0)
 
 
+def test_new_rope_rotates_whole_heads_where_the_source_reads_no_part(source, tmp_path):
+    edit_json(source / "config.json", partial_rotary_factor=0.5)
+    options = {"rope_parameters": "linear", "max_position_embeddings": 4 * CONTEXT}
+    report = convert_checkpoint(source, tmp_path / "target", **options, **QUIET)  # verified against Llama's own
+    assert report["rope_parameters"] == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
 def test_the_trained_context_is_kept_in_the_config(tmp_path):
     make_checkpoint(tmp_path / "source", rope="llama3")
     convert_checkpoint(tmp_path / "source", tmp_path / "target", max_position_embeddings=256, **QUIET)

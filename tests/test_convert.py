@@ -190,6 +190,28 @@ def test_generation_settings_of_an_old_config_move_to_their_own_file(source, tmp
         assert (settings.temperature, settings.do_sample, settings.eos_token_id) == (0.5, True, 1)
 
 
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("cache", ["static", "quantized", "hybrid", "offloaded", "dynamic"])
+def test_settings_that_ask_for_another_cache_are_left_out_with_a_word(source, tmp_path, place, cache):
+    if place == "config.json":
+        (source / "generation_config.json").unlink()
+    edit_json(source / place, cache_implementation=cache, max_cache_len=8, temperature=0.5, do_sample=True)
+    report = convert_checkpoint(source, tmp_path / "target", **QUIET)
+    written = json.loads((tmp_path / "target" / "generation_config.json").read_text())
+    assert (written["temperature"], written["do_sample"], written["eos_token_id"]) == (0.5, True, 1)
+    told = f"generation settings ask for a {cache} cache: left out, since LongNet brings its own"
+    assert (told in report["notes"]) == (cache not in ("offloaded", "dynamic"))
+    if told not in report["notes"]:
+        return
+    assert not {"cache_implementation", "cache_config", "max_cache_len"} & {x for x in written if written[x]}
+    prompt = torch.arange(40)[None]
+    greedy = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 5, "pad_token_id": 1}
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "target").generate(prompt, **greedy)
+    theirs = LlamaForCausalLM.from_pretrained(source, attn_implementation="eager")
+    theirs.generation_config.cache_implementation = None
+    assert torch.equal(ours, theirs.generate(prompt, **greedy))
+
+
 def test_tokenizer_template_generation_config_and_licence_are_carried_byte_for_byte(source, tmp_path):
     (source / "LICENSE.txt").write_text("terms")
     (source / "additional_chat_templates").mkdir()

@@ -1,6 +1,7 @@
 """The examples run as a user runs them, offline, and print the facts they promise."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from checkpoints import make_tokenizer
+from checkpoints import make_checkpoint, make_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -258,6 +259,18 @@ def test_main_job_leaves_a_model_that_loads_without_the_package(finished_main_jo
     finished = run([sys.executable, "-c", load], folder)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1] == "(64, 128, 256) 1"
+
+
+def test_main_job_takes_a_checkpoint_whose_config_leaves_the_width_of_heads_out(tmp_path):
+    make_checkpoint(tmp_path / "qwen2", family="qwen2")
+    assert "head_dim" not in json.loads((tmp_path / "qwen2" / "config.json").read_text())
+    source, untouched, tuned = table(
+        run_main_job(tmp_path, "--quick", "--model=qwen2", "--learning-rate=0.01")
+    ).values()
+    assert tuned[2] < untouched[2]
+    assert source[3] == round(2 * 256 * 257 / 2 * 4 * 32 / 1e6, 1)  # 4 heads of width 8
+    converted = json.loads((tmp_path / "demo_output" / "converted" / "config.json").read_text())
+    assert converted["rope_parameters"]["rope_theta"] == pytest.approx(10000.0 * 4 ** (8 / 6))
 
 
 def test_main_job_draws_all_three_models(finished_main_job):

@@ -115,6 +115,24 @@ def test_a_retrofitted_model_is_the_longnet_model_with_its_weights(family, patte
         torch.testing.assert_close(logits[:, :8], dense[:, :8], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "fields"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {"sliding_window": 16}),
+        (Qwen2ForCausalLM, Qwen2Config, {"sliding_window": 16, "use_sliding_window": False}),
+        (SmolLM3ForCausalLM, SmolLM3Config, {"sliding_window": 16, "use_sliding_window": False,
+                                             "no_rope_layers": [1, 0], "tie_word_embeddings": False}),
+    ],
+)  # fmt: skip
+def test_a_window_that_no_layer_attends_in_is_no_obstacle(model_class, config_class, fields):
+    torch.manual_seed(0)
+    model = model_class(config_class(**SIZES, **fields)).eval()
+    ids = tokens(2, 61)
+    with torch.no_grad(), retrofit(model, PATTERN) as inside:
+        logits = inside(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, longnet_twin(model, PATTERN)(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_flow_as_in_the_longnet_model():
     model = make_model().train()
     twin = longnet_twin(model, PATTERN).train()
@@ -285,6 +303,13 @@ REFUSED = {
         PATTERN,
         "MistralForCausalLM attends in a sliding window of 16 tokens; load it with sliding_window=None",
     ),
+    "sliding window in a layer": (
+        lambda: SmolLM3ForCausalLM(
+            SmolLM3Config(**SIZES, sliding_window=16, use_sliding_window=True, no_rope_layers=[1, 0])
+        ),
+        PATTERN,
+        "SmolLM3ForCausalLM attends in a sliding window of 16 tokens; load it with sliding_window=None",
+    ),
     "LongNet": (lambda: longnet_twin(make_model(), PAPER), PATTERN, "(model_type 'longnet') is not supported"),
     "no model": (lambda: torch.nn.Linear(2, 2), PATTERN, "needs a transformers model, got Linear"),
     "no pattern": (make_model, [(8, 1)], "pattern must be a DilationPattern, got list"),
@@ -308,3 +333,17 @@ def test_masks_and_caches_that_cannot_be_served_are_refused():
             model(tokens(1, 10), attention_mask=torch.ones(1, 1, 10, 10))
         with pytest.raises(ValueError, match="needs a cache that grows"):
             model.generate(tokens(1, 10), cache_implementation="static", max_new_tokens=3)
+
+
+def test_a_cache_cut_to_a_window_that_no_layer_attends_in_is_refused_with_the_fix():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, sliding_window=16)).eval()
+    ids, settings = tokens(1, 30), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with retrofit(model, PATTERN):
+        with pytest.raises(
+            ValueError, match=r"got 16 cache columns for 31 tokens; .* set config.sliding_window to None"
+        ):
+            model.generate(ids, **settings)
+        model.config.sliding_window = None
+        cached, uncached = (model.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)

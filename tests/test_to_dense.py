@@ -63,6 +63,13 @@ def test_there_and_back_is_the_original_in_every_bit_and_field(tmp_path, variant
         assert (tmp_path / "dense" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
 
 
+def test_a_longnet_model_that_returns_tuples_has_a_way_back(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    edit_json(tmp_path / "longnet" / "config.json", return_dict=False)
+    report = convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    assert report["verification"]["relative_error"] < 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tuned_model_goes_back_with_its_new_weights(tmp_path, family):
     make_checkpoint(tmp_path / "source", family=family)
