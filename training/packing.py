@@ -24,6 +24,7 @@ class PackedRows(IterableDataset):
     Args:
         documents: yields ``{"input_ids": [...]}`` in the same order at each iteration; a streaming
             ``datasets.IterableDataset`` is asked for its own state, anything else is read from its start on resumption.
+            So is one with a shuffle buffer, ``shuffle(seed, buffer_size)``: its state leaves the buffer out.
         length: tokens per row.
         buffer: documents read ahead.
         rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
@@ -55,12 +56,13 @@ class PackedRows(IterableDataset):
         self.rank, self.world_size = rank, world_size
         self.filler = filler
         self._resumed = False
+        self._has_state = hasattr(documents, "load_state_dict") and not _shuffles(documents)
         self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
 
     def state_dict(self) -> dict:
         """Return all that the next row depends on: numbers, and the tokens read ahead; ``torch.save`` can keep it."""
         source = self._source
-        if self._reading and hasattr(self.documents, "state_dict"):
+        if self._reading and self._has_state:
             source = deepcopy(self.documents.state_dict())
         waiting = [document.to(torch.int32) for document in self._waiting]
         return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source, **self._settings}
@@ -117,7 +119,7 @@ class PackedRows(IterableDataset):
     def _unread(self) -> Iterator[Tensor]:
         """Yield the documents that were not read yet."""
         read = self._read
-        if hasattr(self.documents, "load_state_dict") and (self._source is not None or self._resumed):
+        if self._has_state and (self._source is not None or self._resumed):
             # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
             self.documents.load_state_dict(deepcopy(self._source))
             self._resumed, read = self._source is not None, 0
@@ -149,3 +151,11 @@ class PackedRows(IterableDataset):
         return {
             "input_ids": torch.cat(chosen), "position_ids": torch.cat(positions), "labels": torch.cat(labels)
         }  # fmt: skip
+
+
+def _shuffles(documents: Iterable[dict]) -> bool:
+    """Tell whether a stream of ``datasets``, or one that it is made of, has a shuffle buffer."""
+    parts = [getattr(documents, "_ex_iterable", None)]
+    for part in parts:  # grows on the way
+        parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", [])] if part is not None else []
+    return any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in parts)
