@@ -1,6 +1,7 @@
 """Documents and rows: whole packages, nothing lost or doubled, no leak between documents, resumption to the byte."""
 
 import io
+from itertools import islice
 
 import datasets
 import pytest
@@ -107,6 +108,17 @@ def test_resumption_gives_exactly_the_rows_that_would_have_followed(source, stop
     second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert before + content(second) == whole
     assert content(second) == whole, "the epoch after starts at the start"
+
+
+@pytest.mark.parametrize("source", [lambda: list(documents()), streaming], ids=["list", "streaming"])
+def test_resumed_rows_that_are_iterated_twice_go_on_where_they_were_left(source):
+    whole = content(packed(source()))
+    first = packed(source())
+    before = content(islice(first, 9))
+    second = packed(source())
+    second.load_state_dict(first.state_dict())
+    before += content(islice(second, 9))
+    assert before + content(second) == whole
 
 
 def test_a_stream_without_a_shuffle_buffer_is_not_read_again():

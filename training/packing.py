@@ -96,6 +96,8 @@ class PackedRows(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if (worker := get_worker_info()) is not None:  # a copy, of which state_dict would know nothing
             raise ValueError(f"PackedRows is one stream: use num_workers=0, got {worker.num_workers}")
+        if self._reading and self._source is not None:  # left in the middle, after a resumption further back
+            self._go_to(self.state_dict())
         unread = self._unread()
         exhausted = False
         while True:
