@@ -28,7 +28,8 @@ class PackedRows(IterableDataset):
         length: tokens per row.
         buffer: documents read ahead.
         rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
-            the end are dropped, and the state is the same on all ranks.
+            the end are dropped, and the state is the same on all ranks. Leave both out with ``Trainer``, which shares
+            the rows out itself and would never see those of the other ranks.
         filler: token id, not negative.
 
     Yields:
