@@ -121,6 +121,15 @@ def test_resumed_rows_that_are_iterated_twice_go_on_where_they_were_left(source)
     assert before + content(second) == whole
 
 
+@pytest.mark.parametrize("options", [{"seed": 2, "buffer_size": 8}, {"buffer_size": 8}, None], ids=str)
+def test_a_state_of_another_shuffled_order_is_refused(options):
+    rows = packed(streaming().shuffle(seed=1, buffer_size=8))
+    next(iter(rows))
+    other = packed(streaming() if options is None else streaming().shuffle(**options))
+    with pytest.raises(ValueError, match=r"shuffled in another order; give shuffle\(\) the same seed in each run"):
+        other.load_state_dict(rows.state_dict())
+
+
 def test_a_stream_without_a_shuffle_buffer_is_not_read_again():
     calls = []
     stream = datasets.IterableDataset.from_generator(documents).map(lambda document: calls.append(0) or document)

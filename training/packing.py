@@ -4,6 +4,7 @@
 The stream can be stopped after any row and continued later with exactly the rows that would have followed.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
@@ -57,7 +58,8 @@ class PackedRows(IterableDataset):
         self.rank, self.world_size = rank, world_size
         self.filler = filler
         self._resumed = False
-        self._has_state = hasattr(documents, "load_state_dict") and not _shuffles(documents)
+        self._shuffles = _shuffles(documents)
+        self._has_state = hasattr(documents, "load_state_dict") and not self._shuffles
         self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
 
     def state_dict(self) -> dict:
@@ -66,7 +68,10 @@ class PackedRows(IterableDataset):
         if self._reading and self._has_state:
             source = deepcopy(self.documents.state_dict())
         waiting = [document.to(torch.int32) for document in self._waiting]
-        return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source, **self._settings}
+        return {
+            "rows": self._rows, "read": self._read, "waiting": waiting, "source": source, "shuffles": self._shuffles,
+            **self._settings,
+        }  # fmt: skip
 
     @property
     def _settings(self) -> dict[str, int]:
@@ -79,13 +84,17 @@ class PackedRows(IterableDataset):
         """Let the next iteration continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: if it was taken from rows with other settings.
+            ValueError: if it was taken from rows with other settings, or of documents in another shuffled order.
         """
         for name, own in self._settings.items():
             if state[name] != own:
                 raise ValueError(
                     f"the state was saved with {name}={state[name]}, these rows have {name}={own}; use {state[name]}"
                 )
+        if state.get("shuffles", self._shuffles) != self._shuffles:
+            raise ValueError(
+                "the state was saved with documents shuffled in another order; give shuffle() the same seed in each run"
+            )
         self._go_to(state)
 
     def _go_to(self, state: dict) -> None:
@@ -156,9 +165,11 @@ class PackedRows(IterableDataset):
         }  # fmt: skip
 
 
-def _shuffles(documents: Iterable[dict]) -> bool:
-    """Tell whether a stream of ``datasets``, or one that it is made of, has a shuffle buffer."""
+def _shuffles(documents: Iterable[dict]) -> list[str]:
+    """Return a digest of the order of each shuffle buffer in a stream of ``datasets``, or in what it is made of."""
     parts = [getattr(documents, "_ex_iterable", None)]
     for part in parts:  # grows on the way
         parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", [])] if part is not None else []
-    return any(type(part).__name__ == "BufferShuffledExamplesIterable" for part in parts)
+    buffers = [part for part in parts if type(part).__name__ == "BufferShuffledExamplesIterable"]
+    orders = [f"{part.buffer_size} {part.generator.bit_generator.state}" for part in buffers]
+    return [hashlib.sha256(order.encode()).hexdigest()[:16] for order in orders]
