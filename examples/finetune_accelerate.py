@@ -9,7 +9,7 @@ With ``--output`` the adapter and the tokenizer end there, for ``AutoPeftModelFo
 
 import argparse
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -112,10 +112,10 @@ if resumed:
     folders.load()
     accelerator.print(f"resumed at step {len(progress.losses)}")
 accelerator.init_trackers("finetune")
-batches = iter(())
+loader, batches = torch.utils.data.DataLoader(rows, batch_size=4, generator=torch.Generator()), iter(())
 for step in tqdm(range(len(progress.losses), args.steps), disable=not accelerator.is_main_process):
     if (batch := next(batches, None)) is None:  # the start, or the next epoch
-        batches = iter(torch.utils.data.DataLoader(rows, batch_size=4))
+        batches = chain(loader, loader)  # nothing may be left of this one; its generator keeps out of dropout's
         batch = next(batches)
     loss = model(**{name: x.to(accelerator.device) for name, x in batch.items()}, use_cache=False).loss
     accelerator.backward(loss)

@@ -52,7 +52,7 @@ def logits_loss(
     logits, targets = logits.flatten(0, -2), targets.flatten().to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=label_smoothing, reduction="sum")
-    return total / _items(targets, num_items)
+    return _mean(total, targets, num_items)
 
 
 def head_loss(
@@ -80,7 +80,7 @@ def head_loss(
             ``"auto"``, which is ``"chunked"``. One asked for by name runs or raises.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs). NaN without any target, as in PyTorch.
+        The loss, a scalar in float32 (float64 for float64 inputs). NaN without any target, as in PyTorch, with the gradient 0.
 
     Raises:
         ValueError: if the implementation does not exist or cannot run this call, if tokens and targets differ in
@@ -97,7 +97,7 @@ def head_loss(
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     total = _IMPLEMENTATIONS[implementation](hidden, head, targets, label_smoothing)
-    return total / _items(targets, num_items)
+    return _mean(total, targets, num_items)
 
 
 def check_labels(labels: Tensor, tokens: torch.Size) -> None:
@@ -146,10 +146,15 @@ def token_losses(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     return found.view(targets.shape)
 
 
-def _items(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+def _mean(total: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """Divide by the number of items. Of none, the mean is NaN and has the gradient 0: no step follows from it."""
     if num_items is None:
-        return (targets != IGNORED).sum()
-    return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items
+        num_items = (targets != IGNORED).sum()
+    if not isinstance(num_items, Tensor):
+        num_items = torch.full_like(total, num_items, requires_grad=False)
+    num_items = num_items.to(targets.device)
+    none = num_items == 0
+    return (total / num_items.masked_fill(none, 1)).masked_fill(none, torch.nan)
 
 
 def _chunks(hidden: Tensor, head: nn.Module, targets: Tensor) -> Iterator[tuple[Tensor | slice, Tensor]]:

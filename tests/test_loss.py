@@ -109,6 +109,23 @@ def test_the_sum_is_divided_by_the_given_number_of_items(implementation, num_ite
     torch.testing.assert_close(logits_loss(head(hidden), targets, num_items=num_items), expected)
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("implementation", ["logits", "chunked", "torch"])
+def test_without_a_target_the_gradient_of_the_mean_is_0(implementation, num_items):
+    if implementation == "torch" and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13 or newer")
+    hidden, head = torch.randn(1, 6, 8, requires_grad=True), nn.Linear(8, 11, bias=False)
+    targets = torch.full((1, 6), -100)
+    if implementation == "logits":
+        loss = logits_loss(head(hidden), targets, num_items=num_items)
+    else:
+        loss = head_loss(hidden, head, targets, num_items=num_items, implementation=implementation)
+    assert loss.isnan()
+    loss.backward()
+    for gradient in (hidden.grad, head.weight.grad):
+        assert gradient is None or not gradient.any()
+
+
 def test_without_a_target_the_mean_is_nan_and_the_sum_is_0_with_gradient_0():
     hidden, head, targets = problem()
     targets.fill_(IGNORED)

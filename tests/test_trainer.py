@@ -82,6 +82,17 @@ def test_gradient_accumulation_weighs_every_token_the_same(tmp_path):
         torch.testing.assert_close(accumulated, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*nan:UserWarning")
+@pytest.mark.parametrize("trainer_class", [Trainer, LongNetTrainer])
+def test_a_batch_without_a_label_leaves_the_weights_numbers(trainer_class, tmp_path):
+    rows = repeated_rows(3, 20)
+    rows[0] = {"input_ids": rows[0]["input_ids"], "labels": torch.full((20,), -100)}
+    model = tiny_model("retrofit").float()
+    options = {"per_device_train_batch_size": 1, "num_train_epochs": 1}
+    trainer_class(model, arguments(tmp_path, **options), train_dataset=rows).train()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_label_smoothing_shifts_the_labels(tmp_path):
     # Trainer looks the class up by name; one that it does not find gets unshifted labels, silently.
     model, tokens = tiny_model("paper").float(), random_tokens(2, 30)

@@ -1,6 +1,7 @@
 """Documents and rows: whole packages, nothing lost or doubled, no leak between documents, resumption to the byte."""
 
 import io
+from itertools import islice
 
 import datasets
 import pytest
@@ -21,6 +22,34 @@ def documents(count: int = 40, longest: int = 90):
 def streaming() -> datasets.IterableDataset:
     stream = datasets.IterableDataset.from_generator(documents)
     return stream.map(lambda document: {"input_ids": document["input_ids"]})
+
+
+def some(start: int, end: int):
+    yield from list(documents())[start:end]
+
+
+def halves() -> list[datasets.IterableDataset]:
+    """Make two streams; the first is shuffled."""
+    first, second = (
+        datasets.IterableDataset.from_generator(some, gen_kwargs={"start": start, "end": start + 20})
+        for start in (0, 20)
+    )
+    return [first.shuffle(seed=1, buffer_size=6), second]
+
+
+SHUFFLED = {
+    "shuffled after a map": lambda: streaming().shuffle(seed=1, buffer_size=8),
+    "mapped after a shuffle": lambda: (
+        datasets.IterableDataset.from_generator(documents)
+        .shuffle(seed=1, buffer_size=8)
+        .map(lambda document: {"input_ids": document["input_ids"][::-1]})
+    ),
+    "a table in shards": lambda: (
+        datasets.Dataset.from_list(list(documents())).to_iterable_dataset(4).shuffle(seed=1, buffer_size=8)
+    ),
+    "interleaved": lambda: datasets.interleave_datasets(halves()),
+    "concatenated": lambda: datasets.concatenate_datasets(halves()),
+}
 
 
 def packed(source=None, **options) -> PackedRows:
@@ -60,7 +89,12 @@ def test_little_is_filled():
     assert sum((row["input_ids"] == 0).sum().item() for row in rows) < 0.05 * 50 * len(rows)
 
 
-@pytest.mark.parametrize("source", [lambda: list(documents()), streaming], ids=["list", "streaming"])
+@pytest.mark.parametrize(
+    "source",
+    [lambda: list(documents()), streaming, lambda: datasets.interleave_datasets([streaming(), streaming()])]
+    + list(SHUFFLED.values()),
+    ids=["list", "streaming", "interleaved in order", *SHUFFLED],
+)
 @pytest.mark.parametrize("stop", [0, 1, 17])
 def test_resumption_gives_exactly_the_rows_that_would_have_followed(source, stop):
     whole = content(packed(source()))
@@ -74,6 +108,40 @@ def test_resumption_gives_exactly_the_rows_that_would_have_followed(source, stop
     second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert before + content(second) == whole
     assert content(second) == whole, "the epoch after starts at the start"
+
+
+@pytest.mark.parametrize("source", [lambda: list(documents()), streaming], ids=["list", "streaming"])
+def test_resumed_rows_that_are_iterated_twice_go_on_where_they_were_left(source):
+    whole = content(packed(source()))
+    first = packed(source())
+    before = content(islice(first, 9))
+    second = packed(source())
+    second.load_state_dict(first.state_dict())
+    before += content(islice(second, 9))
+    assert before + content(second) == whole
+
+
+@pytest.mark.parametrize("options", [{"seed": 2, "buffer_size": 8}, {"buffer_size": 8}, None], ids=str)
+def test_a_state_of_another_shuffled_order_is_refused(options):
+    rows = packed(streaming().shuffle(seed=1, buffer_size=8))
+    next(iter(rows))
+    other = packed(streaming() if options is None else streaming().shuffle(**options))
+    with pytest.raises(ValueError, match=r"shuffled in another order; give shuffle\(\) the same seed in each run"):
+        other.load_state_dict(rows.state_dict())
+
+
+def test_a_stream_without_a_shuffle_buffer_is_not_read_again():
+    calls = []
+    stream = datasets.IterableDataset.from_generator(documents).map(lambda document: calls.append(0) or document)
+    rows = packed(stream)
+    iterator = iter(rows)
+    for _ in range(17):
+        next(iterator)
+    state, read = rows.state_dict(), len(calls)
+    resumed = packed(stream)
+    resumed.load_state_dict(state)
+    next(iter(resumed))
+    assert len(calls) - read < 4 < read
 
 
 def test_ranks_share_the_rows_out_and_have_one_state():

@@ -40,6 +40,20 @@ if resume:
     print("resumed at step")
 print("losses:", *(f"{float(entry['loss']):.6f}" for entry in trainer.state.log_history if "loss" in entry))
 """
+# The loop over so few rows that epochs end, with dropout: an epoch's start may draw no random numbers, as the resumed
+# run has one more.
+SHORT_EPOCHS = f"""
+import functools, runpy, sys
+import modeling_longnet
+import training.documents
+
+rows = int(sys.argv.pop(1))
+training.documents.python_packages = lambda held_out: (
+    {{"name": str(i), "text": chr(65 + i) * 64}} for i in range(rows)
+)
+modeling_longnet.LongNetConfig = functools.partial(modeling_longnet.LongNetConfig, attention_dropout=0.1)
+runpy.run_path({EXAMPLE[0]!r}, run_name="__main__")
+"""
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen:
@@ -85,4 +99,15 @@ def test_a_killed_run_goes_on_with_equal_losses(command, checkpoint, tmp_path):
 
     printed = finish(command, tmp_path / "killed")
     assert "resumed at step" in printed
+    assert losses(printed) == whole
+
+
+@pytest.mark.parametrize("rows", [60, 40, 37, 36], ids=lambda rows: f"epochs of {rows / 4} steps")
+def test_ten_steps_and_then_two_equal_twelve_wherever_an_epoch_ends(rows, tmp_path):
+    command = ["-c", SHORT_EPOCHS, str(rows), "--length=64", "--checkpoints=checkpoints"]
+    whole = losses(finish([*command, "--steps=12"], tmp_path / "whole"))
+    assert len(whole) == 12
+    assert losses(finish([*command, "--steps=10"], tmp_path / "stopped")) == whole[:10]
+    printed = finish([*command, "--steps=12"], tmp_path / "stopped")
+    assert "resumed at step 10" in printed
     assert losses(printed) == whole

@@ -4,6 +4,7 @@
 The stream can be stopped after any row and continued later with exactly the rows that would have followed.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import islice
@@ -24,10 +25,12 @@ class PackedRows(IterableDataset):
     Args:
         documents: yields ``{"input_ids": [...]}`` in the same order at each iteration; a streaming
             ``datasets.IterableDataset`` is asked for its own state, anything else is read from its start on resumption.
+            So is one with a shuffle buffer, ``shuffle(seed, buffer_size)``: its state leaves the buffer out.
         length: tokens per row.
         buffer: documents read ahead.
         rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
-            the end are dropped, and the state is the same on all ranks.
+            the end are dropped, and the state is the same on all ranks. Leave both out with ``Trainer``, which shares
+            the rows out itself and would never see those of the other ranks.
         filler: token id, not negative.
 
     Yields:
@@ -55,15 +58,20 @@ class PackedRows(IterableDataset):
         self.rank, self.world_size = rank, world_size
         self.filler = filler
         self._resumed = False
+        self._shuffles = _shuffles(documents)
+        self._has_state = hasattr(documents, "load_state_dict") and not self._shuffles
         self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
 
     def state_dict(self) -> dict:
         """Return all that the next row depends on: numbers, and the tokens read ahead; ``torch.save`` can keep it."""
         source = self._source
-        if self._reading and hasattr(self.documents, "state_dict"):
+        if self._reading and self._has_state:
             source = deepcopy(self.documents.state_dict())
         waiting = [document.to(torch.int32) for document in self._waiting]
-        return {"rows": self._rows, "read": self._read, "waiting": waiting, "source": source, **self._settings}
+        return {
+            "rows": self._rows, "read": self._read, "waiting": waiting, "source": source, "shuffles": self._shuffles,
+            **self._settings,
+        }  # fmt: skip
 
     @property
     def _settings(self) -> dict[str, int]:
@@ -76,13 +84,17 @@ class PackedRows(IterableDataset):
         """Let the next iteration continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: if it was taken from rows with other settings.
+            ValueError: if it was taken from rows with other settings, or of documents in another shuffled order.
         """
         for name, own in self._settings.items():
             if state[name] != own:
                 raise ValueError(
                     f"the state was saved with {name}={state[name]}, these rows have {name}={own}; use {state[name]}"
                 )
+        if state.get("shuffles", self._shuffles) != self._shuffles:
+            raise ValueError(
+                "the state was saved with documents shuffled in another order; give shuffle() the same seed in each run"
+            )
         self._go_to(state)
 
     def _go_to(self, state: dict) -> None:
@@ -94,6 +106,8 @@ class PackedRows(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if (worker := get_worker_info()) is not None:  # a copy, of which state_dict would know nothing
             raise ValueError(f"PackedRows is one stream: use num_workers=0, got {worker.num_workers}")
+        if self._reading and self._source is not None:  # left in the middle, after a resumption further back
+            self._go_to(self.state_dict())
         unread = self._unread()
         exhausted = False
         while True:
@@ -117,7 +131,7 @@ class PackedRows(IterableDataset):
     def _unread(self) -> Iterator[Tensor]:
         """Yield the documents that were not read yet."""
         read = self._read
-        if hasattr(self.documents, "load_state_dict") and (self._source is not None or self._resumed):
+        if self._has_state and (self._source is not None or self._resumed):
             # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
             self.documents.load_state_dict(deepcopy(self._source))
             self._resumed, read = self._source is not None, 0
@@ -149,3 +163,13 @@ class PackedRows(IterableDataset):
         return {
             "input_ids": torch.cat(chosen), "position_ids": torch.cat(positions), "labels": torch.cat(labels)
         }  # fmt: skip
+
+
+def _shuffles(documents: Iterable[dict]) -> list[str]:
+    """Return a digest of the order of each shuffle buffer in a stream of ``datasets``, or in what it is made of."""
+    parts = [getattr(documents, "_ex_iterable", None)]
+    for part in parts:  # grows on the way
+        parts += [getattr(part, "ex_iterable", None), *getattr(part, "ex_iterables", [])] if part is not None else []
+    buffers = [part for part in parts if type(part).__name__ == "BufferShuffledExamplesIterable"]
+    orders = [f"{part.buffer_size} {part.generator.bit_generator.state}" for part in buffers]
+    return [hashlib.sha256(order.encode()).hexdigest()[:16] for order in orders]
