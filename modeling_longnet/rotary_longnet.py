@@ -1,5 +1,6 @@
 """Rotary embeddings whose angles stay exact at any position."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,20 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
 
     Llama multiplies position and frequency in float32: at position 2^24 the angle is off by a radian, and beyond it
     neighbours share one. Here the product is taken and reduced modulo 2 pi in float64. Inside the first segment, where
-    a converted model promises its source's logits, the source's float32 product stays, bit for bit.
+    a converted model promises its source's logits, the source's float32 product stays, bit for bit. The frequencies stay
+    in float32 whatever the model's dtype becomes: those of Llama, rounded to bfloat16, are off by over 100 radians at
+    position 2^17.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "LongNetRotaryEmbedding":
+        """Follow ``to()``, ``half()`` and the like to another device, but to no other dtype."""
+        before = dict(self._buffers)
+        super()._apply(fn, *args, **kwargs)
+        for name, moved in self._buffers.items():
+            exact = before[name]
+            if moved is not None and exact is not None and moved.dtype != exact.dtype:
+                self._buffers[name] = (moved if exact.is_meta else exact).to(moved.device, exact.dtype)
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(

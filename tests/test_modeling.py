@@ -1,5 +1,7 @@
 """The models: equal to Llama where they must be, exact under padding and packing, at home in transformers."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -471,6 +473,45 @@ def test_rotary_angles_stay_exact_beyond_what_float32_can_count():
         tolerance = 1e-6 + start * 2.0**-52
         torch.testing.assert_close(cos[0, :, :4], exact.cos(), rtol=0, atol=tolerance)
         torch.testing.assert_close(sin[0, :, 4:], exact.sin(), rtol=0, atol=tolerance)
+
+
+NARROWED = {
+    "bfloat16": lambda model, folder: model.bfloat16(),
+    "half": lambda model, folder: model.half(),
+    "to": lambda model, folder: model.to(dtype=torch.bfloat16),
+    "to a device too": lambda model, folder: model.to("cpu", torch.bfloat16),
+    "back and forth": lambda model, folder: model.half().double().bfloat16().float(),
+    "copied": lambda model, folder: copy.deepcopy(model.bfloat16()).half(),
+    "empty on meta": lambda model, folder: _through_meta(model),
+    "loaded": lambda model, folder: _loaded(model, folder).half(),
+}
+
+
+def _through_meta(model):
+    frequencies = {name: x.clone() for name, x in model.model.rotary_emb.named_buffers()}
+    model.to("meta").bfloat16().to_empty(device="cpu")
+    for name, x in model.model.rotary_emb.named_buffers():
+        x.copy_(frequencies[name])
+    return model
+
+
+def _loaded(model, folder):
+    model.save_pretrained(folder)
+    return LongNetForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("rope", ["default", "longrope", "dynamic"])
+@pytest.mark.parametrize("how", NARROWED)
+def test_a_narrow_model_keeps_exact_angles(how, rope, tmp_path):
+    rope_parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPE_TYPES[rope]}
+    model = LongNetForCausalLM(tiny_config(rope_parameters=rope_parameters))
+    exact = copy.deepcopy(model.model.rotary_emb)
+    rotary = NARROWED[how](model, tmp_path).model.rotary_emb
+    x = torch.zeros(1, dtype=torch.float64)
+    for first in (2**20, 30, 2**17, 0):  # beyond the change of frequencies, and back
+        positions = torch.arange(first, first + 9)[None]
+        for found, expected in zip(rotary(x, positions), exact(x, positions)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_shifting_all_positions_by_2_to_the_25_changes_nothing():
