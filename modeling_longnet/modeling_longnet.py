@@ -185,17 +185,16 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
             position_ids = layout.rotary_positions(*inputs_embeds.shape[:2])
-        if (
-            past_key_values is not None
-            and self.rotary_emb.rope_type == "longrope"
-            and not torch.compiler.is_compiling()
-        ):
-            length = int(position_ids.max()) + 1
+        longrope, reach = self.rotary_emb.rope_type == "longrope", None
+        if self.rotary_emb.length_border is not None:
+            reach = layout.rotary_reach(position_ids, inputs_embeds.shape[:2], by_document=longrope)
+        if past_key_values is not None and longrope and reach is not None and not torch.compiler.is_compiling():
+            length = int(reach)
             self.rotary_emb.refuse_turn(past_key_values.rotated_up_to, length)
             past_key_values.rotated_up_to = length
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids, reach=reach)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .logical_positions import PADDING, check_cu_seqlens, positions_from_cu_seqlens, positions_from_mask
-from .sequence_group import current_group, require_agreement
+from .sequence_group import current_group, gather_numbers, require_agreement
 from .sequence_shares import Part, SequenceSlice, find_shares, whole_rows
 
 
@@ -31,16 +31,53 @@ class TokenLayout(NamedTuple):
 
     def positions_by_row(self, batch: int, length: int) -> Tensor:
         """Return the logical positions as ``[batch, length]``, -1 for padding, packed or not."""
-        if self.real_tokens is None:
-            return self.positions.reshape(batch, length)
-        padded = self.positions.new_full((batch * length,), PADDING)
-        return padded.index_copy(0, self.real_tokens, self.positions[0]).view(batch, length)
+        return self._by_row(self.positions, batch, length)
 
     def rotary_positions(self, batch: int, length: int) -> Tensor:
         """Return the logical positions as ``[batch, length]``, 0 for padding."""
         positions = self.positions_by_row(batch, length)
         padded = self.padding_mask is not None or self.real_tokens is not None
         return positions.clamp(min=0) if padded else positions
+
+    def rotary_reach(self, position_ids: Tensor, shape: tuple[int, int], by_document: bool) -> Tensor:
+        """Return one more than the last position, from which the frequencies of some rotary embeddings follow.
+
+        All ranks must ask together.
+
+        Args:
+            position_ids: ``[B or 1, T]`` of the tokens.
+            shape: ``(B, T)``.
+            by_document: whether packed documents have a reach of their own.
+
+        Returns:
+            ``[]``, the same on all ranks; or ``[B, T]``, of each token's document on whatever ranks that lies.
+        """
+        sequence = self.sequence
+        if by_document and (self.cu_seqlens is not None if sequence is None else sequence.packed):
+            if sequence is None:
+                lengths = self.cu_seqlens.to(self.documents.device).diff().long()[self.documents]
+            else:
+                tokens = [share.span.tokens for share in sequence.shares]
+                lengths = [share.document.length if share.document else share.span.tokens for share in sequence.shares]
+                tokens, lengths = (
+                    torch.tensor(x, dtype=torch.long, device=position_ids.device) for x in (tokens, lengths)
+                )
+                lengths = lengths.repeat_interleave(tokens)[None]
+            # What is left of a document runs from its logical to its given positions alike.
+            left = self._by_row(lengths - self.positions.reshape(lengths.shape), *shape)
+            return position_ids + left
+        if sequence is None:
+            return position_ids.max() + 1
+        mine = int(position_ids.max()) + 1 if position_ids.numel() else 0
+        everyone = gather_numbers(sequence.group, position_ids.device, [mine], "the search for the last position")
+        return torch.tensor(max(number for (number,) in everyone), device=position_ids.device)
+
+    def _by_row(self, numbers: Tensor, batch: int, length: int) -> Tensor:
+        """Bring one number per token, packed or not, to ``[batch, length]``, -1 for padding that is not packed."""
+        if self.real_tokens is None:
+            return numbers.reshape(batch, length)
+        padded = numbers.new_full((batch * length,), PADDING)
+        return padded.index_copy(0, self.real_tokens, numbers[0]).view(batch, length)
 
     def longest_document(self) -> int:
         """Return a number of tokens that no document exceeds, the same on all ranks."""
