@@ -133,7 +133,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             input_ids: ``[B, T]`` token ids; or give ``inputs_embeds``.
             attention_mask: ``[B, past + T]``, nonzero = real token, padding on either side.
             position_ids: ``[B or 1, T]`` positions for the rotary embedding; logical positions if None. Without a
-                cache, restarting positions mark packed documents, which never see each other.
+                cache, restarting positions mark packed documents, which never see each other; a compiled graph cannot
+                depend on that, and takes them with a cache or ``cu_seq_lens_q``.
             past_key_values: a ``LongNetCache``.
             inputs_embeds: ``[B, T, hidden_size]``.
             use_cache: whether to return a cache; packed documents return none.

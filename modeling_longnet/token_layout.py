@@ -102,14 +102,14 @@ def locate_tokens(
         shape: ``(B, T)`` of the new tokens.
         attention_mask: ``[B, past + T]``, nonzero = real, or None.
         position_ids: ``[B or 1, T]`` or None. Where the cache is empty, a token whose position does not follow the
-            real token before it starts a new document.
+            real token before it starts a new document. While compiling they need ``cu_seqlens`` beside them, or a cache.
         cu_seqlens: ``[documents + 1]`` starts of packed documents in the rows laid end to end, or None.
         cache: the cache in use, or None.
         config: the model's.
 
     Raises:
         ValueError: if an input has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
-            if the ranks of a group disagree, or go on with a cache.
+            if the ranks of a group disagree, or go on with a cache; if a compiled graph would depend on position_ids.
     """
     batch, length = shape
     begins = cache is None or cache.is_empty
@@ -149,10 +149,12 @@ def locate_tokens(
         )
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch * length)
+    real_tokens = None
     if cu_seqlens is None and position_ids is not None and begins and length > 1:
-        cu_seqlens, real_tokens = documents_from_position_ids(position_ids, attention_mask, shape)
-    else:
-        real_tokens = None
+        if torch.compiler.is_compiling():
+            _trace_position_ids(position_ids, attention_mask, shape, cache)
+        else:
+            cu_seqlens, real_tokens = documents_from_position_ids(position_ids, attention_mask, shape)
     if cu_seqlens is not None:
         if cache is not None:
             raise ValueError(
@@ -249,6 +251,33 @@ def _row_parts(
     lasts = torch.cat([firsts[1:], torch.full_like(firsts[:1], len(rows))]) - 1
     ends = zip(rows[firsts].tolist(), flat[firsts].tolist(), flat[lasts].tolist())
     return starts, {row: (first, last) for row, first, last in ends}
+
+
+def _trace_position_ids(
+    position_ids: Tensor, attention_mask: Tensor | None, shape: tuple[int, int], cache: LongNetCache | None
+) -> None:
+    """Admit position_ids to a traced prefill with a cache, where every row must be one document: the graph checks it.
+
+    Raises:
+        ValueError: without a cache, where their values would decide what the graph computes. With one, a graph that runs
+            on packed documents raises RuntimeError.
+    """
+    if cache is None:
+        raise ValueError(
+            f"a compiled graph cannot depend on where the position_ids of {shape[0]} rows of {shape[1]} tokens restart; "
+            "leave them out (the attention_mask is enough), pass packed documents by cu_seq_lens_q too, or give "
+            "past_key_values=LongNetCache(model.config) to read one document per row"
+        )
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    # One document: given and logical positions of its real tokens differ by one number.
+    ahead = position_ids - positions_from_mask(real)
+    last = torch.iinfo(ahead.dtype).max
+    highest, lowest = ahead.masked_fill(~real, -last).amax(-1), ahead.masked_fill(~real, last).amin(-1)
+    torch._assert_async(
+        (highest <= lowest).all(),
+        f"packed documents among {shape[0]} rows of {shape[1]} tokens cannot share one KV cache; leave past_key_values "
+        "out and pass cu_seq_lens_q, or pass one document per row with an attention_mask",
+    )
 
 
 def documents_from_position_ids(
