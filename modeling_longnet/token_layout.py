@@ -133,6 +133,8 @@ def locate_tokens(
                 f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and there are none before "
                 "them; give one column per token"
             )
+        if attention_mask.is_floating_point() and not torch.compiler.is_compiling():
+            _refuse_added_mask(attention_mask)
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
@@ -169,6 +171,15 @@ def locate_tokens(
     if attention_mask is not None:
         return TokenLayout(positions_from_mask(attention_mask), attention_mask)
     return TokenLayout(torch.arange(length, device=device).expand(batch, -1))
+
+
+def _refuse_added_mask(attention_mask: Tensor) -> None:
+    """Refuse what other code adds to scores, 0 for real tokens: read as a mask it would hide these."""
+    if not bool((attention_mask >= 0).all()):  # nan neither
+        raise ValueError(
+            f"attention_mask must be nonzero for real tokens and 0 for padding, got {float(attention_mask.min()):g}: if "
+            "that is to be added to scores, pass attention_mask == 0"
+        )
 
 
 def _locate_slice(

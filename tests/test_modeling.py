@@ -311,6 +311,25 @@ def test_a_mask_of_the_wrong_shape_is_refused(mask_shape):
         tiny_model()(random_tokens(2, 8), attention_mask=torch.ones(mask_shape))
 
 
+def test_a_mask_that_is_added_to_scores_is_refused_and_not_read_the_other_way_round():
+    model, tokens = tiny_model(), random_tokens(2, 20)
+    mask = left_padding(0, 6, length=20)
+    with torch.no_grad():
+        expected = model(tokens[1:, 6:]).logits
+        for dtype in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
+            found = model(tokens, attention_mask=mask.to(dtype)).logits[1:, 6:]
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        added = torch.zeros(2, 20).masked_fill(mask == 0, -1e9)
+        with pytest.raises(
+            ValueError, match="for real tokens and 0 for padding, got -1e\\+09: .* attention_mask == 0"
+        ):
+            model(tokens, attention_mask=added)
+        found = model(tokens, attention_mask=added == 0).logits[1:, 6:]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match="for real tokens and 0 for padding, got nan"):
+            model(tokens, attention_mask=mask.float().masked_fill(mask == 0, float("nan")))
+
+
 def test_a_mask_for_each_kind_of_layer_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask must be a tensor \[batch, past \+ new tokens\], got a dict"):
         tiny_model()(random_tokens(2, 8), attention_mask={"full_attention": torch.ones(2, 8)})
