@@ -447,9 +447,20 @@ def _refuse_slices(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> N
         )
 
 
+def _mark_padding(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Before a head's forward, which finds a row's last real token by ids: give what the mask hides that of padding."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    padding = head.config.pad_token_id
+    if padding is None or tokens is None or not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+        return None
+    tokens = tokens.masked_fill(mask == 0, padding)
+    return ((tokens, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": tokens})
+
+
 # transformers' own heads build their base model through AutoModel, which fails when the code comes with a checkpoint.
 class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
-    """LongNet with a linear head on each row's last real token."""
+    """LongNet with a linear head on each row's last real token: the last that neither the mask nor its id makes padding."""
 
     def __init__(self, config: LongNetConfig):
         LongNetPreTrainedModel.__init__(self, config)
@@ -457,6 +468,7 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
+        self.register_forward_pre_hook(_mark_padding, with_kwargs=True)
         self.post_init()
 
 

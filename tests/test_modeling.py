@@ -553,6 +553,17 @@ def test_loss_counts_items_over_the_whole_batch_and_takes_shifted_labels():
     torch.testing.assert_close(model(tokens, labels=tokens, shift_labels=shifted).loss, expected)
 
 
+@pytest.mark.parametrize("positional", [False, True])
+def test_sequence_classification_takes_padding_from_the_mask_whatever_its_ids(positional):
+    model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
+    tokens = random_tokens(2, 20)
+    for mask in (left_padding(0, 6, length=20), left_padding(0, 6, length=20).flip(1)):
+        with torch.no_grad():
+            found = model(tokens, mask) if positional else model(input_ids=tokens, attention_mask=mask)
+            expected = torch.cat([model(row[real == 1][None]).logits for row, real in zip(tokens, mask)])
+        torch.testing.assert_close(found.logits, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_sequence_classification_reads_the_last_real_token():
     model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
     tokens = random_tokens(2, 20)
