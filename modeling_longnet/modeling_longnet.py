@@ -133,7 +133,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             input_ids: ``[B, T]`` token ids; or give ``inputs_embeds``.
             attention_mask: ``[B, past + T]``, nonzero = real token, padding on either side.
             position_ids: ``[B or 1, T]`` positions for the rotary embedding; logical positions if None. Without a
-                cache, restarting positions mark packed documents, which never see each other.
+                cache, restarting positions mark packed documents, which never see each other; a compiled graph cannot
+                depend on that, and takes them with a cache or ``cu_seq_lens_q``.
             past_key_values: a ``LongNetCache``.
             inputs_embeds: ``[B, T, hidden_size]``.
             use_cache: whether to return a cache; packed documents return none.
@@ -185,17 +186,16 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
             position_ids = layout.rotary_positions(*inputs_embeds.shape[:2])
-        if (
-            past_key_values is not None
-            and self.rotary_emb.rope_type == "longrope"
-            and not torch.compiler.is_compiling()
-        ):
-            length = int(position_ids.max()) + 1
+        longrope, reach = self.rotary_emb.rope_type == "longrope", None
+        if self.rotary_emb.length_border is not None:
+            reach = layout.rotary_reach(position_ids, inputs_embeds.shape[:2], by_document=longrope)
+        if past_key_values is not None and longrope and reach is not None and not torch.compiler.is_compiling():
+            length = int(reach)
             self.rotary_emb.refuse_turn(past_key_values.rotated_up_to, length)
             past_key_values.rotated_up_to = length
 
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids, reach=reach)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -447,9 +447,20 @@ def _refuse_slices(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> N
         )
 
 
+def _mark_padding(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Before a head's forward, which finds a row's last real token by ids: give what the mask hides that of padding."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    padding = head.config.pad_token_id
+    if padding is None or tokens is None or not isinstance(mask, Tensor) or mask.shape != tokens.shape:
+        return None
+    tokens = tokens.masked_fill(mask == 0, padding)
+    return ((tokens, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": tokens})
+
+
 # transformers' own heads build their base model through AutoModel, which fails when the code comes with a checkpoint.
 class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
-    """LongNet with a linear head on each row's last real token."""
+    """LongNet with a linear head on each row's last real token: the last that neither the mask nor its id makes padding."""
 
     def __init__(self, config: LongNetConfig):
         LongNetPreTrainedModel.__init__(self, config)
@@ -457,6 +468,7 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
+        self.register_forward_pre_hook(_mark_padding, with_kwargs=True)
         self.post_init()
 
 

@@ -1,5 +1,6 @@
 """Rotary embeddings whose angles stay exact at any position."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,24 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
 
     Llama multiplies position and frequency in float32: at position 2^24 the angle is off by a radian, and beyond it
     neighbours share one. Here the product is taken and reduced modulo 2 pi in float64. Inside the first segment, where
-    a converted model promises its source's logits, the source's float32 product stays, bit for bit.
+    a converted model promises its source's logits, the source's float32 product stays, bit for bit. The frequencies stay
+    in float32 whatever the model's dtype becomes: those of Llama, rounded to bfloat16, are off by over 100 radians at
+    position 2^17.
+
+    Frequencies that follow from the length (longrope, dynamic) do so as in ``transformers``: the longest row of a call
+    decides for all of them, whichever rank holds its end. Only packed documents decide for themselves under longrope, so
+    that each is rotated as it is alone; with dynamic NTK the longest of them decides.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "LongNetRotaryEmbedding":
+        """Follow ``to()``, ``half()`` and the like to another device, but to no other dtype."""
+        before = dict(self._buffers)
+        super()._apply(fn, *args, **kwargs)
+        for name, moved in self._buffers.items():
+            exact = before[name]
+            if moved is not None and exact is not None and moved.dtype != exact.dtype:
+                self._buffers[name] = (moved if exact.is_meta else exact).to(moved.device, exact.dtype)
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(
@@ -26,10 +43,21 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
         return 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim)), 1.0
 
     @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute cosines and sines, both ``[B, T, R]`` in the dtype of ``x``.
+
+        Args:
+            position_ids: ``[B, T]``.
+            reach: one more than the last position of what these are part of, ``[]``, or ``[B, T]`` of each token's
+                document (longrope); None: they are all.
+        """
+        self._follow_length(x, position_ids if reach is None else reach - 1)
+        inv_freq = self.inv_freq
+        if reach is not None and reach.ndim > 0:
+            is_long = reach[..., None] > self.length_border
+            inv_freq = torch.where(is_long, self.long_inv_freq, self.original_inv_freq)  # [B, T, R/2]
         positions = position_ids[..., None]  # [B, T, 1]
-        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        inv_freq = inv_freq.to(device=x.device, dtype=torch.float)
         as_source = positions.float() * inv_freq  # [B, T, D/2]
         if x.device.type == "mps":  # has no float64
             exact = (positions.cpu().double() * inv_freq.cpu().double()).remainder(2 * torch.pi).float().to(x.device)
@@ -39,6 +67,10 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
+
+    @dynamic_rope_update
+    def _follow_length(self, x: Tensor, position_ids: Tensor) -> None:
+        """Set the frequencies for the largest position, by the rules of ``transformers``."""
 
     @property
     def length_border(self) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache_longnet import LongNetCache
 from .configuration_longnet import LongNetConfig
 from .logical_positions import PADDING, check_cu_seqlens, positions_from_cu_seqlens, positions_from_mask
-from .sequence_group import current_group, require_agreement
+from .sequence_group import current_group, gather_numbers, require_agreement
 from .sequence_shares import Part, SequenceSlice, find_shares, whole_rows
 
 
@@ -31,16 +31,53 @@ class TokenLayout(NamedTuple):
 
     def positions_by_row(self, batch: int, length: int) -> Tensor:
         """Return the logical positions as ``[batch, length]``, -1 for padding, packed or not."""
-        if self.real_tokens is None:
-            return self.positions.reshape(batch, length)
-        padded = self.positions.new_full((batch * length,), PADDING)
-        return padded.index_copy(0, self.real_tokens, self.positions[0]).view(batch, length)
+        return self._by_row(self.positions, batch, length)
 
     def rotary_positions(self, batch: int, length: int) -> Tensor:
         """Return the logical positions as ``[batch, length]``, 0 for padding."""
         positions = self.positions_by_row(batch, length)
         padded = self.padding_mask is not None or self.real_tokens is not None
         return positions.clamp(min=0) if padded else positions
+
+    def rotary_reach(self, position_ids: Tensor, shape: tuple[int, int], by_document: bool) -> Tensor:
+        """Return one more than the last position, from which the frequencies of some rotary embeddings follow.
+
+        All ranks must ask together.
+
+        Args:
+            position_ids: ``[B or 1, T]`` of the tokens.
+            shape: ``(B, T)``.
+            by_document: whether packed documents have a reach of their own.
+
+        Returns:
+            ``[]``, the same on all ranks; or ``[B, T]``, of each token's document on whatever ranks that lies.
+        """
+        sequence = self.sequence
+        if by_document and (self.cu_seqlens is not None if sequence is None else sequence.packed):
+            if sequence is None:
+                lengths = self.cu_seqlens.to(self.documents.device).diff().long()[self.documents]
+            else:
+                tokens = [share.span.tokens for share in sequence.shares]
+                lengths = [share.document.length if share.document else share.span.tokens for share in sequence.shares]
+                tokens, lengths = (
+                    torch.tensor(x, dtype=torch.long, device=position_ids.device) for x in (tokens, lengths)
+                )
+                lengths = lengths.repeat_interleave(tokens)[None]
+            # What is left of a document runs from its logical to its given positions alike.
+            left = self._by_row(lengths - self.positions.reshape(lengths.shape), *shape)
+            return position_ids + left
+        if sequence is None:
+            return position_ids.max() + 1
+        mine = int(position_ids.max()) + 1 if position_ids.numel() else 0
+        everyone = gather_numbers(sequence.group, position_ids.device, [mine], "the search for the last position")
+        return torch.tensor(max(number for (number,) in everyone), device=position_ids.device)
+
+    def _by_row(self, numbers: Tensor, batch: int, length: int) -> Tensor:
+        """Bring one number per token, packed or not, to ``[batch, length]``, -1 for padding that is not packed."""
+        if self.real_tokens is None:
+            return numbers.reshape(batch, length)
+        padded = numbers.new_full((batch * length,), PADDING)
+        return padded.index_copy(0, self.real_tokens, numbers[0]).view(batch, length)
 
     def longest_document(self) -> int:
         """Return a number of tokens that no document exceeds, the same on all ranks."""
@@ -65,14 +102,14 @@ def locate_tokens(
         shape: ``(B, T)`` of the new tokens.
         attention_mask: ``[B, past + T]``, nonzero = real, or None.
         position_ids: ``[B or 1, T]`` or None. Where the cache is empty, a token whose position does not follow the
-            real token before it starts a new document.
+            real token before it starts a new document. While compiling they need ``cu_seqlens`` beside them, or a cache.
         cu_seqlens: ``[documents + 1]`` starts of packed documents in the rows laid end to end, or None.
         cache: the cache in use, or None.
         config: the model's.
 
     Raises:
         ValueError: if an input has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
-            if the ranks of a group disagree, or go on with a cache.
+            if the ranks of a group disagree, or go on with a cache; if a compiled graph would depend on position_ids.
     """
     batch, length = shape
     begins = cache is None or cache.is_empty
@@ -96,6 +133,8 @@ def locate_tokens(
                 f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and there are none before "
                 "them; give one column per token"
             )
+        if attention_mask.is_floating_point() and not torch.compiler.is_compiling():
+            _refuse_added_mask(attention_mask)
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
@@ -112,10 +151,12 @@ def locate_tokens(
         )
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch * length)
+    real_tokens = None
     if cu_seqlens is None and position_ids is not None and begins and length > 1:
-        cu_seqlens, real_tokens = documents_from_position_ids(position_ids, attention_mask, shape)
-    else:
-        real_tokens = None
+        if torch.compiler.is_compiling():
+            _trace_position_ids(position_ids, attention_mask, shape, cache)
+        else:
+            cu_seqlens, real_tokens = documents_from_position_ids(position_ids, attention_mask, shape)
     if cu_seqlens is not None:
         if cache is not None:
             raise ValueError(
@@ -130,6 +171,15 @@ def locate_tokens(
     if attention_mask is not None:
         return TokenLayout(positions_from_mask(attention_mask), attention_mask)
     return TokenLayout(torch.arange(length, device=device).expand(batch, -1))
+
+
+def _refuse_added_mask(attention_mask: Tensor) -> None:
+    """Refuse what other code adds to scores, 0 for real tokens: read as a mask it would hide these."""
+    if not bool((attention_mask >= 0).all()):  # nan neither
+        raise ValueError(
+            f"attention_mask must be nonzero for real tokens and 0 for padding, got {float(attention_mask.min()):g}: if "
+            "that is to be added to scores, pass attention_mask == 0"
+        )
 
 
 def _locate_slice(
@@ -212,6 +262,33 @@ def _row_parts(
     lasts = torch.cat([firsts[1:], torch.full_like(firsts[:1], len(rows))]) - 1
     ends = zip(rows[firsts].tolist(), flat[firsts].tolist(), flat[lasts].tolist())
     return starts, {row: (first, last) for row, first, last in ends}
+
+
+def _trace_position_ids(
+    position_ids: Tensor, attention_mask: Tensor | None, shape: tuple[int, int], cache: LongNetCache | None
+) -> None:
+    """Admit position_ids to a traced prefill with a cache, where every row must be one document: the graph checks it.
+
+    Raises:
+        ValueError: without a cache, where their values would decide what the graph computes. With one, a graph that runs
+            on packed documents raises RuntimeError.
+    """
+    if cache is None:
+        raise ValueError(
+            f"a compiled graph cannot depend on where the position_ids of {shape[0]} rows of {shape[1]} tokens restart; "
+            "leave them out (the attention_mask is enough), pass packed documents by cu_seq_lens_q too, or give "
+            "past_key_values=LongNetCache(model.config) to read one document per row"
+        )
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    # One document: given and logical positions of its real tokens differ by one number.
+    ahead = position_ids - positions_from_mask(real)
+    last = torch.iinfo(ahead.dtype).max
+    highest, lowest = ahead.masked_fill(~real, -last).amax(-1), ahead.masked_fill(~real, last).amin(-1)
+    torch._assert_async(
+        (highest <= lowest).all(),
+        f"packed documents among {shape[0]} rows of {shape[1]} tokens cannot share one KV cache; leave past_key_values "
+        "out and pass cu_seq_lens_q, or pass one document per row with an attention_mask",
+    )
 
 
 def documents_from_position_ids(

@@ -99,6 +99,65 @@ def test_the_model_compiles_to_the_same_loss_and_gradients(fields):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def prefill_positions(kind: str) -> tuple[dict, torch.Tensor]:
+    """Return arguments of a prefill with position_ids of their own, and where its real tokens stand."""
+    rows, mask = (1, None) if kind in ("shared", "cu_seq_lens_q") else (2, left_padding(0, 7, length=40))
+    given = {"input_ids": random_tokens(2, 40)[: 1 if kind == "cu_seq_lens_q" else 2]}
+    given["position_ids"] = torch.arange(40).repeat(rows, 1) + 3
+    if kind == "generate":
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if kind == "cu_seq_lens_q":
+        given["position_ids"] = torch.cat((torch.arange(15), torch.arange(25)))[None]
+        given["cu_seq_lens_q"] = torch.tensor([0, 15, 40], dtype=torch.int32)
+    if mask is not None:
+        given["attention_mask"] = mask
+    real = torch.ones_like(given["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return given, real
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("kind", ["shared", "shifted", "generate", "cu_seq_lens_q"])
+def test_a_prefill_with_position_ids_is_one_graph(kind):
+    torch.compiler.reset()
+    model = tiny_model("retrofit")
+    given, real = prefill_positions(kind)
+    logits = []
+    with torch.no_grad():
+        for function in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            cache = None if kind == "cu_seq_lens_q" else LongNetCache(model.config)
+            out = function(**given, past_key_values=cache, use_cache=cache is not None)
+            logits.append(out.logits[real])
+            if cache is not None:
+                following = given["position_ids"][:, -1:] + 1
+                step = model(given["input_ids"][:, :1], past_key_values=cache, position_ids=following)
+                logits[-1] = torch.cat((logits[-1], step.logits[:, 0]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_packed_documents_that_a_graph_cannot_see_are_refused_and_never_taken_for_one():
+    model, tokens = tiny_model("retrofit"), random_tokens(2, 40)
+    packed = torch.arange(40).repeat(2, 1)
+    packed[1, 15:] -= 15
+    with torch.no_grad():
+        torch.compiler.reset()
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+        refusal = (
+            "cannot depend on where the position_ids of 2 rows of 40 tokens restart; leave them out .* cu_seq_lens_q"
+        )
+        with pytest.raises(Exception, match=refusal):
+            whole(tokens, position_ids=packed, use_cache=False)
+        refusal = "packed documents among 2 rows of 40 tokens cannot share one KV cache; .* cu_seq_lens_q"
+        for mask in (None, left_padding(0, 3, length=40)):
+            with pytest.raises(RuntimeError, match=refusal):
+                whole(tokens, attention_mask=mask, position_ids=packed, past_key_values=LongNetCache(model.config))
+        # Where graphs may break, documents are found as without a compiler.
+        torch.compiler.reset()
+        found = torch.compile(model, backend="aot_eager")(tokens, position_ids=packed, use_cache=False).logits
+        expected = model(tokens, position_ids=packed, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of inductor, about itself
 def test_by_default_the_model_compiles_to_the_same_logits():

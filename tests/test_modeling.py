@@ -1,5 +1,7 @@
 """The models: equal to Llama where they must be, exact under padding and packing, at home in transformers."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -309,6 +311,25 @@ def test_a_mask_of_the_wrong_shape_is_refused(mask_shape):
         tiny_model()(random_tokens(2, 8), attention_mask=torch.ones(mask_shape))
 
 
+def test_a_mask_that_is_added_to_scores_is_refused_and_not_read_the_other_way_round():
+    model, tokens = tiny_model(), random_tokens(2, 20)
+    mask = left_padding(0, 6, length=20)
+    with torch.no_grad():
+        expected = model(tokens[1:, 6:]).logits
+        for dtype in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
+            found = model(tokens, attention_mask=mask.to(dtype)).logits[1:, 6:]
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        added = torch.zeros(2, 20).masked_fill(mask == 0, -1e9)
+        with pytest.raises(
+            ValueError, match="for real tokens and 0 for padding, got -1e\\+09: .* attention_mask == 0"
+        ):
+            model(tokens, attention_mask=added)
+        found = model(tokens, attention_mask=added == 0).logits[1:, 6:]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        with pytest.raises(ValueError, match="for real tokens and 0 for padding, got nan"):
+            model(tokens, attention_mask=mask.float().masked_fill(mask == 0, float("nan")))
+
+
 def test_a_mask_for_each_kind_of_layer_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask must be a tensor \[batch, past \+ new tokens\], got a dict"):
         tiny_model()(random_tokens(2, 8), attention_mask={"full_attention": torch.ones(2, 8)})
@@ -473,6 +494,45 @@ def test_rotary_angles_stay_exact_beyond_what_float32_can_count():
         torch.testing.assert_close(sin[0, :, 4:], exact.sin(), rtol=0, atol=tolerance)
 
 
+NARROWED = {
+    "bfloat16": lambda model, folder: model.bfloat16(),
+    "half": lambda model, folder: model.half(),
+    "to": lambda model, folder: model.to(dtype=torch.bfloat16),
+    "to a device too": lambda model, folder: model.to("cpu", torch.bfloat16),
+    "back and forth": lambda model, folder: model.half().double().bfloat16().float(),
+    "copied": lambda model, folder: copy.deepcopy(model.bfloat16()).half(),
+    "empty on meta": lambda model, folder: _through_meta(model),
+    "loaded": lambda model, folder: _loaded(model, folder).half(),
+}
+
+
+def _through_meta(model):
+    frequencies = {name: x.clone() for name, x in model.model.rotary_emb.named_buffers()}
+    model.to("meta").bfloat16().to_empty(device="cpu")
+    for name, x in model.model.rotary_emb.named_buffers():
+        x.copy_(frequencies[name])
+    return model
+
+
+def _loaded(model, folder):
+    model.save_pretrained(folder)
+    return LongNetForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("rope", ["default", "longrope", "dynamic"])
+@pytest.mark.parametrize("how", NARROWED)
+def test_a_narrow_model_keeps_exact_angles(how, rope, tmp_path):
+    rope_parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPE_TYPES[rope]}
+    model = LongNetForCausalLM(tiny_config(rope_parameters=rope_parameters))
+    exact = copy.deepcopy(model.model.rotary_emb)
+    rotary = NARROWED[how](model, tmp_path).model.rotary_emb
+    x = torch.zeros(1, dtype=torch.float64)
+    for first in (2**20, 30, 2**17, 0):  # beyond the change of frequencies, and back
+        positions = torch.arange(first, first + 9)[None]
+        for found, expected in zip(rotary(x, positions), exact(x, positions)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_shifting_all_positions_by_2_to_the_25_changes_nothing():
     model, tokens = tiny_model("paper"), random_tokens(1, 40)
     near = torch.arange(40)[None]
@@ -491,6 +551,17 @@ def test_loss_counts_items_over_the_whole_batch_and_takes_shifted_labels():
     torch.testing.assert_close(model(tokens, labels=tokens, num_items_in_batch=19).loss, expected * 2)
     shifted = F.pad(tokens, (0, 1), value=-100)[:, 1:].contiguous()
     torch.testing.assert_close(model(tokens, labels=tokens, shift_labels=shifted).loss, expected)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_sequence_classification_takes_padding_from_the_mask_whatever_its_ids(positional):
+    model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
+    tokens = random_tokens(2, 20)
+    for mask in (left_padding(0, 6, length=20), left_padding(0, 6, length=20).flip(1)):
+        with torch.no_grad():
+            found = model(tokens, mask) if positional else model(input_ids=tokens, attention_mask=mask)
+            expected = torch.cat([model(row[real == 1][None]).logits for row, real in zip(tokens, mask)])
+        torch.testing.assert_close(found.logits, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_sequence_classification_reads_the_last_real_token():

@@ -149,3 +149,58 @@ def test_a_stream_keeps_to_one_side_of_the_border(rope):
         scored.score(tokens[:, 10:17])
     assert scored.position == 10
     scored.score(tokens[:, 10:16])
+
+
+def packings() -> dict[str, tuple[dict, list[tuple[int, slice, int]]]]:
+    """Return batches of packed documents, and the row, columns and first position of each."""
+    lengths = {"both sides": (10, 25, BORDER, BORDER + 1, 3), "short": (5, 7, 9), "long": (20, 30)}
+    found = {}
+    for name, counts in lengths.items():
+        edges = torch.tensor([0, *counts]).cumsum(0)
+        columns = [slice(int(start), int(stop)) for start, stop in zip(edges, edges[1:])]
+        tokens, documents = random_tokens(1, int(edges[-1])), [(0, part, 0) for part in columns]
+        found[f"position_ids, {name}"] = (
+            {"input_ids": tokens, "position_ids": torch.cat([torch.arange(n) for n in counts])[None]}, documents
+        )  # fmt: skip
+        found[f"cu_seq_lens_q, {name}"] = {"input_ids": tokens, "cu_seq_lens_q": edges.int()}, documents
+    # A row of padding and a short document that begins late, and one of a short and a long document.
+    position_ids = torch.zeros(2, 30, dtype=torch.long)
+    position_ids[0, 20:] = torch.arange(10) + 4
+    position_ids[1, :12], position_ids[1, 12:] = torch.arange(12), torch.arange(18)
+    padded = {"input_ids": random_tokens(2, 30), "attention_mask": left_padding(20, 0, length=30)}
+    documents = [(0, slice(20, 30), 4), (1, slice(0, 12), 0), (1, slice(12, 30), 0)]
+    found["padded"] = padded | {"position_ids": position_ids}, documents
+    return found
+
+
+@pytest.mark.parametrize("how", packings())
+def test_a_packed_document_is_rotated_as_it_is_alone(how):
+    batch, documents = packings()[how]
+    model = longrope_model()
+    with torch.no_grad():
+        found = model(**batch, use_cache=False).logits
+        for row, columns, first in documents:
+            tokens = batch["input_ids"][row : row + 1, columns]
+            position_ids = torch.arange(first, first + tokens.shape[1])[None]
+            expected = model(tokens, position_ids=position_ids, use_cache=False).logits
+            torch.testing.assert_close(found[row : row + 1, columns], expected, **CLOSE)
+
+
+def test_the_longest_row_of_a_batch_decides_for_all_as_with_phi_3(tmp_path):
+    make_checkpoint(
+        tmp_path / "source", family="phi3", rope="longrope, no factor", original_max_position_embeddings=BORDER
+    )
+    convert_checkpoint(tmp_path / "source", tmp_path / "longnet", local=64, progress=False)
+    source, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64).eval()
+        for name in ("source", "longnet")
+    )
+    for paddings in ((0, 18), (15, 18), (14, 18)):  # the first row is far beyond the border, below it, at it
+        mask = left_padding(*paddings, length=30)
+        tokens = torch.randint(3, 280, (2, 30), generator=torch.Generator().manual_seed(0))
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask, "use_cache": False}
+        with torch.no_grad():
+            expected = source(tokens, position_ids=position_ids, **given).logits
+            found = ours(tokens, **given).logits
+        torch.testing.assert_close(found[mask == 1], expected[mask == 1], **CLOSE)

@@ -201,6 +201,18 @@ CASES += [
     ("retrofit", "padded left", {"dense_layers": (1,)}),
     ("retrofit", "packed", {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_norm": True}),
 ]  # fmt: skip
+BORDER = 60  # beyond a slice, and within the sequence: frequencies follow from the whole
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0], "factor": 4.0, "original_max_position_embeddings": BORDER,
+}  # fmt: skip
+OF_ITS_LENGTH = {
+    "longrope": {"rope_parameters": LONGROPE},
+    "dynamic": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": BORDER,
+    },
+}
 
 
 def test_logits_loss_and_all_gradients_on_two_ranks_equal_one_process(two_ranks):
@@ -211,8 +223,16 @@ def test_logits_loss_and_all_gradients_on_four_ranks_equal_one_process(four_rank
     assert_models_equal_one_process(four_ranks, CASES)
 
 
-def generate_together(preset: str, mask_kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    model, prompt = tiny_model(preset), long_prompt(mask_kind)
+@pytest.mark.parametrize("rope", OF_ITS_LENGTH)
+def test_frequencies_follow_from_the_length_of_the_whole_sequence(two_ranks, four_ranks, rope):
+    fields = OF_ITS_LENGTH[rope]
+    cases = [("retrofit", kind, fields) for kind in (*MODEL_BATCHES, "divisible", "whole slices of padding")]
+    assert_models_equal_one_process(two_ranks, cases)
+    assert_models_equal_one_process(four_ranks, cases)
+
+
+def generate_together(preset: str, mask_kind: str, fields: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    model, prompt = tiny_model(preset, **fields), long_prompt(mask_kind)
     cache = prefill_sequence(model, prompt, dist.group.WORLD)
     held = int((cache.layers[0].key_positions >= 0).sum(-1).max())
     tokens = model.generate(**prompt, past_key_values=cache, max_new_tokens=12, do_sample=False)
@@ -227,10 +247,13 @@ def long_prompt(mask_kind: str) -> dict:
 
 @pytest.mark.parametrize("mask_kind", ["whole", "padded"])
 @pytest.mark.parametrize("preset", ["paper", "torchscale", "retrofit"])
-def test_a_prompt_read_together_is_continued_as_if_one_process_had_read_it(two_ranks, preset, mask_kind):
-    expected = tiny_model(preset).generate(**long_prompt(mask_kind), max_new_tokens=12, do_sample=False)
+@pytest.mark.parametrize("border", [None, 40, 60, 102, 103, 110])  # passed by each slice, the whole, what follows
+def test_a_prompt_read_together_is_continued_as_if_one_process_had_read_it(two_ranks, preset, mask_kind, border):
+    rope = LONGROPE | {"original_max_position_embeddings": border}
+    fields = {} if border is None else {"rope_parameters": rope}
+    expected = tiny_model(preset, **fields).generate(**long_prompt(mask_kind), max_new_tokens=12, do_sample=False)
     entries = tiny_config(preset).pattern.cache_entries(102)
-    for tokens, held in two_ranks.run(generate_together, preset, mask_kind):
+    for tokens, held in two_ranks.run(generate_together, preset, mask_kind, fields):
         assert torch.equal(tokens, expected)
         assert 0 < held <= entries
 
