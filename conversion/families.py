@@ -188,6 +188,7 @@ class Family:
 FAMILIES = (
     Family(LlamaForCausalLM, LlamaConfig, translate=lambda config: {}),
     Family(MistralForCausalLM, MistralConfig, translate=lambda config: _NO_BIAS, windows=_one_window),
+    Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
     Family(
         Qwen2ForCausalLM,
         Qwen2Config,
@@ -217,7 +218,6 @@ FAMILIES = (
         rotates_partly=True,
         rope_types=("default", "longrope"),
     ),
-    Family(MinistralForCausalLM, MinistralConfig, translate=lambda config: _NO_BIAS, windows=_windows_by_type),
 )
 
 

@@ -1,9 +1,9 @@
 """Dilated attention inside a loaded stock model, in place and for a quick look.
 
-What this covers: forward, training and ``generate()`` of Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Phi-3 models, padded
-and packed batches included. What it does not: the KV cache stays full, and each decoding step costs as much attention as a whole
-forward; the change is not saved (a saved model loads as ordinary full attention); attention weights are not returned;
-static caches are refused. ``convert_checkpoint`` has none of these limits.
+What this covers: forward, training and ``generate()`` of Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3 and Phi-3
+models, padded and packed batches included. What it does not: the KV cache stays full, and each decoding step costs as
+much attention as a whole forward; the change is not saved (a saved model loads as ordinary full attention); attention
+weights are not returned; static caches are refused. ``convert_checkpoint`` has none of these limits.
 """
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .families import FAMILIES
 
 
 NAME = "longnet_retrofit"
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3")
+SUPPORTED_MODEL_TYPES = tuple(family.config_class.model_type for family in FAMILIES)
 
 
 def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
@@ -31,7 +31,7 @@ def retrofit(model: PreTrainedModel, pattern: DilationPattern) -> "Retrofit":
             model.generate(...)
 
     Args:
-        model: a Llama, Mistral, Qwen2, Qwen3, SmolLM3 or Phi-3 model of transformers, without sliding window.
+        model: a Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3 or Phi-3 model of transformers, without sliding window.
         pattern: the branches and their rules.
 
     Returns:

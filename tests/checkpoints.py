@@ -11,6 +11,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -32,6 +34,7 @@ CONTEXT = 64
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "ministral": (MinistralForCausalLM, MinistralConfig, {"head_dim": 12, "layer_types": ["full_attention"] * 2}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12}),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"pad_token_id": 2, "no_rope_layers": [1, 0]}),

@@ -48,6 +48,12 @@ VARIANTS = {
     "mistral, wide heads": {"family": "mistral", "head_dim": 12},
     "mistral, window of the trained context": {"family": "mistral", "sliding_window": CONTEXT},
     "mistral, shorter window": {"family": "mistral", "sliding_window": 16},
+    "ministral": {"family": "ministral"},
+    "ministral, shorter window in one layer": {
+        "family": "ministral",
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "qwen2": {"family": "qwen2"},
     "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True},
     "qwen2, sliding window switched off": {"family": "qwen2", "sliding_window": 16, "max_window_layers": 0},

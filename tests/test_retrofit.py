@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -50,6 +52,7 @@ SIZES = {
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "ministral": lambda: MinistralForCausalLM(MinistralConfig(**SIZES, layer_types=["full_attention"] * 2)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZES, no_rope_layers=[1, 0], tie_word_embeddings=False)),
@@ -296,7 +299,7 @@ REFUSED = {
     "other family": (
         lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)),
         PATTERN,
-        "GPT2LMHeadModel (model_type 'gpt2') is not supported; supported: llama, mistral, qwen2, qwen3, smollm3, phi3",
+        "GPT2LMHeadModel (model_type 'gpt2') is not supported; supported: llama, mistral, ministral, qwen2, qwen3, smollm3, phi3",
     ),
     "sliding window": (
         lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)),
