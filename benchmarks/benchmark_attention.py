@@ -2,10 +2,11 @@
 
 Checks every timed pattern against the eager backend in float64 first and stops if one is wrong. Then times forward,
 and forward + backward, beside cuDNN's and FlashAttention's dense causal attention on the same tensors, and writes a
-dated CSV and a crossover plot, losses included. Milliseconds are medians over device events. Short calls take the host
-longer than the device: up to ``CAPTURED_LENGTH`` tokens ``device_ms`` is the time of one call on the device alone, from
-a CUDA graph of several; elsewhere it is empty. Useful FLOPs are those of ``DilationPattern.attention_flops`` (dense:
-half the square). Dense rows beyond ``--dense-limit`` tokens are extrapolated by the square of the length and say so;
+dated CSV and a crossover plot, losses included. Milliseconds are medians over device events, and what has one length
+takes turns, so that a host or a card that is slow for a while is so for all. Short calls take the host longer than the
+device: up to ``CAPTURED_LENGTH`` tokens ``device_ms`` is the time of one call on the device alone, from a CUDA graph
+of several; elsewhere it is empty. Useful FLOPs are those of ``DilationPattern.attention_flops`` (dense: half the
+square). Dense rows beyond ``--dense-limit`` tokens are extrapolated by the square of the length and say so;
 FlashAttention's beyond ``--flash-limit`` are left out. Where the official operator can be imported
 (``torchscale.component.dilated_attention``, not on PyPI), its rearrangements are timed around PyTorch's own
 FlashAttention.
@@ -23,9 +24,10 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,7 @@ COMPILED_AT = (
 )  # tokens: a kernel serves every length, so those of the longest inputs are compiled on shorter ones
 CAPTURED_LENGTH = 2**12  # tokens: longer calls keep the device busy while the host prepares the next
 CALLS_PER_GRAPH = 10
+TURNS = 5
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PRESETS = ("paper", "retrofit")
 COLUMNS = (
@@ -160,31 +163,37 @@ def compile_ahead(jobs: list[tuple], processes: int) -> None:
             done.result()
 
 
-def median_ms(call: Callable[[], object], budget_ms: float) -> float:
-    """Time calls by device events, queued one behind the other as in training, after a warm-up.
+def medians_ms(calls: Iterable[Callable[[], object]], budget_ms: float) -> list[float]:
+    """Time calls by device events, each queued several times as in training, after a warm-up.
 
-    Calls that take longer than the budget are timed once.
+    They take turns: what slows down the host, or the card, for a while does so to all. Calls that take longer than the
+    budget are timed once.
     """
-    call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    if (first := start.elapsed_time(end)) > budget_ms:
-        return first
-    repeats = min(50, max(3, int(budget_ms / first)))
+    timed = []
+    for call in calls:
+        call()
+        (first,) = queued_ms(call, 1)
+        repeats = 0 if first > budget_ms else min(10, max(1, int(budget_ms / first / TURNS)))
+        timed.append((call, repeats, [] if repeats else [first]))
+    for _ in range(TURNS):
+        for call, repeats, times in timed:
+            times += queued_ms(call, repeats)
+    return [statistics.median(times) for _, _, times in timed]
+
+
+def queued_ms(call: Callable[[], object], repeats: int) -> list[float]:
+    """Time calls that are queued one behind the other."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+    events[-1].synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
-def device_ms(call: Callable[[], object], budget_ms: float) -> float | None:
-    """Time a call without what the host does for it; None, and the reason on stderr, if it cannot be captured."""
+def on_device(call: Callable[[], object]) -> Callable[[], object] | None:
+    """Give a call without what the host does for it, CALLS_PER_GRAPH times; None if it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -199,7 +208,7 @@ def device_ms(call: Callable[[], object], budget_ms: float) -> float | None:
     except RuntimeError as error:
         print(f"no device_ms, the call cannot be captured: {error}", file=sys.stderr, flush=True)
         return None
-    return median_ms(graph.replay, budget_ms) / CALLS_PER_GRAPH
+    return graph.replay
 
 
 def extra_mib(call: Callable[[], object], results_mib: float) -> float:
@@ -212,41 +221,48 @@ def extra_mib(call: Callable[[], object], results_mib: float) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20 - results_mib
 
 
-def measure(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
-    tensors: list[Tensor],
-    forward_flops: float,
-    budget_ms: float,
-) -> list[dict]:
-    """Time forward, and forward + backward (2.5 times the forward's FLOPs more), with and without the host."""
+def measure(attentions: dict[str, tuple], tensors: list[Tensor], budget_ms: float) -> dict[str, list[dict]]:
+    """Time forward, and forward + backward (2.5 times the forward's FLOPs more), with and without the host.
+
+    Args:
+        attentions: by name, a function of q, k and v, and its forward's useful FLOPs. They take turns.
+        tensors: q, k, v and the gradient of the output.
+    """
     *inputs, do = tensors
     mib = [x.numel() * x.element_size() / 2**20 for x in tensors]
     lse = 4 * do[..., 0].numel() / 2**20
     leaves = [x.detach().requires_grad_() for x in inputs]
 
-    def forward():
+    def forward(attention):
         with torch.no_grad():
             attention(*inputs)
 
-    def forward_backward():
+    def forward_backward(attention):
         torch.autograd.grad(attention(*leaves), leaves, do)
 
-    rows = []
-    for name, call, flops, results in (
-        ("forward", forward, forward_flops, mib[3] + lse),
-        ("forward+backward", forward_backward, 3.5 * forward_flops, sum(mib) + lse),
+    rows = {name: [] for name in attentions}
+    for passes, run, per_forward, results in (
+        ("forward", forward, 1.0, mib[3] + lse),
+        ("forward+backward", forward_backward, 3.5, sum(mib) + lse),
     ):
-        ms = median_ms(call, budget_ms)
-        rows.append(
-            {
-                "pass": name,
-                "ms": ms,
-                "tflops": flops / ms / 1e9,
-                "extra_mib": extra_mib(call, results),
-                "device_ms": device_ms(call, budget_ms) if do.shape[2] <= CAPTURED_LENGTH else None,
-                "extrapolated": 0,
-            }
-        )
+        calls = [partial(run, attention) for attention, _ in attentions.values()]
+        times = medians_ms(calls, budget_ms)
+        alone = [None] * len(calls)
+        if do.shape[2] <= CAPTURED_LENGTH:
+            replays = [on_device(call) for call in calls]
+            medians = iter(medians_ms([replay for replay in replays if replay], budget_ms))
+            alone = [next(medians) / CALLS_PER_GRAPH if replay else None for replay in replays]
+        for (name, (_, flops)), call, ms, ms_alone in zip(attentions.items(), calls, times, alone):
+            rows[name].append(
+                {
+                    "pass": passes,
+                    "ms": ms,
+                    "tflops": per_forward * flops / ms / 1e9,
+                    "extra_mib": extra_mib(call, results),
+                    "device_ms": ms_alone,
+                    "extrapolated": 0,
+                }
+            )
     return rows
 
 
@@ -305,36 +321,36 @@ def main() -> None:
         longest_dense: dict[tuple, tuple[int, list[dict]]] = {}
         # The first two lengths of the plain rows, what else models ask for, and then the other lengths.
         first = 2 * len(arguments.head_dims)
-        for length, heads, kv_heads, head_dim in [*plain[:first], *grouped, *plain[first:]]:
+        for shape in [*plain[:first], *grouped, *plain[first:]]:
+            length, heads, kv_heads, head_dim = shape
             tensors = random_tensors(1, length, heads, kv_heads, head_dim)
+            dense_flops = 2 * heads * head_dim * length * (length + 1)
+            attentions = {}
             for preset in PRESETS:
                 pattern = geometric_pattern(length, preset)
                 flops = pattern.attention_flops(length, heads, head_dim, num_kv_heads=kv_heads)
-                record(measure(fused(pattern), tensors, flops, budget), preset, length, heads, kv_heads, head_dim)
-            dense_flops = 2 * heads * head_dim * length * (length + 1)
+                attentions[preset] = fused(pattern), flops
             for kernel, limit in (("cudnn", arguments.dense_limit), ("flash", arguments.flash_limit)):
-                key = (kernel, heads, kv_heads, head_dim)
-                measured, rows = longest_dense.get(key, (0, []))
                 if length <= limit:
-                    rows = measure(dense(kernel), tensors, dense_flops, budget)
-                    if length > measured:
-                        longest_dense[key] = (length, [dict(row) for row in rows])
-                elif measured and kernel == "cudnn":
-                    rows = [
-                        row | {"ms": row["ms"] * (length / measured) ** 2, "device_ms": None, "extrapolated": 1}
-                        for row in rows
-                    ]
-                else:
-                    continue
-                record(rows, f"dense {kernel}", length, heads, kv_heads, head_dim)
+                    attentions[f"dense {kernel}"] = dense(kernel), dense_flops
             pattern = geometric_pattern(length, "paper")
             if pattern.is_ordinary(length):
-                rows = measure(chosen(pattern), tensors, dense_flops, budget)
-                record(rows, "auto", length, heads, kv_heads, head_dim, layout="ordinary")
+                attentions["auto"] = chosen(pattern), dense_flops
             if DilatedAttention is not None and length in (2**15, 2**17) and heads == kv_heads:
                 flops = pattern.attention_flops(length, heads, head_dim)
-                rows = measure(official(pattern, heads), tensors, flops, budget)
-                record(rows, "official", length, heads, kv_heads, head_dim)
+                attentions["official"] = official(pattern, heads), flops
+            measured = measure(attentions, tensors, budget)
+            longest, dense_rows = longest_dense.get(shape[1:], (0, []))
+            if "dense cudnn" in measured:
+                if length > longest:
+                    longest_dense[shape[1:]] = length, [dict(row) for row in measured["dense cudnn"]]
+            elif longest:
+                scale = (length / longest) ** 2
+                measured["dense cudnn"] = [
+                    row | {"ms": row["ms"] * scale, "device_ms": None, "extrapolated": 1} for row in dense_rows
+                ]
+            for name, rows in measured.items():
+                record(rows, name, *shape, layout="ordinary" if name == "auto" else "plain")
             del tensors
 
         # Padding and packing, without copies: eight rows padded on the left by up to half, the same documents packed.
@@ -346,10 +362,10 @@ def main() -> None:
             pattern = geometric_pattern(length, preset)
             flops = sum(pattern.attention_flops(count, heads, head_dim) for count in counts)
             tensors = random_tensors(batch, length, heads, heads, head_dim)
-            rows = measure(fused(pattern, attention_mask=mask), tensors, flops, budget)
+            rows = measure({preset: (fused(pattern, attention_mask=mask), flops)}, tensors, budget)[preset]
             record(rows, preset, length, heads, heads, head_dim, batch, "padded")
             tensors = random_tensors(1, sum(counts), heads, heads, head_dim)
-            rows = measure(fused(pattern, cu_seqlens=cu_seqlens), tensors, flops, budget)
+            rows = measure({preset: (fused(pattern, cu_seqlens=cu_seqlens), flops)}, tensors, budget)[preset]
             record(rows, preset, sum(counts), heads, heads, head_dim, 1, "packed")
     print(f"wrote {path}")
     plot(path)

@@ -118,15 +118,80 @@ def test_without_a_gpu_its_benchmarks_say_so_and_do_nothing(script, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("longer", [0, 1])
-def test_short_calls_are_timed_on_the_device_alone_too(longer, monkeypatch):
+class Clock:
+    """Events of a device whose clock only moves by what is called."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Clock.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Clock") -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(Clock, "now", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+
+
+def test_a_host_that_is_busy_for_a_while_is_so_for_all_that_is_compared(clock):
     benchmark = importlib.import_module("benchmark_attention")
-    for name, ms in {"median_ms": 2.0, "device_ms": 1.0, "extra_mib": 0.0}.items():
-        monkeypatch.setattr(benchmark, name, lambda *_, ms=ms: ms)
-    tensors = [torch.zeros(1, 1, benchmark.CAPTURED_LENGTH + longer, 1)] * 4
-    rows = benchmark.measure(None, tensors, 1.0, 100.0)
-    assert [row["ms"] for row in rows] == [2.0, 2.0]
-    assert [row["device_ms"] for row in rows] == [None if longer else 1.0] * 2
+
+    def taking(ms: float):
+        def call():
+            busy = 1050 < Clock.now < 1300  # after the first calls, for one turn
+            Clock.now += ms * (10 if busy else 1)
+
+        return call
+
+    costs = [1.0, 1.1, 2.0, 500.0]
+    assert benchmark.medians_ms(map(taking, costs), 100.0) == pytest.approx(costs)
+    assert Clock.now > 1300 + 3 * 10 * sum(costs[:3])
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_short_calls_are_timed_on_the_device_alone_too(longer, clock, monkeypatch):
+    benchmark = importlib.import_module("benchmark_attention")
+    x = torch.zeros(1, 1, benchmark.CAPTURED_LENGTH + longer, 1)
+
+    class Attention:
+        """Takes 2 ms for a host and per_call for a device; a graph of ten calls takes ten times as long."""
+
+        def __init__(self, per_call: float):
+            self.per_call = per_call
+
+        def __call__(self, *inputs):
+            Clock.now += 2.0
+            return sum(inputs)
+
+    def on_device(call):
+        (attention,) = call.args
+        if attention.per_call is None:
+            return None
+
+        def replay():
+            Clock.now += 10 * attention.per_call
+
+        return replay
+
+    monkeypatch.setattr(benchmark, "on_device", on_device)
+    monkeypatch.setattr(benchmark, "extra_mib", lambda *_: 0.0)
+    attentions = {"a": (Attention(1.0), 1e9), "b": (Attention(None), 2e9), "c": (Attention(0.5), 1e9)}
+    rows = benchmark.measure(attentions, [x] * 4, 100.0)
+    assert [row["pass"] for row in rows["a"]] == ["forward", "forward+backward"]
+    for name, alone in (("a", 1.0), ("b", None), ("c", 0.5)):
+        assert [row["ms"] for row in rows[name]] == pytest.approx([2.0, 2.0])
+        found = [row["device_ms"] for row in rows[name]]
+        assert found == ([None] * 2 if longer or alone is None else pytest.approx([alone] * 2))
+    assert [row["tflops"] for row in rows["b"]] == pytest.approx([1.0, 3.5])
 
 
 def test_earlier_numbers_stay_until_all_new_ones_are_there(tmp_path, monkeypatch):
