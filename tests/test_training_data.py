@@ -144,6 +144,17 @@ def test_a_stream_without_a_shuffle_buffer_is_not_read_again():
     assert len(calls) - read < 4 < read
 
 
+@pytest.mark.parametrize("stop", [3, None])
+def test_a_generator_is_read_once_and_not_silently_empty_or_cut_then(stop):
+    documents = ({"input_ids": [i] * 5} for i in range(40))
+    rows = PackedRows(documents, 8, buffer=2)
+    assert list(islice(rows, stop))
+    with pytest.raises(
+        ValueError, match="documents is a generator, which can be read once, and was; give what can be"
+    ):
+        next(iter(rows))
+
+
 def test_ranks_share_the_rows_out_and_have_one_state():
     whole = content(packed())
     parts = [content(packed(rank=rank, world_size=3)) for rank in range(3)]

@@ -38,8 +38,8 @@ class PackedRows(IterableDataset):
         nothing predicts, has the label -100.
 
     Raises:
-        ValueError: if a number does not fit, token ids are no integers, a state was taken with other settings, or
-            worker processes would each read the whole stream.
+        ValueError: if a number does not fit, token ids are no integers, a state was taken with other settings, a
+            generator would have to be read twice, or worker processes would each read the whole stream.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PackedRows(IterableDataset):
         self.buffer = buffer
         self.rank, self.world_size = rank, world_size
         self.filler = filler
-        self._resumed = False
+        self._resumed = self._begun = False
         self._shuffles = _shuffles(documents)
         self._has_state = hasattr(documents, "load_state_dict") and not self._shuffles
         self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
@@ -135,8 +135,14 @@ class PackedRows(IterableDataset):
             # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
             self.documents.load_state_dict(deepcopy(self._source))
             self._resumed, read = self._source is not None, 0
-        self._reading = True
-        for document in islice(iter(self.documents), read, None):
+        documents = iter(self.documents)
+        if self._begun and documents is self.documents and not self._has_state:
+            raise ValueError(
+                f"documents is a {type(documents).__name__}, which can be read once, and was; give what can be read "
+                "again: a list, datasets.IterableDataset.from_generator(...)"
+            )
+        self._reading = self._begun = True
+        for document in islice(documents, read, None):
             self._read += 1
             ids = torch.as_tensor(document["input_ids"])
             if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):  # [] has no integer type either
