@@ -101,17 +101,20 @@ class LongNetCache(Cache):
                 )
         self._served = fields
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make sure that so many more tokens fit; waits for the device unless any number does.
+    def reserve(self, num_tokens: int, positions: Tensor | None = None) -> None:
+        """Make sure that so many more tokens fit into all layers; waits for the device unless any number does.
+
+        Args:
+            positions: those of the forward pass that needs them, if any: it waits once, and its layers share a move.
 
         Raises:
-            ValueError: if they do not, and the cache does not enlarge.
+            ValueError: if they do not, and the cache does not enlarge; no layer has taken any of them then.
         """
         bounded = [layer for layer in self.layers if layer.is_compileable and layer.get_max_length() > 0]
         if bounded and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            columns = int(self.layers[0].columns)
+            columns = self.layers[0].count_columns(positions)
             for layer in bounded:
-                layer.reserve(num_tokens, columns)
+                layer.reserve(num_tokens, columns, positions)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
