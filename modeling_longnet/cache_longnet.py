@@ -108,9 +108,13 @@ class LongNetCache(Cache):
             positions: those of the forward pass that needs them, if any: it waits once, and its layers share a move.
 
         Raises:
-            ValueError: if they do not, and the cache does not enlarge; no layer has taken any of them then.
+            ValueError: if they do not, and the cache does not enlarge; no layer has taken any of them then. A compiled
+                graph, which cannot enlarge a cache, checks it as it runs and raises RuntimeError.
         """
         bounded = [layer for layer in self.layers if layer.is_compileable and layer.get_max_length() > 0]
+        if torch.compiler.is_compiling():
+            _trace_room(bounded, num_tokens)
+            return
         if bounded and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             columns = self.layers[0].count_columns(positions)
             for layer in bounded:
@@ -191,6 +195,17 @@ class LongNetCache(Cache):
             return new
         following = new + seen.to(device)[:, None]
         return following if attention_mask is None else torch.where(new >= 0, following, new)
+
+
+def _trace_room(bounded: list[LongNetCacheLayer], num_tokens: int) -> None:
+    """Let the graph that is traced check that so many tokens fit: beyond its slots a layer would drop them."""
+    begun = [layer for layer in bounded if layer.is_initialized]
+    if begun:
+        room = min(layer.max_length for layer in begun)
+        torch._assert_async(
+            begun[0].columns <= room - num_tokens,
+            f"the cache has room for {room} tokens, which a compiled graph cannot change: make it with a larger max_length",
+        )
 
 
 def _token_count(value: Any) -> int:

@@ -182,7 +182,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             past_key_values,
             self.config,
         )
-        if past_key_values is not None and not torch.compiler.is_compiling():
+        if past_key_values is not None:
             # Before any layer takes the tokens: one that goes on for ever may come before one that is full.
             ranks = 1 if layout.sequence is None else layout.sequence.group.size()
             past_key_values.reserve(ranks * inputs_embeds.shape[1], layout.positions)

@@ -139,6 +139,22 @@ def test_more_tokens_than_fit_are_refused_and_leave_the_cache_as_it_was():
     assert [layer.max_length for layer in more.layers] == [32, 32]  # and more room would serve nothing
 
 
+@pytest.mark.parametrize("enlarges", [False, True])
+def test_a_graph_refuses_tokens_that_its_cache_would_drop(enlarges):
+    torch.compiler.reset()
+    model, tokens = tiny_model(), random_tokens(2, 24)
+    cache = LongNetCache(model.config, max_length=20, enlarges=enlarges)
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        model(tokens[:, :18], past_key_values=cache)
+        logits = [step(tokens[:, t : t + 1], past_key_values=cache).logits for t in (18, 19)]
+        torch.testing.assert_close(
+            torch.cat(logits, dim=1), model(tokens[:, :20], use_cache=False).logits[:, 18:], **CLOSE
+        )
+        with pytest.raises(RuntimeError, match="the cache has room for 20 tokens, which a compiled graph cannot change"):
+            step(tokens[:, 20:21], past_key_values=cache)
+
+
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("fields", [{"dense_layers": (1,)}, {"local_layers": (0,)}], ids=str)
 def test_no_layer_takes_what_a_later_one_has_no_room_for(fields, chunk):
