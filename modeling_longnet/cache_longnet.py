@@ -174,6 +174,37 @@ class LongNetCache(Cache):
         for layer in self.layers:
             layer.forget()
 
+    def check_mask(self, attention_mask: Tensor | None, num_tokens: int) -> None:
+        """Refuse a mask that tells of other tokens than those that were read; waits for the device.
+
+        Args:
+            attention_mask: ``[batch, past + num_tokens]``; None if all tokens are real, those of the past too.
+            num_tokens: new tokens per row.
+
+        Raises:
+            ValueError: if it has another width, or marks another number of tokens of the past as real.
+        """
+        if self.is_empty:
+            return
+        columns, seen = int(self.layers[0].columns), self.layers[0].seen
+        if attention_mask is not None and attention_mask.shape[1] != columns + num_tokens:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {columns} tokens in the cache and {num_tokens} "
+                f"new ones: give {columns + num_tokens}"
+            )
+        if len(seen) != (len(seen) if attention_mask is None else len(attention_mask)):
+            return  # admit() tells of that
+        real = torch.full_like(seen, columns)
+        if attention_mask is not None:
+            real = (attention_mask[:, :columns] != 0).sum(-1).to(seen.device)
+        if bool((real != seen).any()):
+            row = int((real != seen).nonzero()[0])
+            raise ValueError(
+                f"the cache has read {int(seen[row])} real tokens in row {row}, and attention_mask shows "
+                f"{int(real[row])} among the {columns} of the past: give the mask that they were read with (generate "
+                "reads all that it makes, also what fills a row after its end), or read the sequence anew"
+            )
+
     def next_positions(
         self, attention_mask: Tensor | None, batch: int, num_tokens: int, device: torch.device
     ) -> Tensor:

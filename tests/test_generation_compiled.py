@@ -151,7 +151,9 @@ def test_a_graph_refuses_tokens_that_its_cache_would_drop(enlarges):
         torch.testing.assert_close(
             torch.cat(logits, dim=1), model(tokens[:, :20], use_cache=False).logits[:, 18:], **CLOSE
         )
-        with pytest.raises(RuntimeError, match="the cache has room for 20 tokens, which a compiled graph cannot change"):
+        with pytest.raises(
+            RuntimeError, match="the cache has room for 20 tokens, which a compiled graph cannot change"
+        ):
             step(tokens[:, 20:21], past_key_values=cache)
 
 
