@@ -212,7 +212,7 @@ def main() -> None:
     started = saved = time.monotonic()
     steps = torch.arange(args.chunk, device=device)
     with tqdm(total=args.tokens, initial=tokens.position, unit="token", unit_scale=True, smoothing=0.05) as bar:
-        for number in range(tokens.position // args.chunk, num_chunks):
+        for number in range(-(-tokens.position // args.chunk), num_chunks):  # the last chunk may be a short one
             start = number * args.chunk
             text = corpus[(start + steps[: args.tokens - start]) % len(corpus)].long()[None]
             means[number] = tokens.score(text)[:, int(start == 0) :].mean()
@@ -229,6 +229,7 @@ def main() -> None:
                 print(f"stopped at token {tokens.position:,}")
                 return
     seconds = seconds_so_far()
+    early_peak = peak_mib(device) if early_peak is None else early_peak  # all was scored before
 
     cached = sum(x.numel() * x.element_size() for x in tokens.cache.state_dict().values())
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
@@ -249,7 +250,7 @@ def main() -> None:
         "cache_mib": round(cached / 2**20, 2),
         "keys_per_kv_head": tokens.cache.layers[0].keys.shape[2],
         "resumed": resumed_at > 0,
-        "nats_per_byte": round(means.double().mean().item(), 4),
+        "nats_per_byte": round(mean_loss(means, args), 4),
     }
     for name, value in report.items():
         print(f"{name}: {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{name}: {value}")
@@ -261,12 +262,21 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(("first_token", "last_token", "nats_per_byte"))
         for first, last in stretches(num_chunks):
-            mean = means[first:last].double().mean().item()
+            mean = mean_loss(means, args, first, last)
             writer.writerow((first * args.chunk, min(last * args.chunk, args.tokens) - 1, f"{mean:.5f}"))
     print(f"wrote {path}")
     plot(path)
     state_file.unlink(missing_ok=True)
     model_file.unlink(missing_ok=True)
+
+
+def mean_loss(means: Tensor, args: argparse.Namespace, first: int = 0, last: int | None = None) -> float:
+    """Average over the tokens scored in some chunks: the first chunk has one less, the last may be short."""
+    counts = torch.full((len(means),), args.chunk, dtype=torch.float64, device=means.device)
+    counts[-1] = args.tokens - (len(means) - 1) * args.chunk
+    counts[0] -= 1
+    counts = counts[first:last]
+    return ((means[first:last].double() * counts).sum() / counts.sum()).item()
 
 
 def stretches(num_chunks: int) -> list[tuple[int, int]]:

@@ -206,10 +206,15 @@ class LongNetCacheLayer(CacheLayerMixin):
             self._make_room(num_tokens, positions)
             return
         if self.get_max_length() > 0 and not torch.compiler.is_compiling():
-            columns = 0 if self.is_empty else self.once(positions, "columns", lambda: int(self.columns))
-            self.reserve(num_tokens, columns, positions)
+            self.reserve(num_tokens, self.count_columns(positions), positions)
         if self.slots is None:
             self.slots = plan_slots(self.pattern, self.max_length)
+
+    def count_columns(self, positions: Tensor | None = None) -> int:
+        """Count the tokens so far, padding included; ``positions`` of the pass that asks, if any: it waits once."""
+        if self.is_empty:
+            return 0
+        return int(self.columns) if positions is None else self.once(positions, "columns", lambda: int(self.columns))
 
     def _count(self, positions: Tensor) -> None:
         """Count the tokens at ``positions [B, T]``."""

@@ -101,17 +101,24 @@ class LongNetCache(Cache):
                 )
         self._served = fields
 
-    def reserve(self, num_tokens: int) -> None:
-        """Make sure that so many more tokens fit; waits for the device unless any number does.
+    def reserve(self, num_tokens: int, positions: Tensor | None = None) -> None:
+        """Make sure that so many more tokens fit into all layers; waits for the device unless any number does.
+
+        Args:
+            positions: those of the forward pass that needs them, if any: it waits once, and its layers share a move.
 
         Raises:
-            ValueError: if they do not, and the cache does not enlarge.
+            ValueError: if they do not, and the cache does not enlarge; no layer has taken any of them then. A compiled
+                graph, which cannot enlarge a cache, checks it as it runs and raises RuntimeError.
         """
         bounded = [layer for layer in self.layers if layer.is_compileable and layer.get_max_length() > 0]
+        if torch.compiler.is_compiling():
+            _trace_room(bounded, num_tokens)
+            return
         if bounded and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            columns = int(self.layers[0].columns)
+            columns = self.layers[0].count_columns(positions)
             for layer in bounded:
-                layer.reserve(num_tokens, columns)
+                layer.reserve(num_tokens, columns, positions)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, in all layers or in none."""
@@ -167,6 +174,37 @@ class LongNetCache(Cache):
         for layer in self.layers:
             layer.forget()
 
+    def check_mask(self, attention_mask: Tensor | None, num_tokens: int) -> None:
+        """Refuse a mask that tells of other tokens than those that were read; waits for the device.
+
+        Args:
+            attention_mask: ``[batch, past + num_tokens]``; None if all tokens are real, those of the past too.
+            num_tokens: new tokens per row.
+
+        Raises:
+            ValueError: if it has another width, or marks another number of tokens of the past as real.
+        """
+        if self.is_empty:
+            return
+        columns, seen = int(self.layers[0].columns), self.layers[0].seen
+        if attention_mask is not None and attention_mask.shape[1] != columns + num_tokens:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {columns} tokens in the cache and {num_tokens} "
+                f"new ones: give {columns + num_tokens}"
+            )
+        if len(seen) != (len(seen) if attention_mask is None else len(attention_mask)):
+            return  # admit() tells of that
+        real = torch.full_like(seen, columns)
+        if attention_mask is not None:
+            real = (attention_mask[:, :columns] != 0).sum(-1).to(seen.device)
+        if bool((real != seen).any()):
+            row = int((real != seen).nonzero()[0])
+            raise ValueError(
+                f"the cache has read {int(seen[row])} real tokens in row {row}, and attention_mask shows "
+                f"{int(real[row])} among the {columns} of the past: give the mask that they were read with (generate "
+                "reads all that it makes, also what fills a row after its end), or read the sequence anew"
+            )
+
     def next_positions(
         self, attention_mask: Tensor | None, batch: int, num_tokens: int, device: torch.device
     ) -> Tensor:
@@ -188,6 +226,17 @@ class LongNetCache(Cache):
             return new
         following = new + seen.to(device)[:, None]
         return following if attention_mask is None else torch.where(new >= 0, following, new)
+
+
+def _trace_room(bounded: list[LongNetCacheLayer], num_tokens: int) -> None:
+    """Let the graph that is traced check that so many tokens fit: beyond its slots a layer would drop them."""
+    begun = [layer for layer in bounded if layer.is_initialized]
+    if begun:
+        room = min(layer.max_length for layer in begun)
+        torch._assert_async(
+            begun[0].columns <= room - num_tokens,
+            f"the cache has room for {room} tokens, which a compiled graph cannot change: make it with a larger max_length",
+        )
 
 
 def _token_count(value: Any) -> int:

@@ -182,6 +182,10 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             past_key_values,
             self.config,
         )
+        if past_key_values is not None:
+            # Before any layer takes the tokens: one that goes on for ever may come before one that is full.
+            ranks = 1 if layout.sequence is None else layout.sequence.group.size()
+            past_key_values.reserve(ranks * inputs_embeds.shape[1], layout.positions)
         if use_cache and past_key_values is None and layout.cu_seqlens is None and layout.sequence is None:
             past_key_values = LongNetCache(self.config)
         if position_ids is None:
@@ -370,6 +374,34 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
 
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        # Another cache is refused by the forward pass.
+        if hasattr(cache, "check_mask") and (held := int(cache.get_seq_length())):
+            mask = model_kwargs.get("attention_mask")
+            given = input_ids.shape[1] if embeds is None else embeds.shape[1]
+            # A mask is dropped where all tokens are real; as long as the tokens, it says that they are the whole sequence.
+            width = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+            new = given if embeds is None and width != given else given - held
+            if new < 1:
+                raise ValueError(
+                    f"the cache holds {held} tokens, and {given} were given: give these and at least one new token, or "
+                    "new tokens in input_ids with an attention_mask of all"
+                )
+            if mask is None and width != held + new:
+                raise ValueError(
+                    f"attention_mask has {width} columns for {held} tokens in the cache and {new} new ones"
+                )
+            cache.check_mask(mask, new)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def _refuse_candidates(self, num_tokens: int, num_new: int) -> None:
         """Refuse assisted decoding where longrope would verify tokens with the frequencies of candidates beyond them."""
         rotary = self.model.rotary_emb
@@ -396,6 +428,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
                     f"assisted decoding from a cache of {held} tokens needs these and at least one new one in "
                     f"input_ids, got {num_tokens}: give the whole sequence"
                 )
+            cache.check_mask(kwargs["attention_mask"], num_tokens - held)
         try:
             return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
         finally:  # the cache may go on without anybody who crops it

@@ -100,7 +100,7 @@ def locate_tokens(
 
     Args:
         shape: ``(B, T)`` of the new tokens.
-        attention_mask: ``[B, past + T]``, nonzero = real, or None.
+        attention_mask: ``[B, past + T]`` or, after a past, ``[B, T]``; nonzero = real, or None.
         position_ids: ``[B or 1, T]`` or None. Where the cache is empty, a token whose position does not follow the
             real token before it starts a new document. While compiling they need ``cu_seqlens`` beside them, or a cache.
         cu_seqlens: ``[documents + 1]`` starts of packed documents in the rows laid end to end, or None.
@@ -135,6 +135,8 @@ def locate_tokens(
             )
         if attention_mask.is_floating_point() and not torch.compiler.is_compiling():
             _refuse_added_mask(attention_mask)
+        if not begins and attention_mask.shape[1] != length and not torch.compiler.is_compiling():
+            cache.check_mask(attention_mask, length)
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :] != 0
         if not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None

@@ -1,8 +1,10 @@
 """LongNetCache: wrong states, models and numbers are refused before anything changes, and ends are clean."""
 
+import copy
+
 import pytest
 import torch
-from tiny_models import VOCABULARY, random_tokens, tiny_config, tiny_model
+from tiny_models import VOCABULARY, left_padding, random_tokens, tiny_config, tiny_model
 
 from modeling_longnet import DecodingGraph, DilationPattern, LongNetCache, decoding_token
 from modeling_longnet.cache_layer import LongNetCacheLayer
@@ -274,3 +276,69 @@ def test_a_cache_that_is_reset_holds_no_token_that_waits_for_a_crop():
         cache.reset()
         assert all(layer.croppable == 0 for layer in cache.layers)
         goes_on(model, cache, tokens, 0)
+
+
+@pytest.fixture
+def half_read():
+    """A model, a cache that holds 20 tokens of two rows, 5 of them padding, and the sequence with 4 more."""
+    model, tokens, mask = tiny_model(), random_tokens(2, 24), left_padding(0, 5, length=24)
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    return model, cache, tokens, mask
+
+
+@pytest.mark.parametrize("width", [5, 20, 23, 25, 40])
+def test_a_mask_is_of_the_new_tokens_or_of_all(half_read, width):
+    model, cache, tokens, mask = half_read
+    wrong = torch.ones(2, width, dtype=torch.long)
+    with torch.no_grad():
+        with pytest.raises(
+            ValueError, match=rf"has {width} columns for 20 tokens in the cache and 4 new ones: give 24"
+        ):
+            model(tokens[:, 20:], attention_mask=wrong, past_key_values=cache)
+        full = model(tokens, attention_mask=mask, use_cache=False).logits[:, 20:]
+        for right in (mask, mask[:, 20:]):
+            logits = model(tokens[:, 20:], attention_mask=right, past_key_values=copy.deepcopy(cache)).logits
+            torch.testing.assert_close(logits, full, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_a_mask_that_hides_other_tokens_than_were_read_is_refused(half_read, how):
+    model, cache, tokens, mask = half_read
+    said = "the cache has read 15 real tokens in row {}, and attention_mask shows {} among the 20 of the past"
+    ones, row = torch.ones_like(mask), 1
+    if "prompt_lookup_num_tokens" in how:
+        cache.batch_select_indices(torch.tensor([1]))
+        tokens, mask, ones, row = tokens[1:], mask[1:], ones[1:], 0
+    more = mask.clone()
+    more[row, 7] = 0
+    given = {"past_key_values": cache, "max_new_tokens": 3, "eos_token_id": None, "do_sample": False} | how
+    with torch.no_grad():
+        for other, shown in ((ones, 20), (more, 14)):
+            with pytest.raises(ValueError, match=said.format(row, shown)):
+                model.generate(tokens, attention_mask=other, **given)
+        with pytest.raises(ValueError, match=said.format(row, 20)):
+            model.generate(tokens, **given)
+        with pytest.raises(ValueError, match=said.format(row, 20)):
+            model(tokens[:, 20:], attention_mask=ones, past_key_values=cache)
+        anew = model.generate(tokens, attention_mask=mask, max_new_tokens=3, use_cache=False, eos_token_id=None)
+        assert torch.equal(model.generate(tokens, attention_mask=mask, **given), anew)
+
+
+@pytest.mark.parametrize("num_given", [3, 17, 20])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_generating_from_a_cache_needs_a_token_that_it_has_not_read(half_read, num_given, embedded):
+    model, cache, tokens, mask = half_read
+    given = {"input_ids": tokens[:, :num_given]}
+    if embedded:
+        given = {"inputs_embeds": model.get_input_embeddings()(tokens[:, :num_given])}
+    with pytest.raises(
+        ValueError, match=f"the cache holds 20 tokens, and {num_given} were given: give these and at least"
+    ):
+        model.generate(**given, attention_mask=mask[:, :num_given], past_key_values=cache, max_new_tokens=3)
+    expected = model.generate(tokens, attention_mask=mask, use_cache=False, max_new_tokens=3, eos_token_id=None)
+    alone = model.generate(
+        tokens[:, 20:], attention_mask=mask, past_key_values=cache, max_new_tokens=3, eos_token_id=None
+    )
+    assert torch.equal(alone[:, 4:], expected[:, 24:])

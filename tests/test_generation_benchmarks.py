@@ -54,6 +54,15 @@ def test_a_stopped_stream_of_source_code_goes_on_with_the_same_losses(tmp_path):
     assert len({row[2] for row in expected}) == len(expected) == 6
     assert losses(tmp_path / "parts") == expected
     assert list((tmp_path / "b").iterdir()) == []  # what is done needs no state
+    # Stopped after its last chunk, a short one, there is nothing left to score.
+    ended = (*options, "--state", str(tmp_path / "c"), "--results", str(tmp_path / "ended"))
+    assert "stopped at token 6,100" in run("one_billion_tokens.py", *ended, "--stop-after", "6100")
+    printed = run("one_billion_tokens.py", *ended)
+    assert "goes on at token 6,100" in printed
+    assert losses(tmp_path / "ended") == expected
+    tokens = [(last + 1 - first - (first == 0), float(nats)) for first, last, nats in expected]
+    mean = sum(number * nats for number, nats in tokens) / 6099
+    assert float(re.search(r"nats_per_byte: ([\d.]+)", printed)[1]) == pytest.approx(mean, abs=1e-4)
 
 
 def test_the_generation_benchmark_runs_small(tmp_path):

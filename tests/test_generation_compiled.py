@@ -139,6 +139,44 @@ def test_more_tokens_than_fit_are_refused_and_leave_the_cache_as_it_was():
     assert [layer.max_length for layer in more.layers] == [32, 32]  # and more room would serve nothing
 
 
+@pytest.mark.parametrize("enlarges", [False, True])
+def test_a_graph_refuses_tokens_that_its_cache_would_drop(enlarges):
+    torch.compiler.reset()
+    model, tokens = tiny_model(), random_tokens(2, 24)
+    cache = LongNetCache(model.config, max_length=20, enlarges=enlarges)
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        model(tokens[:, :18], past_key_values=cache)
+        logits = [step(tokens[:, t : t + 1], past_key_values=cache).logits for t in (18, 19)]
+        torch.testing.assert_close(
+            torch.cat(logits, dim=1), model(tokens[:, :20], use_cache=False).logits[:, 18:], **CLOSE
+        )
+        with pytest.raises(
+            RuntimeError, match="the cache has room for 20 tokens, which a compiled graph cannot change"
+        ):
+            step(tokens[:, 20:21], past_key_values=cache)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("fields", [{"dense_layers": (1,)}, {"local_layers": (0,)}], ids=str)
+def test_no_layer_takes_what_a_later_one_has_no_room_for(fields, chunk):
+    model, tokens = tiny_model(**fields), random_tokens(2, 50)
+    room = 40 if "dense_layers" in fields else 20  # the first layer goes on for ever, the second does not
+    cache = LongNetCache(model.config, max_length=room)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=f"made for max_length={room} tokens, got 50"):
+            model(tokens, past_key_values=cache)
+        assert cache.is_empty
+        model(tokens[:, : room - chunk + 1], past_key_values=cache)
+        with pytest.raises(ValueError, match=f"made for max_length={room} tokens, got {room + 1}"):
+            model(tokens[:, room - chunk + 1 : room + 1], past_key_values=cache)
+        assert [layer.seen.tolist() for layer in cache.layers] == [[room - chunk + 1] * 2] * 2
+        if chunk > 1:  # what still fits follows what the cache held
+            logits = model(tokens[:, room - 2 : room - 1], past_key_values=cache).logits
+            full = model(tokens[:, : room - 1], use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(logits, full, rtol=1e-9, atol=1e-9)
+
+
 def test_bad_arguments_of_the_cache_are_refused():
     config = tiny_model().config
     with pytest.raises(ValueError, match="max_length must be an integer of at least 1 token, got 0"):
