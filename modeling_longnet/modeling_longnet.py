@@ -181,6 +181,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             cu_seq_lens_q,
             past_key_values,
             self.config,
+            inputs_embeds.dtype,
         )
         if use_cache and past_key_values is None and layout.cu_seqlens is None and layout.sequence is None:
             past_key_values = LongNetCache(self.config)

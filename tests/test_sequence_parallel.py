@@ -429,10 +429,16 @@ def test_a_rank_that_runs_out_of_memory_says_so_itself():
 
 def disagree(about: str) -> str:
     odd = dist.get_rank() == dist.get_world_size() - 1
-    fields = {"dilation_rates": (1, 2, 8)} if about == "pattern" and odd else {}
+    fields = {
+        "pattern": {"dilation_rates": (1, 2, 8)}, "head_dim": {"head_dim": 16},
+        "rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    }.get(about, {}) if odd else {}  # fmt: skip
     model = tiny_model(**fields)
-    group = dist.group.WORLD
-    with pytest.raises(ValueError) as error, sequence_parallel(group):
+    model = model.float() if about == "autocast" or about == "dtype" and odd else model
+    group, autocast = dist.group.WORLD, torch.autocast("cpu", torch.bfloat16, enabled=about == "autocast" and odd)
+    with pytest.raises(ValueError) as error, sequence_parallel(group), autocast:
+        if about == "calls" and odd:
+            shard_sequence({"input_ids": random_tokens(1, 32)}, group)
         if about == "whole length":
             shard_sequence({"input_ids": random_tokens(1, 31 if odd else 32)}, group)
         else:
@@ -446,6 +452,11 @@ def disagree(about: str) -> str:
         ("length", r"agree on rows and tokens of a slice: rank 0 has \[1, 8\], rank 3 has \[1, 9\]"),
         ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
         ("pattern", r"the dilation pattern: rank 0 has .*rates=\(1, 2, 4\).*, rank 3 has .*rates=\(1, 2, 8\)"),
+        ("head_dim", r"KV heads, head_dim: rank 0 has \[2, \[\], 4, 2, 8\], rank 3 has \[2, \[\], 4, 2, 16\]"),
+        ("rope", r"the rotary embedding: rank 0 has .*'default'.*, rank 3 has .*'dynamic'"),
+        ("dtype", r"the dtype, and that of autocast: rank 0 has \[torch.float64, None\], rank 3 has \[torch.float32"),
+        ("autocast", r"of autocast: rank 0 has \[torch.float32, None\], rank 3 has \[torch.float32, torch.bfloat16\]"),
+        ("calls", r"the same calls in the same order: rank 0 compares rows .*; rank 3 compares the shape of the whole"),
     ],
 )
 def test_ranks_that_disagree_are_named_on_every_rank_at_the_first_step(four_ranks, about, message):
