@@ -441,6 +441,12 @@ def disagree(about: str) -> str:
             shard_sequence({"input_ids": random_tokens(1, 32)}, group)
         if about == "whole length":
             shard_sequence({"input_ids": random_tokens(1, 31 if odd else 32)}, group)
+        elif about in ("input_ids", "labels"):
+            batch = {"input_ids": random_tokens(1, 32), "labels": random_tokens(1, 32)}
+            tokens = batch[about]
+            if odd:  # two neighbours change places
+                tokens[0, 7:9] = tokens[0, 7:9].flip(0)
+            shard_sequence(batch, group)
         else:
             model(random_tokens(1, 9 if about == "length" and odd else 8))
     return str(error.value)
@@ -451,6 +457,8 @@ def disagree(about: str) -> str:
     [
         ("length", r"agree on rows and tokens of a slice: rank 0 has \[1, 8\], rank 3 has \[1, 9\]"),
         ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
+        ("input_ids", r"the numbers in input_ids: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape \[1, 32\]"),
+        ("labels", r"the numbers in labels: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape"),
         ("pattern", r"the dilation pattern: rank 0 has .*rates=\(1, 2, 4\).*, rank 3 has .*rates=\(1, 2, 8\)"),
         ("head_dim", r"KV heads, head_dim: rank 0 has \[2, \[\], 4, 2, 8\], rank 3 has \[2, \[\], 4, 2, 16\]"),
         ("rope", r"the rotary embedding: rank 0 has .*'default'.*, rank 3 has .*'dynamic'"),
