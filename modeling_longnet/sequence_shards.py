@@ -59,11 +59,11 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         check_cu_seqlens(cu_seqlens, length)
         batch["position_ids"] = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)[0]
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == (num_rows, length):
-        if "shift_labels" not in batch:
-            batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        if "num_items_in_batch" not in batch:
-            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORED_LABEL).sum()
+    if isinstance(labels, Tensor) and labels.shape == (num_rows, length) and batch.get("shift_labels") is None:
+        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    shift_labels = batch.get("shift_labels")
+    if isinstance(shift_labels, Tensor) and batch.get("num_items_in_batch") is None:
+        batch["num_items_in_batch"] = (shift_labels != IGNORED_LABEL).sum()
     slice_length = -(-length // group.size())
     if length % group.size() and batch.get("attention_mask") is None:
         batch["attention_mask"] = tokens.new_ones(num_rows, length, dtype=torch.long)

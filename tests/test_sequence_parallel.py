@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from imagined_ranks import Member, attend_on_imagined_ranks
 from ranks import Ranks
@@ -258,6 +259,25 @@ def test_a_prompt_read_together_is_continued_as_if_one_process_had_read_it(two_r
         assert 0 < held <= entries
 
 
+def loss_of_shifted_labels(items: dict) -> tuple[float, float]:
+    """Return the sum of the ranks' parts of a loss, and the whole of one process, of labels that are shifted already."""
+    shift_labels = F.pad(random_tokens(2, 41)[:, 1:], (0, 1), value=-100)
+    shift_labels[:, :20] = -100  # the first rank has none, the others unlike numbers
+    model, group = tiny_model(), dist.group.WORLD
+    batch = {"input_ids": random_tokens(2, 41), "shift_labels": shift_labels} | items
+    with torch.no_grad(), sequence_parallel(group):
+        loss = model(**shard_sequence(batch, group), use_cache=False).loss
+    dist.all_reduce(loss)
+    with torch.no_grad():
+        return loss.item(), model(**batch, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": None}, {"num_items_in_batch": 50}])
+def test_labels_shifted_already_give_parts_of_the_whole_loss(four_ranks, items):
+    for parts, whole in four_ranks.run(loss_of_shifted_labels, items):
+        assert parts == pytest.approx(whole, rel=1e-6)
+
+
 def score_together(preset: str) -> torch.Tensor:
     """Return the log-likelihood of a text's tokens, added over the ranks."""
     tokens = random_tokens(1, 101)
@@ -482,6 +502,7 @@ def misuses() -> dict[str, str]:
 
     model = tiny_model()
     expect("labels", lambda: model(tokens, labels=tokens))
+    expect("shifted labels", lambda: model(tokens, shift_labels=tokens))
     expect("cu_seq_lens", lambda: model(tokens, cu_seq_lens_q=torch.tensor([0, 4, 16])))
     cache = LongNetCache(model.config)
     model(tokens, past_key_values=cache)
@@ -507,6 +528,7 @@ def misuses() -> dict[str, str]:
 def test_misuse_is_refused_with_what_to_do(two_ranks):
     for found in two_ranks.run(misuses):
         assert "give shift_labels and num_items_in_batch, as shard_sequence does" in found["labels"]
+        assert found["shifted labels"] == found["labels"]
         assert "shard_sequence turns it into position_ids" in found["cu_seq_lens"]
         assert "the cache holds 16 tokens already" in found["decode"] and "outside of it" in found["decode"]
         assert "packed documents cannot share one KV cache" in found["packed cache"]
