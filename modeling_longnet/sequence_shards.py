@@ -31,14 +31,14 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
 
     Args:
         batch: what the model takes, with ``input_ids`` or ``inputs_embeds``. ``cu_seq_lens_q`` becomes
-            ``position_ids``.
+            ``position_ids``; where both are given, they must divide the row alike.
         group: the ranks that share the sequence.
 
     Returns:
         This rank's batch, a dict; tensors without the sequence dimension as they are.
 
     Raises:
-        ValueError: on every rank, if they have different batches; on this one, if its batch is no dict or holds no tokens.
+        ValueError: on every rank, if they have different batches or packed documents are contradictory; on this one, if its batch is no dict or holds no tokens.
     """
     group = as_process_group(group)
     if not isinstance(batch, Mapping):
@@ -55,9 +55,15 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     require_agreement(group, device, terms)
 
     cu_seqlens = batch.pop("cu_seq_lens_q", None)
-    if cu_seqlens is not None and "position_ids" not in batch:
+    if cu_seqlens is not None:
+        if num_rows != 1:
+            raise ValueError(f"cu_seq_lens_q packs documents in one row, the batch has {num_rows}; give position_ids")
         check_cu_seqlens(cu_seqlens, length)
-        batch["position_ids"] = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)[0]
+        positions, documents = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)
+        if batch.get("position_ids") is None:
+            batch["position_ids"] = positions
+        else:
+            _check_restarts(batch["position_ids"], documents)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == (num_rows, length) and batch.get("shift_labels") is None:
         batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
@@ -72,6 +78,22 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         name: _cut(x, first, slice_length, FILLING.get(name, 0)) if _has_sequence(x, length) else x
         for name, x in batch.items()
     }
+
+
+def _check_restarts(position_ids: Tensor, documents: Tensor) -> None:
+    """Refuse positions ``[1, N]`` that do not restart exactly where documents begin: a slice knows documents by them."""
+    if position_ids.shape != documents.shape:
+        return  # refused by the model
+    restarts = position_ids[0, 1:] != position_ids[0, :-1] + 1
+    differ = (restarts != (documents[0, 1:] != documents[0, :-1]).to(restarts.device)).nonzero()
+    if len(differ):
+        place = int(differ[0]) + 1
+        found = "go on" if not restarts[place - 1] else "restart"
+        verb = "begins" if found == "go on" else "does not begin"
+        raise ValueError(
+            f"position_ids {found} at token {place}, where by cu_seq_lens_q a document {verb}: a slice of a sequence knows "
+            "documents by their positions; leave position_ids out, or start each document's at 0"
+        )
 
 
 def _is_integral(x: object) -> bool:

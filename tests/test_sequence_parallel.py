@@ -278,6 +278,23 @@ def test_labels_shifted_already_give_parts_of_the_whole_loss(four_ranks, items):
         assert parts == pytest.approx(whole, rel=1e-6)
 
 
+def logits_of_documents_with_positions(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits on all ranks and in one process, of two documents given by both cu_seq_lens_q and position_ids."""
+    positions = torch.cat([torch.arange(start, start + 11), torch.arange(30)])[None]
+    batch = {"input_ids": random_tokens(1, 41), "cu_seq_lens_q": torch.tensor([0, 11, 41]), "position_ids": positions}
+    model, group = tiny_model(), dist.group.WORLD
+    with torch.no_grad(), sequence_parallel(group):
+        logits = model(**shard_sequence(batch, group), use_cache=False).logits
+    with torch.no_grad():
+        return gather_sequence(logits, group, 41), model(**batch, use_cache=False).logits
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_positions_beside_cu_seq_lens_rotate_as_in_one_process(four_ranks, start):
+    for found, expected in four_ranks.run(logits_of_documents_with_positions, start):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def score_together(preset: str) -> torch.Tensor:
     """Return the log-likelihood of a text's tokens, added over the ranks."""
     tokens = random_tokens(1, 101)
@@ -509,6 +526,12 @@ def misuses() -> dict[str, str]:
     expect("decode", lambda: model(tokens[:, :1], past_key_values=cache))
     packed = torch.arange(16)[None] % 8
     expect("packed cache", lambda: model(tokens, position_ids=packed, past_key_values=LongNetCache(model.config)))
+    packed = {"input_ids": tokens, "cu_seq_lens_q": torch.tensor([0, 5, 16]), "position_ids": torch.arange(16)[None]}
+    expect("documents that go on", lambda: shard_sequence(packed, group))
+    packed["position_ids"] = torch.cat([torch.arange(5), torch.arange(4), torch.arange(7)])[None]
+    expect("too many documents", lambda: shard_sequence(packed, group))
+    rows = {"input_ids": random_tokens(2, 16), "cu_seq_lens_q": torch.tensor([0, 5, 16])}
+    expect("packed rows", lambda: shard_sequence(rows, group))
     expect("slice of a tensor", lambda: shard_sequence(tokens, group))
     prompt = {"input_ids": tokens}
     for name, wrong in {
@@ -532,6 +555,10 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         assert "shard_sequence turns it into position_ids" in found["cu_seq_lens"]
         assert "the cache holds 16 tokens already" in found["decode"] and "outside of it" in found["decode"]
         assert "packed documents cannot share one KV cache" in found["packed cache"]
+        go_on, restart = found["documents that go on"], found["too many documents"]
+        assert go_on.startswith("position_ids go on at token 5, where by cu_seq_lens_q a document begins: a slice")
+        assert restart.startswith("position_ids restart at token 9, where by cu_seq_lens_q a document does not begin: a")
+        assert found["packed rows"] == "cu_seq_lens_q packs documents in one row, the batch has 2; give position_ids"
         assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
         assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
         assert found["prompt as list"] == "input_ids must be a tensor [batch, tokens], got list"
