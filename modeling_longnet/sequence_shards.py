@@ -14,8 +14,8 @@ from .sequence_group import all_gather, as_process_group, require_agreement, tal
 
 
 IGNORED_LABEL = -100
-# What fills up the last slice; every other tensor gets zeros.
-FILLING = {"labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
+# What is filled up with what is not predicted; every other tensor gets zeros.
+LABELS = ("labels", "shift_labels")
 # What packing collators add for other kernels: all of it stands in cu_seq_lens_q, or in position_ids.
 PACKING_EXTRAS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -31,7 +31,8 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
 
     Args:
         batch: what the model takes, with ``input_ids`` or ``inputs_embeds``. ``cu_seq_lens_q`` becomes
-            ``position_ids``; where both are given, they must divide the row alike.
+            ``position_ids``; where both are given, they must divide the row alike. ``ignore_index`` is the label of what is not predicted, -100
+            without it.
         group: the ranks that share the sequence.
 
     Returns:
@@ -64,18 +65,20 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
             batch["position_ids"] = positions
         else:
             _check_restarts(batch["position_ids"], documents)
+    ignored = batch.get("ignore_index", IGNORED_LABEL)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == (num_rows, length) and batch.get("shift_labels") is None:
-        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=ignored)
     shift_labels = batch.get("shift_labels")
     if isinstance(shift_labels, Tensor) and batch.get("num_items_in_batch") is None:
-        batch["num_items_in_batch"] = (shift_labels != IGNORED_LABEL).sum()
+        batch["num_items_in_batch"] = (shift_labels != ignored).sum()
     slice_length = -(-length // group.size())
     if length % group.size() and batch.get("attention_mask") is None:
         batch["attention_mask"] = tokens.new_ones(num_rows, length, dtype=torch.long)
     first = group.rank() * slice_length
+    filling = dict.fromkeys(LABELS, ignored)
     return {
-        name: _cut(x, first, slice_length, FILLING.get(name, 0)) if _has_sequence(x, length) else x
+        name: _cut(x, first, slice_length, filling.get(name, 0)) if _has_sequence(x, length) else x
         for name, x in batch.items()
     }
 

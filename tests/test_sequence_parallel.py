@@ -278,6 +278,25 @@ def test_labels_shifted_already_give_parts_of_the_whole_loss(four_ranks, items):
         assert parts == pytest.approx(whole, rel=1e-6)
 
 
+def loss_of_labels_ignored_by(ignore_index: int) -> tuple[float, float]:
+    """Return the sum of the ranks' parts of a loss, and the whole of one process, where another label than -100 is none."""
+    labels = random_tokens(2, 41)
+    labels[:, :20] = ignore_index
+    batch = {"input_ids": random_tokens(2, 41), "labels": labels, "ignore_index": ignore_index}
+    model, group = tiny_model(), dist.group.WORLD
+    with torch.no_grad(), sequence_parallel(group):
+        loss = model(**shard_sequence(batch, group), use_cache=False).loss
+    dist.all_reduce(loss)
+    with torch.no_grad():
+        return loss.item(), model(**batch, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("ignore_index", [0, -1])
+def test_labels_of_another_ignore_index_are_filled_up_and_counted_by_it(four_ranks, ignore_index):
+    for parts, whole in four_ranks.run(loss_of_labels_ignored_by, ignore_index):
+        assert parts == pytest.approx(whole, rel=1e-6)
+
+
 def logits_of_documents_with_positions(start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits on all ranks and in one process, of two documents given by both cu_seq_lens_q and position_ids."""
     positions = torch.cat([torch.arange(start, start + 11), torch.arange(30)])[None]
