@@ -52,7 +52,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     device = collective_device(group, tokens.device)
     terms = {"the shape of the whole batch": [num_rows, length], "its contents": sorted(batch)}
     # Not of floating-point tensors: embeddings that each rank computes may differ in their last bits.
-    terms |= {f"the numbers in {name}": _fingerprint(x) for name, x in sorted(batch.items()) if _is_integral(x)}
+    terms |= {f"the numbers in {name}": fingerprint(x) for name, x in sorted(batch.items()) if _is_integral(x)}
     require_agreement(group, device, terms)
 
     cu_seqlens = batch.pop("cu_seq_lens_q", None)
@@ -103,7 +103,7 @@ def _is_integral(x: object) -> bool:
     return isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
 
 
-def _fingerprint(x: Tensor) -> str:
+def fingerprint(x: Tensor) -> str:
     """Sum up integers by their shape and a number that any change of one of them changes, computed where they are."""
     flat = x.detach().flatten().long()
     # An odd weight modulo 2^64 keeps every single change; scattered bits of the place keep an exchange of two.

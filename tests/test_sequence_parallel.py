@@ -497,6 +497,12 @@ def disagree(about: str) -> str:
             shard_sequence({"input_ids": random_tokens(1, 32)}, group)
         if about == "whole length":
             shard_sequence({"input_ids": random_tokens(1, 31 if odd else 32)}, group)
+        elif about == "short prompt":
+            prefill_sequence(model, {"input_ids": random_tokens(1, 5 if odd else 4)}, group)
+        elif about == "end of the prompt":
+            tokens = random_tokens(1, 11)
+            tokens[0, -1] = 5 if odd else 6
+            prefill_sequence(model, {"input_ids": tokens}, group)
         elif about in ("input_ids", "labels"):
             batch = {"input_ids": random_tokens(1, 32), "labels": random_tokens(1, 32)}
             tokens = batch[about]
@@ -515,6 +521,8 @@ def disagree(about: str) -> str:
         ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
         ("input_ids", r"the numbers in input_ids: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape \[1, 32\]"),
         ("labels", r"the numbers in labels: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape"),
+        ("short prompt", r"the prompt's input_ids: rank 0 has shape \[1, 4\], .*, rank 3 has shape \[1, 5\]"),
+        ("end of the prompt", r"the prompt's input_ids: rank 0 has shape \[1, 11\], .*, rank 3 has shape \[1, 11\]"),
         ("pattern", r"the dilation pattern: rank 0 has .*rates=\(1, 2, 4\).*, rank 3 has .*rates=\(1, 2, 8\)"),
         ("head_dim", r"KV heads, head_dim: rank 0 has \[2, \[\], 4, 2, 8\], rank 3 has \[2, \[\], 4, 2, 16\]"),
         ("rope", r"the rotary embedding: rank 0 has .*'default'.*, rank 3 has .*'dynamic'"),
