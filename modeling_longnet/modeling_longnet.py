@@ -181,6 +181,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             cu_seq_lens_q,
             past_key_values,
             self.config,
+            inputs_embeds.dtype,
         )
         if past_key_values is not None:
             # Before any layer takes the tokens: one that goes on for ever may come before one that is full.
@@ -260,7 +261,8 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
         # Not in the signature: Trainer takes every name with "label" there for one that all batches have.
         shift_labels, label_smoothing = kwargs.pop("shift_labels", None), kwargs.pop("label_smoothing", 0.0)
         ignore_index = kwargs.get("ignore_index", IGNORED)
-        if current_group() is not None and labels is not None and (shift_labels is None or num_items_in_batch is None):
+        with_loss = labels is not None or shift_labels is not None
+        if current_group() is not None and with_loss and (shift_labels is None or num_items_in_batch is None):
             raise ValueError(
                 "under sequence_parallel a slice's last token is trained on the next rank's first, and the loss is a "
                 "part of the whole batch's mean: give shift_labels and num_items_in_batch, as shard_sequence does"
@@ -276,7 +278,6 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
             hidden_states = hidden_states[:, -logits_to_keep:]
 
         loss = logits = None
-        with_loss = labels is not None or shift_labels is not None
         own_loss = hasattr(self, "_loss_function")  # set by the user
         if skip_logits is None:
             skip_logits = self.training and self.config.loss_implementation != "logits"

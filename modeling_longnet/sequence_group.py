@@ -14,6 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
 
+# How many numbers require_agreement can find the maximum of.
+MOST_MAXIMA = 1
+
 # A model's forward is called through layers of code that cannot hand on an argument: trainers, wrappers for data
 # parallelism, checkpoints. A context variable reaches it, belongs to one thread of control, and undoes itself. It is
 # read once per forward pass; everything below gets the group in its arguments, so that a backward pass or a
@@ -104,31 +107,41 @@ def require_agreement(
 
     Args:
         terms: the same names on every rank, each with a value that prints as what it is.
-        maxima: numbers of which the largest over all ranks is wanted.
+        maxima: numbers of which the largest over all ranks is wanted, at most ``MOST_MAXIMA``.
 
     Returns:
         The maxima.
 
     Raises:
-        ValueError: on every rank, naming the first term that differs and who has what.
+        ValueError: on every rank, naming the first term that differs and who has what, or what the ranks are about if
+            they compare different terms.
     """
-    hashes = [_hash(f"{name}={value}") for name, value in terms.items()]
-    numbers = [_hash("".join(terms)), *hashes]
-    everyone = gather_numbers(group, device, [*numbers, *map(int, maxima)], "the comparison of inputs")
-    if all(theirs[: len(numbers)] == numbers for theirs in everyone):
-        return [max(column) for column in list(zip(*everyone))[len(numbers) :]]
+    if len(maxima) > MOST_MAXIMA:
+        raise ValueError(f"at most {MOST_MAXIMA} maxima go with a comparison, got {len(maxima)}")
+    # As many numbers at every step: ranks at different ones must not exchange messages of different lengths.
+    numbers = [_hash(str({name: str(value) for name, value in terms.items()})), *map(int, maxima)]
+    numbers += [0] * (1 + MOST_MAXIMA - len(numbers))
+    everyone = gather_numbers(group, device, numbers, "the comparison of inputs")
+    if all(theirs[0] == numbers[0] for theirs in everyone):
+        return [max(column) for column in list(zip(*everyone))[1 : 1 + len(maxima)]]
     descriptions: list = [None] * group.size()
     mine = {name: str(value) for name, value in terms.items()}
     talk(group, "the comparison of inputs", lambda: dist.all_gather_object(descriptions, mine, group=group))
+    for rank, description in enumerate(descriptions):
+        if list(description) != list(descriptions[0]):
+            raise ValueError(
+                "the ranks of a sequence-parallel group must make the same calls in the same order: rank 0 compares "
+                f"{', '.join(descriptions[0])}; rank {rank} compares {', '.join(description)}"
+            )
     for name in mine:
-        values = [description.get(name) for description in descriptions]
+        values = [description[name] for description in descriptions]
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise ValueError(
                 f"the ranks of a sequence-parallel group must agree on {name}: rank 0 has {values[0]}, rank {other} "
                 f"has {values[other]}"
             )
-    raise ValueError(f"the ranks of a sequence-parallel group run different programs: {descriptions}")
+    raise AssertionError(f"hashes differ, terms do not: {descriptions}")
 
 
 def _hash(text: str) -> int:

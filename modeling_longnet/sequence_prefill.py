@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .cache_longnet import LongNetCache
-from .sequence_group import as_process_group, sequence_parallel
-from .sequence_shards import shard_sequence
+from .sequence_group import as_process_group, require_agreement, sequence_parallel
+from .sequence_shards import collective_device, fingerprint, shard_sequence
 
 
 @torch.no_grad()
@@ -48,11 +48,15 @@ def prefill_sequence(model: nn.Module, batch: Mapping, group: dist.ProcessGroup 
             raise ValueError(f"{name} must be a tensor [batch, tokens], got {type(x).__name__}")
         if x is not None and x.ndim != 2:
             raise ValueError(f"{name} must be a tensor [batch, tokens], got shape {list(x.shape)}")
+    prompt: dict[str, Tensor] = {name: x for name, x in batch.items() if x is not None}
+    # All of it: the ranks also read the tokens alike that no slice holds, and may have none to share.
+    terms = {f"the prompt's {name}": fingerprint(x) for name, x in sorted(prompt.items())}
+    require_agreement(group, collective_device(group, prompt["input_ids"].device), terms)
     cache = LongNetCache(model.config)
     # The tokens left to generate() are those that slices of one length leave: no slice needs padding.
-    length = (batch["input_ids"].shape[1] - 1) // group.size() * group.size()
+    length = (prompt["input_ids"].shape[1] - 1) // group.size() * group.size()
     if length > 0:
-        whole_slices: dict[str, Tensor] = {name: x[:, :length] for name, x in batch.items() if x is not None}
+        whole_slices = {name: x[:, :length] for name, x in prompt.items()}
         with sequence_parallel(group):
             model(**shard_sequence(whole_slices, group), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache

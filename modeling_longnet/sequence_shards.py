@@ -14,8 +14,8 @@ from .sequence_group import all_gather, as_process_group, require_agreement, tal
 
 
 IGNORED_LABEL = -100
-# What fills up the last slice; every other tensor gets zeros.
-FILLING = {"labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
+# What is filled up with what is not predicted; every other tensor gets zeros.
+LABELS = ("labels", "shift_labels")
 # What packing collators add for other kernels: all of it stands in cu_seq_lens_q, or in position_ids.
 PACKING_EXTRAS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -31,15 +31,15 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
 
     Args:
         batch: what the model takes, with ``input_ids`` or ``inputs_embeds``. ``cu_seq_lens_q`` becomes
-            ``position_ids``.
+            ``position_ids``; where both are given, they must divide the row alike. ``ignore_index`` is the label of what is not predicted, -100
+            without it.
         group: the ranks that share the sequence.
 
     Returns:
         This rank's batch, a dict; tensors without the sequence dimension as they are.
 
     Raises:
-        ValueError: on every rank, if they have batches of different shapes; on this one, if its batch is no dict or
-            holds no tokens.
+        ValueError: on every rank, if they have different batches or packed documents are contradictory; on this one, if its batch is no dict or holds no tokens.
     """
     group = as_process_group(group)
     if not isinstance(batch, Mapping):
@@ -51,26 +51,65 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     num_rows, length = tokens.shape[:2]
     device = collective_device(group, tokens.device)
     terms = {"the shape of the whole batch": [num_rows, length], "its contents": sorted(batch)}
+    # Not of floating-point tensors: embeddings that each rank computes may differ in their last bits.
+    terms |= {f"the numbers in {name}": fingerprint(x) for name, x in sorted(batch.items()) if _is_integral(x)}
     require_agreement(group, device, terms)
 
     cu_seqlens = batch.pop("cu_seq_lens_q", None)
-    if cu_seqlens is not None and "position_ids" not in batch:
+    if cu_seqlens is not None:
+        if num_rows != 1:
+            raise ValueError(f"cu_seq_lens_q packs documents in one row, the batch has {num_rows}; give position_ids")
         check_cu_seqlens(cu_seqlens, length)
-        batch["position_ids"] = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)[0]
+        positions, documents = positions_from_cu_seqlens(cu_seqlens.to(tokens.device), length)
+        if batch.get("position_ids") is None:
+            batch["position_ids"] = positions
+        else:
+            _check_restarts(batch["position_ids"], documents)
+    ignored = batch.get("ignore_index", IGNORED_LABEL)
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == (num_rows, length):
-        if "shift_labels" not in batch:
-            batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        if "num_items_in_batch" not in batch:
-            batch["num_items_in_batch"] = (batch["shift_labels"] != IGNORED_LABEL).sum()
+    if isinstance(labels, Tensor) and labels.shape == (num_rows, length) and batch.get("shift_labels") is None:
+        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=ignored)
+    shift_labels = batch.get("shift_labels")
+    if isinstance(shift_labels, Tensor) and batch.get("num_items_in_batch") is None:
+        batch["num_items_in_batch"] = (shift_labels != ignored).sum()
     slice_length = -(-length // group.size())
     if length % group.size() and batch.get("attention_mask") is None:
         batch["attention_mask"] = tokens.new_ones(num_rows, length, dtype=torch.long)
     first = group.rank() * slice_length
+    filling = dict.fromkeys(LABELS, ignored)
     return {
-        name: _cut(x, first, slice_length, FILLING.get(name, 0)) if _has_sequence(x, length) else x
+        name: _cut(x, first, slice_length, filling.get(name, 0)) if _has_sequence(x, length) else x
         for name, x in batch.items()
     }
+
+
+def _check_restarts(position_ids: Tensor, documents: Tensor) -> None:
+    """Refuse positions ``[1, N]`` that do not restart exactly where documents begin: a slice knows documents by them."""
+    if position_ids.shape != documents.shape:
+        return  # refused by the model
+    restarts = position_ids[0, 1:] != position_ids[0, :-1] + 1
+    differ = (restarts != (documents[0, 1:] != documents[0, :-1]).to(restarts.device)).nonzero()
+    if len(differ):
+        place = int(differ[0]) + 1
+        found = "go on" if not restarts[place - 1] else "restart"
+        verb = "begins" if found == "go on" else "does not begin"
+        raise ValueError(
+            f"position_ids {found} at token {place}, where by cu_seq_lens_q a document {verb}: a slice of a sequence knows "
+            "documents by their positions; leave position_ids out, or start each document's at 0"
+        )
+
+
+def _is_integral(x: object) -> bool:
+    return isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
+
+
+def fingerprint(x: Tensor) -> str:
+    """Sum up integers by their shape and a number that any change of one of them changes, computed where they are."""
+    flat = x.detach().flatten().long()
+    # An odd weight modulo 2^64 keeps every single change; scattered bits of the place keep an exchange of two.
+    weights = torch.arange(1, len(flat) + 1, device=flat.device) * 0x9E3779B97F4A7C1 | 1
+    weights = weights ^ ((weights >> 29) & ~1)
+    return f"shape {list(x.shape)}, checksum {int((flat * weights).sum()) % 2**64:016x}"
 
 
 def _has_sequence(x: object, length: int) -> bool:

@@ -92,6 +92,7 @@ def locate_tokens(
     cu_seqlens: Tensor | None,
     cache: LongNetCache | None,
     config: LongNetConfig,
+    dtype: torch.dtype | None = None,
 ) -> TokenLayout:
     """Work out the logical positions of the new tokens, and how documents and padding divide them.
 
@@ -106,6 +107,7 @@ def locate_tokens(
         cu_seqlens: ``[documents + 1]`` starts of packed documents in the rows laid end to end, or None.
         cache: the cache in use, or None.
         config: the model's.
+        dtype: of the tokens' embeddings, which the ranks of a group must share.
 
     Raises:
         ValueError: if an input has a wrong shape, or packed documents meet a cache or, given by ``cu_seqlens``, padding;
@@ -146,7 +148,7 @@ def locate_tokens(
                 "cu_seq_lens_q counts the tokens of a whole batch, a rank holds a slice; shard_sequence turns it into "
                 "position_ids"
             )
-        return _locate_slice(group, shape, device, attention_mask, position_ids, cache, config)
+        return _locate_slice(group, shape, device, attention_mask, position_ids, cache, config, dtype)
     if cu_seqlens is not None and attention_mask is not None:
         raise ValueError(
             "cu_seq_lens_q and an attention_mask with padding exclude one another: leave padding out of packed documents"
@@ -192,6 +194,7 @@ def _locate_slice(
     position_ids: Tensor | None,
     cache: LongNetCache | None,
     config: LongNetConfig,
+    dtype: torch.dtype | None,
 ) -> TokenLayout:
     """Locate the tokens of a rank's slice, together with all ranks of the group."""
     if cache is not None and cache.get_seq_length() > 0:
@@ -200,13 +203,16 @@ def _locate_slice(
             "every rank decodes for itself, outside of it"
         )
     batch, length = shape
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     terms = {
         "rows and tokens of a slice": [batch, length],
         "the dilation pattern": config.pattern,
-        "layers, dense layers, heads, KV heads": [
+        "layers, dense layers, heads, KV heads, head_dim": [
             config.num_hidden_layers, list(config.dense_layers), config.num_attention_heads,
-            config.num_key_value_heads,
+            config.num_key_value_heads, config.head_dim,
         ],
+        "the rotary embedding": [config.max_position_embeddings, *sorted(config.rope_parameters.items())],
+        "the dtype, and that of autocast": [dtype, autocast],
         "whether position_ids are given": position_ids is not None,
         "whether a cache is filled": cache is not None,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from imagined_ranks import Member, attend_on_imagined_ranks
 from ranks import Ranks
@@ -258,6 +259,61 @@ def test_a_prompt_read_together_is_continued_as_if_one_process_had_read_it(two_r
         assert 0 < held <= entries
 
 
+def loss_of_shifted_labels(items: dict) -> tuple[float, float]:
+    """Return the sum of the ranks' parts of a loss, and the whole of one process, of labels that are shifted already."""
+    shift_labels = F.pad(random_tokens(2, 41)[:, 1:], (0, 1), value=-100)
+    shift_labels[:, :20] = -100  # the first rank has none, the others unlike numbers
+    model, group = tiny_model(), dist.group.WORLD
+    batch = {"input_ids": random_tokens(2, 41), "shift_labels": shift_labels} | items
+    with torch.no_grad(), sequence_parallel(group):
+        loss = model(**shard_sequence(batch, group), use_cache=False).loss
+    dist.all_reduce(loss)
+    with torch.no_grad():
+        return loss.item(), model(**batch, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": None}, {"num_items_in_batch": 50}])
+def test_labels_shifted_already_give_parts_of_the_whole_loss(four_ranks, items):
+    for parts, whole in four_ranks.run(loss_of_shifted_labels, items):
+        assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def loss_of_labels_ignored_by(ignore_index: int) -> tuple[float, float]:
+    """Return the sum of the ranks' parts of a loss, and the whole of one process, where another label than -100 is none."""
+    labels = random_tokens(2, 41)
+    labels[:, :20] = ignore_index
+    batch = {"input_ids": random_tokens(2, 41), "labels": labels, "ignore_index": ignore_index}
+    model, group = tiny_model(), dist.group.WORLD
+    with torch.no_grad(), sequence_parallel(group):
+        loss = model(**shard_sequence(batch, group), use_cache=False).loss
+    dist.all_reduce(loss)
+    with torch.no_grad():
+        return loss.item(), model(**batch, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("ignore_index", [0, -1])
+def test_labels_of_another_ignore_index_are_filled_up_and_counted_by_it(four_ranks, ignore_index):
+    for parts, whole in four_ranks.run(loss_of_labels_ignored_by, ignore_index):
+        assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def logits_of_documents_with_positions(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits on all ranks and in one process, of two documents given by both cu_seq_lens_q and position_ids."""
+    positions = torch.cat([torch.arange(start, start + 11), torch.arange(30)])[None]
+    batch = {"input_ids": random_tokens(1, 41), "cu_seq_lens_q": torch.tensor([0, 11, 41]), "position_ids": positions}
+    model, group = tiny_model(), dist.group.WORLD
+    with torch.no_grad(), sequence_parallel(group):
+        logits = model(**shard_sequence(batch, group), use_cache=False).logits
+    with torch.no_grad():
+        return gather_sequence(logits, group, 41), model(**batch, use_cache=False).logits
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_positions_beside_cu_seq_lens_rotate_as_in_one_process(four_ranks, start):
+    for found, expected in four_ranks.run(logits_of_documents_with_positions, start):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def score_together(preset: str) -> torch.Tensor:
     """Return the log-likelihood of a text's tokens, added over the ranks."""
     tokens = random_tokens(1, 101)
@@ -429,12 +485,30 @@ def test_a_rank_that_runs_out_of_memory_says_so_itself():
 
 def disagree(about: str) -> str:
     odd = dist.get_rank() == dist.get_world_size() - 1
-    fields = {"dilation_rates": (1, 2, 8)} if about == "pattern" and odd else {}
+    fields = {
+        "pattern": {"dilation_rates": (1, 2, 8)}, "head_dim": {"head_dim": 16},
+        "rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    }.get(about, {}) if odd else {}  # fmt: skip
     model = tiny_model(**fields)
-    group = dist.group.WORLD
-    with pytest.raises(ValueError) as error, sequence_parallel(group):
+    model = model.float() if about == "autocast" or about == "dtype" and odd else model
+    group, autocast = dist.group.WORLD, torch.autocast("cpu", torch.bfloat16, enabled=about == "autocast" and odd)
+    with pytest.raises(ValueError) as error, sequence_parallel(group), autocast:
+        if about == "calls" and odd:
+            shard_sequence({"input_ids": random_tokens(1, 32)}, group)
         if about == "whole length":
             shard_sequence({"input_ids": random_tokens(1, 31 if odd else 32)}, group)
+        elif about == "short prompt":
+            prefill_sequence(model, {"input_ids": random_tokens(1, 5 if odd else 4)}, group)
+        elif about == "end of the prompt":
+            tokens = random_tokens(1, 11)
+            tokens[0, -1] = 5 if odd else 6
+            prefill_sequence(model, {"input_ids": tokens}, group)
+        elif about in ("input_ids", "labels"):
+            batch = {"input_ids": random_tokens(1, 32), "labels": random_tokens(1, 32)}
+            tokens = batch[about]
+            if odd:  # two neighbours change places
+                tokens[0, 7:9] = tokens[0, 7:9].flip(0)
+            shard_sequence(batch, group)
         else:
             model(random_tokens(1, 9 if about == "length" and odd else 8))
     return str(error.value)
@@ -445,7 +519,16 @@ def disagree(about: str) -> str:
     [
         ("length", r"agree on rows and tokens of a slice: rank 0 has \[1, 8\], rank 3 has \[1, 9\]"),
         ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
+        ("input_ids", r"the numbers in input_ids: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape \[1, 32\]"),
+        ("labels", r"the numbers in labels: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape"),
+        ("short prompt", r"the prompt's input_ids: rank 0 has shape \[1, 4\], .*, rank 3 has shape \[1, 5\]"),
+        ("end of the prompt", r"the prompt's input_ids: rank 0 has shape \[1, 11\], .*, rank 3 has shape \[1, 11\]"),
         ("pattern", r"the dilation pattern: rank 0 has .*rates=\(1, 2, 4\).*, rank 3 has .*rates=\(1, 2, 8\)"),
+        ("head_dim", r"KV heads, head_dim: rank 0 has \[2, \[\], 4, 2, 8\], rank 3 has \[2, \[\], 4, 2, 16\]"),
+        ("rope", r"the rotary embedding: rank 0 has .*'default'.*, rank 3 has .*'dynamic'"),
+        ("dtype", r"the dtype, and that of autocast: rank 0 has \[torch.float64, None\], rank 3 has \[torch.float32"),
+        ("autocast", r"of autocast: rank 0 has \[torch.float32, None\], rank 3 has \[torch.float32, torch.bfloat16\]"),
+        ("calls", r"the same calls in the same order: rank 0 compares rows .*; rank 3 compares the shape of the whole"),
     ],
 )
 def test_ranks_that_disagree_are_named_on_every_rank_at_the_first_step(four_ranks, about, message):
@@ -463,12 +546,19 @@ def misuses() -> dict[str, str]:
 
     model = tiny_model()
     expect("labels", lambda: model(tokens, labels=tokens))
+    expect("shifted labels", lambda: model(tokens, shift_labels=tokens))
     expect("cu_seq_lens", lambda: model(tokens, cu_seq_lens_q=torch.tensor([0, 4, 16])))
     cache = LongNetCache(model.config)
     model(tokens, past_key_values=cache)
     expect("decode", lambda: model(tokens[:, :1], past_key_values=cache))
     packed = torch.arange(16)[None] % 8
     expect("packed cache", lambda: model(tokens, position_ids=packed, past_key_values=LongNetCache(model.config)))
+    packed = {"input_ids": tokens, "cu_seq_lens_q": torch.tensor([0, 5, 16]), "position_ids": torch.arange(16)[None]}
+    expect("documents that go on", lambda: shard_sequence(packed, group))
+    packed["position_ids"] = torch.cat([torch.arange(5), torch.arange(4), torch.arange(7)])[None]
+    expect("too many documents", lambda: shard_sequence(packed, group))
+    rows = {"input_ids": random_tokens(2, 16), "cu_seq_lens_q": torch.tensor([0, 5, 16])}
+    expect("packed rows", lambda: shard_sequence(rows, group))
     expect("slice of a tensor", lambda: shard_sequence(tokens, group))
     prompt = {"input_ids": tokens}
     for name, wrong in {
@@ -488,9 +578,14 @@ def misuses() -> dict[str, str]:
 def test_misuse_is_refused_with_what_to_do(two_ranks):
     for found in two_ranks.run(misuses):
         assert "give shift_labels and num_items_in_batch, as shard_sequence does" in found["labels"]
+        assert found["shifted labels"] == found["labels"]
         assert "shard_sequence turns it into position_ids" in found["cu_seq_lens"]
         assert "the cache holds 16 tokens already" in found["decode"] and "outside of it" in found["decode"]
         assert "packed documents cannot share one KV cache" in found["packed cache"]
+        go_on, restart = found["documents that go on"], found["too many documents"]
+        assert go_on.startswith("position_ids go on at token 5, where by cu_seq_lens_q a document begins: a slice")
+        assert restart.startswith("position_ids restart at token 9, where by cu_seq_lens_q a document does not begin: a")
+        assert found["packed rows"] == "cu_seq_lens_q packs documents in one row, the batch has 2; give position_ids"
         assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
         assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
         assert found["prompt as list"] == "input_ids must be a tensor [batch, tokens], got list"
