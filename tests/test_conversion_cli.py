@@ -301,3 +301,29 @@ def test_help_names_every_option_of_every_conversion():
     functions = (convert_checkpoint, convert_to_dense, convert_torchscale, convert_adapter)
     arguments = set().union(*(inspect.signature(function).parameters for function in functions))
     assert options == arguments - {"progress"}
+
+
+# A pipe whose reader has gone, and a full disk, as stdout of a process of its own.
+CLOSED = (
+    "import os, sys; from conversion.cli import main; read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+)
+UPLOAD = (
+    "import conversion.pipeline; "
+    "conversion.pipeline.push_folder = lambda folder, *rest: (folder.parent / 'uploaded').touch(); "
+)
+FULL = "import os, sys; from conversion.cli import main; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+
+
+@pytest.mark.parametrize(("stdout", "told"), [(CLOSED, ""), (FULL, "stdout takes no more: No space left on device")])
+def test_a_conversion_is_finished_and_uploaded_where_nobody_reads_what_it_prints(source, tmp_path, stdout, told):
+    arguments = [source, tmp_path / "target", "--push-to-hub", "me/x"]
+    hidden = "import sys; sys.modules['torchao'] = sys.modules['bitsandbytes'] = None; "
+    script = hidden + stdout + UPLOAD + "sys.exit(main(sys.argv[1:]))"
+    finished = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "uploaded"]
+    assert finished.stderr.splitlines() == ([told] if told else [])
+    planned = subprocess.run(
+        [sys.executable, "-c", script, source, tmp_path / "planned", "--dry-run"], capture_output=True, text=True
+    )
+    assert (planned.returncode, planned.stderr.splitlines()) == ((1, [told]) if told else (0, []))
