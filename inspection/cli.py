@@ -10,7 +10,9 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from conversion.plan import pattern_fields
+from conversion.steps import say
 from modeling_longnet import DilationPattern, LongNetConfig
+from modeling_longnet.dilation_pattern import LONGEST
 
 from .costs import Costs, ModelShape, measure_costs
 from .coverage import Coverage, measure_coverage
@@ -26,18 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        for line in run(options):
-            print(line)
+        return 0 if say("\n".join(run(options))) else 2
+    except KeyboardInterrupt:
+        print("longnet-inspect: interrupted", file=sys.stderr)
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"longnet-inspect: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return 2
 
 
 def run(options: argparse.Namespace) -> list[str]:
     """Compute and format everything that the options ask for."""
     _check(options)
     config, lines = _config(options)
+    if not config.num_hidden_layers:
+        raise ValueError("the model has no layers (num_hidden_layers 0), so there is no attention to inspect")
     shape = ModelShape.of(config)
     if _suggests(options):
         pattern, described = _suggestion(options, config)
@@ -123,6 +127,8 @@ def _check(options: argparse.Namespace) -> None:
     for length in (*(options.lengths or ()), *(() if options.context is None else (options.context,))):
         if length < 1:
             raise ValueError(f"--lengths and --context are numbers of tokens, at least 1, got {length}")
+        if length > LONGEST:
+            raise ValueError(f"--lengths and --context are numbers of tokens, at most 2^62, got {length}")
 
 
 def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
@@ -209,8 +215,8 @@ def _shape(config: LongNetConfig, pattern: DilationPattern) -> ModelShape:
 
 
 def _lengths(longest: int, context: int | None) -> list[int]:
-    top = max(longest * 4, context or 0)
-    return [top >> k for k in range(7, -1, -1) if top >> k >= 16]
+    top = min(max(longest * 4, context or 0), LONGEST)
+    return [top >> k for k in range(7, -1, -1) if top >> k >= min(16, top)]
 
 
 def _describe(name: str, pattern: DilationPattern, num_kv_heads: int) -> list[str]:

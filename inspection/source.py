@@ -28,5 +28,6 @@ def read_config(source: str) -> tuple[LongNetConfig, str | None]:
         if fields.get("model_type") == LongNetConfig.model_type:
             return LongNetConfig.from_dict(fields), None
         return default_config(fields)
-    except (StrictDataclassError, KeyError, TypeError) as error:  # a field of a wrong type, a missing part of RoPE
+    # A field of a wrong type, a missing part of RoPE, a dtype that torch does not have.
+    except (StrictDataclassError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no valid configuration: {error}") from error

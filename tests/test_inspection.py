@@ -284,6 +284,11 @@ def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
         (["text.json"], "text.json holds no valid configuration: Validation error for field 'hidden_size'"),
         (["good.json", "--lengths", "0"], "at least 1, got 0"),
         (["good.json", "--context", "0"], "at least 1, got 0"),
+        (["good.json", "--lengths", f"64,{2**62 + 1}"], "numbers of tokens, at most 2^62, got 4611686018427387905"),
+        (["good.json", "--suggest", "1", "--context", str(2**63)], "at most 2^62, got 9223372036854775808"),
+        (["headless.json"], "num_attention_heads must be at least 1, got 0"),
+        (["no_layers.json"], "the model has no layers (num_hidden_layers 0), so there is no attention to inspect"),
+        (["float15.json"], "float15.json holds no valid configuration: module 'torch' has no attribute 'float15'"),
         (["good.json", "--compare", "--suggest", "0.5"], "--compare shows all presets of the given branches"),
         (["good.json", "--compare", "--preset", "paper"], "--compare shows all presets of the given branches"),
         (
@@ -302,6 +307,9 @@ def test_bad_arguments_end_in_one_line(arguments, message, capsys, tmp_path, mon
         ("bert", {"model_type": "bert"}),
         ("misspelt", {"segment_lenghts": [3]}),
         ("text", {"hidden_size": "wide"}),
+        ("headless", {"num_attention_heads": 0}),
+        ("no_layers", {"num_hidden_layers": 0}),
+        ("float15", {"dtype": "float15"}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(tiny_config().to_dict() | fields))
     before = sorted(tmp_path.iterdir())
@@ -325,6 +333,53 @@ def test_misspelt_options_and_values_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"), [(1, [4]), (3, [12]), (2**62, [2**62 >> k for k in range(7, -1, -1)])]
+)
+def test_the_shortest_and_the_longest_segment_have_costs_too(longest, lengths, capsys):
+    assert main(["--segment-lengths", str(longest), "--dilation-rates", "1"]) == 0
+    rows = capsys.readouterr().out.partition("times less than dense\n")[2].splitlines()[1:]
+    assert [int(row.split()[0].replace(",", "")) for row in rows] == lengths
+
+
+def test_a_picture_that_fails_leaves_the_earlier_one(tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "reach.png"
+    picture.write_bytes(b"earlier")
+
+    def fill_the_disk(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_the_disk)
+    assert main(["--segment-lengths", "8,16", "--dilation-rates", "1,2", "--plot", str(picture)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [picture] and picture.read_bytes() == b"earlier"
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inspection.cli.measure_coverage", interrupt)
+    assert main(["--segment-lengths", "8,16", "--dilation-rates", "1,2"]) == 2
+    assert capsys.readouterr().err == "longnet-inspect: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status", "told"),
+    [
+        ("read, write = os.pipe(); os.close(read); os.dup2(write, 1)", 0, []),
+        ("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 2, ["stdout takes no more: No space left on device"]),
+    ],
+)
+def test_a_reader_that_has_read_enough_is_no_failure_and_a_full_disk_is_one(stdout, status, told, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    hidden = "import os, sys; sys.modules['torchao'] = sys.modules['bitsandbytes'] = None; "
+    code = f"{hidden}from inspection.cli import main; {stdout}; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr.splitlines()) == (status, told)
 
 
 def test_it_runs_as_a_module_and_needs_no_matplotlib_for_tables(tmp_path):
