@@ -256,6 +256,21 @@ def test_a_configuration_saved_without_a_model_is_read_too(tmp_path, capsys):
     assert "is a Qwen3ForCausalLM" in capsys.readouterr().out
 
 
+def test_branches_that_a_sliding_window_rules_out_are_neither_shown_nor_suggested(tmp_path, capsys):
+    window = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    Qwen3Config(num_hidden_layers=2, max_position_embeddings=256, **window).save_pretrained(tmp_path)
+    longer = [str(tmp_path), "--segment-lengths", "256,512", "--dilation-rates", "1,2"]
+    assert main(longer) == 2
+    assert "a sliding window of 128 tokens" in capsys.readouterr().err  # as longnet-convert says
+    assert main([*longer, "--preset", "paper"]) == 0
+    capsys.readouterr()
+    for options, first in (([], "128,256,512,1024"), (["--preset", "paper"], "1024")):
+        assert main([str(tmp_path), "--suggest", "1", "--context", "1000", *options]) == 0
+        assert capsys.readouterr().out.startswith(f"segment_lengths {first}\n")
+    with pytest.raises(ValueError, match="the first segment may have 63 tokens at most"):
+        suggest_pattern(1000, longest_first=63)
+
+
 def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
     picture = tmp_path / "presets.png"
     arguments = ["--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4", "--compare", "--plot", str(picture)]
