@@ -214,6 +214,17 @@ def test_an_interrupt_leaves_nothing_and_says_so(source, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_target_and_leaves_nothing(source, tmp_path):
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY)); "
+    command = [sys.executable, "-c", limit + RUN, source, tmp_path / "target", "--quiet"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    (line,) = finished.stderr.splitlines()
+    said = f"longnet-convert: error: {tmp_path / 'target'} is not written, its disk has no room (File too large; "
+    assert finished.returncode == 1 and line.startswith(said) and line.endswith("choose a target elsewhere")
+    assert list(tmp_path.iterdir()) == []
+
+
 def interrupted_upload(self, **options):
     raise KeyboardInterrupt
 
