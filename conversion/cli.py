@@ -21,9 +21,9 @@ from .verify import MOST_TOKENS
 
 
 DESCRIPTION = """\
-Convert a dense checkpoint (Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, Phi-3) to
-LongNet's dilated attention, or one of the official LongNet code to this
-package. The weights keep their bits; with the default preset the converted
+Convert a dense checkpoint (Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3,
+Phi-3) to LongNet's dilated attention, or one of the official LongNet code to
+this package. The weights keep their bits; with the default preset the converted
 model has the source's logits on every input up to its first segment length,
 which is verified before TARGET appears. TARGET loads with
 trust_remote_code=True where this package is not installed.
