@@ -121,7 +121,7 @@ def check(call: Call) -> str:
 def measure(call: Call) -> Iterator[float | dict[str, float]]:
     """Yield the forward's useful FLOPs and then, each time anew, milliseconds of forward and backward."""
     import torch
-    from benchmark_attention import fused, geometric_pattern, median_ms, random_tensors
+    from benchmark_attention import fused, geometric_pattern, medians_ms, random_tensors
 
     pattern = geometric_pattern(call.length, call.preset)
     *inputs, do = random_tensors(1, call.length, call.heads, call.kv_heads, call.head_dim)
@@ -131,9 +131,9 @@ def measure(call: Call) -> Iterator[float | dict[str, float]]:
     torch.autograd.grad(out, leaves, do, retain_graph=True)
     yield pattern.attention_flops(call.length, call.heads, call.head_dim, num_kv_heads=call.kv_heads)
     while True:
-        backward = median_ms(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True), BUDGET_MS)
+        (backward,) = medians_ms([lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)], BUDGET_MS)
         with torch.no_grad():
-            forward = median_ms(lambda: attention(*leaves), BUDGET_MS)
+            (forward,) = medians_ms([lambda: attention(*leaves)], BUDGET_MS)
         yield {"forward": forward, "backward": backward}
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from math import inf
 
 import torch
-from benchmark_attention import median_ms
+from benchmark_attention import medians_ms
 from torch import Tensor
 
 from modeling_longnet import DilationPattern, dilated_attention
@@ -206,7 +206,7 @@ def time_kernel(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor
     # A launch that adds to lse or dq changes what it finds, not how long it takes.
     tensors["out"].normal_()
     tensors["lse"].fill_(8.0)
-    return [median_ms(launch, BUDGET_MS) for launch in launches(kernel, pattern, tensors)]
+    return [medians_ms([launch], BUDGET_MS)[0] for launch in launches(kernel, pattern, tensors)]
 
 
 def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
@@ -222,7 +222,7 @@ def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 torch.autograd.grad(scaled_dot_product_attention(*leaves, is_causal=True), leaves, do)
 
-        line = [f"dense cuDNN {median_ms(dense, BUDGET_MS):.3f}"]
+        line = [f"dense cuDNN {medians_ms([dense], BUDGET_MS)[0]:.3f}"]
         for preset in PRESETS:
             pattern = timed_pattern(length, preset)
             tiles = {
@@ -239,7 +239,7 @@ def crossover(best: dict, head_dims: list[int], lengths: list[int]) -> None:
             for name, min_tiles in (("portable", inf), ("hopper", 0)):
                 take(tiles, min_tiles)
                 step()
-                line.append(f"{preset} {name} {median_ms(step, BUDGET_MS):.3f}")
+                line.append(f"{preset} {name} {medians_ms([step], BUDGET_MS)[0]:.3f}")
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 for _ in range(10):

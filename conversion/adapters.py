@@ -14,7 +14,7 @@ from modeling_longnet import LongNetConfig, LongNetForCausalLM
 from .atomic_folder import atomic_folder, check_target, write_report
 from .families import find_family, unfuse
 from .hub import check_repo_id, find_folder, interruptible_upload, push_folder
-from .steps import CARRIED_FILES, carry_files, check_apart, command_line, versions
+from .steps import CARRIED_FILES, carry_files, check_apart, command_line, say, versions
 from .stored_model import skeleton
 from .weights import StoredTensor, read_header, read_json, write_file
 
@@ -97,7 +97,7 @@ def convert_adapter(
         write_report(partial, report)
     with interruptible_upload(target, push_to_hub):
         if progress:
-            print(f"{len(tensors)} tensors fit {type(base).__name__} at {name}\nwrote      {target}", flush=True)
+            say(f"{len(tensors)} tensors fit {type(base).__name__} at {name}\nwrote      {target}")
         if push_to_hub is not None:
             push_folder(target, push_to_hub, f"Move {source} to {name}")
     return report

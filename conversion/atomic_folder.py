@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 
 REPORT_NAME = "conversion_report.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What Python and the Hub's client leave in a folder for themselves.
 LEFT_BY_TOOLS = ("__pycache__", ".cache/huggingface")
 
@@ -30,7 +32,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace what an earlier conversion wrote: a folder whose report lists every file in it.
 
     Raises:
-        ValueError: if ``target`` exists and may not be replaced, or another process is making it.
+        ValueError: if ``target`` exists and may not be replaced, another process is making it, or its disk is full.
     """
     target = target.resolve()
     check_target(target, overwrite)
@@ -41,6 +43,14 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             _sync(partial)
             _rename(partial, target, overwrite)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            free = shutil.disk_usage(partial).free
+            raise ValueError(
+                f"{target} is not written, its disk has no room ({error.strerror}; {free / 1e6:,.0f} MB free): make room "
+                "or choose a target elsewhere"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

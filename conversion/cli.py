@@ -14,15 +14,16 @@ from .adapters import convert_adapter
 from .convert import convert_checkpoint
 from .plan import Plan
 from .plan_family import plan_conversion
+from .steps import say
 from .to_dense import convert_to_dense, plan_to_dense
 from .torchscale import convert_torchscale, plan_torchscale
 from .verify import MOST_TOKENS
 
 
 DESCRIPTION = """\
-Convert a dense checkpoint (Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, Phi-3) to
-LongNet's dilated attention, or one of the official LongNet code to this
-package. The weights keep their bits; with the default preset the converted
+Convert a dense checkpoint (Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3,
+Phi-3) to LongNet's dilated attention, or one of the official LongNet code to
+this package. The weights keep their bits; with the default preset the converted
 model has the source's logits on every input up to its first segment length,
 which is verified before TARGET appears. TARGET loads with
 trust_remote_code=True where this package is not installed.
@@ -204,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
             if plan is None:
                 raise ValueError("--dry-run does not go with --adapter, which checks everything before it writes")
             planning = inspect.signature(plan).parameters.keys()
-            print(plan(**{name: value for name, value in chosen.items() if name in planning}).describe())
-            return 0
+            described = plan(**{name: value for name, value in chosen.items() if name in planning}).describe()
+            return 0 if say(described) else 1
         convert(**chosen, progress=not quiet)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted; nothing was written", debug)

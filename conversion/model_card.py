@@ -43,7 +43,7 @@ def fill_model_card(plan: LongNetPlan, report: dict) -> str:
         license=_license_sentence(inherited, "The code files in this repository are MIT-licensed."),
         growth="linearly" if not dense_layers else "linearly but for the dense layers",
         other_layers=_layers_sentence(dense_layers, "ordinary attention over the whole context")
-        + _layers_sentence(plan.config.local_layers, "to the first segment length, as in the source"),
+        + _layers_sentence(plan.config.local_layers, _local(plan)),
         preset=plan.preset,
         branches="\n".join(f"| {w:,} | {r} |" for w, r in pattern.branches),
         head_offsets=pattern.head_offsets,
@@ -126,6 +126,16 @@ def _layers_sentence(layers: Sequence[int], what: str) -> str:
         return ""
     listed = ", ".join(map(str, layers))
     return f"\n{f'Layer {listed} keeps' if len(layers) == 1 else f'Layers {listed} keep'} {what}."
+
+
+def _local(plan: LongNetPlan) -> str:
+    first, window = plan.config.segment_lengths[0], getattr(plan.reference.config, "sliding_window", None)
+    if window is None:  # of no layer
+        return ""
+    source = (
+        "as in the source" if window == first else f"{first:,} tokens, where the source has a window of {window:,}"
+    )
+    return f"to the first segment length, {source}"
 
 
 def _license_sentence(inherited: dict, code: str = "") -> str:

@@ -23,6 +23,7 @@ from .steps import (
     describe_verification,
     hash_files,
     progress_bar,
+    say,
     verify_logits,
     versions,
 )
@@ -65,7 +66,7 @@ def convert(
     plan = make_plan(source, **planning)
     check_apart(plan.source, target)
     if progress:
-        print(plan.describe(), flush=True)
+        say(plan.describe())
     with atomic_folder(target, overwrite) as folder:
         check_space(folder, plan.num_bytes)
         with progress_bar("writing weights", plan.num_bytes, progress) as bar:
@@ -97,12 +98,12 @@ def convert(
     with interruptible_upload(target, push_to_hub):
         if progress:
             if tokenizer is not None:
-                print(f"{'tokenizer' if tokenizer.encodes_alike else 'warning':9}  {tokenizer.text}")
+                say(f"{'tokenizer' if tokenizer.encodes_alike else 'warning':9}  {tokenizer.text}")
             if not_finite := report["weights"]["not_finite"]:
-                print(f"warning    {describe_not_finite(not_finite)}")
-            print(f"verified   {describe_outcome(verification)}\nwrote      {target}", flush=True)
+                say(f"warning    {describe_not_finite(not_finite)}")
+            say(f"verified   {describe_outcome(verification)}\nwrote      {target}")
         if push_to_hub is not None:
             push_folder(target, push_to_hub, f"Convert {plan.name} to {plan.becomes}")
             if progress:
-                print(f"uploaded   {push_to_hub}")
+                say(f"uploaded   {push_to_hub}")
     return report

@@ -152,9 +152,7 @@ def default_config(fields: dict) -> tuple[LongNetConfig, str]:
     Raises:
         ValueError: if it is quantized, of a family that is not supported, or malformed.
     """
-    if not fields.get("architectures"):  # a configuration that was saved without a model
-        named = [x.architecture for x in FAMILIES if x.config_class.model_type == fields.get("model_type")]
-        fields = {**fields, "architectures": named}
+    fields = _with_architecture(fields)
     family = find_family(fields)
     source_config = family.read_config(fields)
     trained, window = _trained_context(source_config), family.sliding_window(source_config)
@@ -166,6 +164,14 @@ def default_config(fields: dict) -> tuple[LongNetConfig, str]:
         **pattern_fields(pattern),
     }
     return LongNetConfig(**longnet_fields), family.architecture
+
+
+def _with_architecture(fields: dict) -> dict:
+    """Name the architecture in a configuration that was saved without a model."""
+    if fields.get("architectures"):
+        return fields
+    named = [x.architecture for x in FAMILIES if x.config_class.model_type == fields.get("model_type")]
+    return {**fields, "architectures": named}
 
 
 def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_layers: bool) -> str:
@@ -208,7 +214,7 @@ def _choose_pattern(
         while last < context:
             last *= 2
         pattern = DilationPattern.geometric(local, last, preset=preset)
-        _check_window(pattern, window)
+        check_window(pattern, window)
         return pattern, context
     if local is not None:
         raise ValueError(f"local {local} and segment_lengths {list(segment_lengths)} both set the first; give one")
@@ -225,11 +231,22 @@ def _choose_pattern(
     except ValueError as error:
         advice = "use count_overlaps=True"  # which a conversion has no option for
         raise ValueError(str(error).replace(advice, 'choose preset="paper" (--preset paper)')) from error
-    _check_window(pattern, window)
+    check_window(pattern, window)
     return pattern, context or max(config.max_position_embeddings, pattern.segment_lengths[-1])
 
 
-def _check_window(pattern: DilationPattern, window: int | None) -> None:
+def source_window(fields: dict) -> int | None:
+    """Return the sliding window that some layers of a dense model's config.json have, None if none does."""
+    family = find_family(_with_architecture(fields))
+    return family.sliding_window(family.read_config(fields))
+
+
+def check_window(pattern: DilationPattern, window: int | None) -> None:
+    """Refuse a first segment in which a source with a sliding window is not ordinary attention.
+
+    Raises:
+        ValueError: if it is longer than the window.
+    """
     if window and dense_length(pattern) > window:
         raise ValueError(
             f"the source attends in a sliding window of {window} tokens, so it is not this pattern on up to "

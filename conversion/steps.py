@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -219,6 +220,23 @@ def progress_bar(title: str, num_bytes: int, progress: bool) -> Iterator[tqdm]:
         total=num_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None if progress else True
     ) as bar:
         yield bar
+
+
+def say(text: str) -> bool:
+    """Print to stdout at once; work that goes on does not end where nobody reads any more, as after ``| head``.
+
+    Returns:
+        False if stdout takes nothing for another reason, such as a full disk, which a line on stderr then names.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what the buffer holds would fail again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"stdout takes no more: {error.strerror}", file=sys.stderr)
+            return False
+    return True
 
 
 def short_number(number: float) -> str:

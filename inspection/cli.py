@@ -10,7 +10,10 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from conversion.plan import pattern_fields
+from conversion.plan_family import check_window
+from conversion.steps import say
 from modeling_longnet import DilationPattern, LongNetConfig
+from modeling_longnet.dilation_pattern import LONGEST
 
 from .costs import Costs, ModelShape, measure_costs
 from .coverage import Coverage, measure_coverage
@@ -26,21 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        for line in run(options):
-            print(line)
+        return 0 if say("\n".join(run(options))) else 2
+    except KeyboardInterrupt:
+        print("longnet-inspect: interrupted", file=sys.stderr)
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"longnet-inspect: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return 2
 
 
 def run(options: argparse.Namespace) -> list[str]:
     """Compute and format everything that the options ask for."""
     _check(options)
-    config, lines = _config(options)
+    config, window, lines = _config(options)
+    if not config.num_hidden_layers:
+        raise ValueError("the model has no layers (num_hidden_layers 0), so there is no attention to inspect")
     shape = ModelShape.of(config)
     if _suggests(options):
-        pattern, described = _suggestion(options, config)
+        pattern, described = _suggestion(options, config, window)
         found = {"suggested": pattern}
         lines += described
     elif options.compare:
@@ -123,11 +128,13 @@ def _check(options: argparse.Namespace) -> None:
     for length in (*(options.lengths or ()), *(() if options.context is None else (options.context,))):
         if length < 1:
             raise ValueError(f"--lengths and --context are numbers of tokens, at least 1, got {length}")
+        if length > LONGEST:
+            raise ValueError(f"--lengths and --context are numbers of tokens, at most 2^62, got {length}")
 
 
-def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
-    """Return the configuration to inspect, and what there is to say about where it comes from."""
-    lines = []
+def _config(options: argparse.Namespace) -> tuple[LongNetConfig, int | None, list[str]]:
+    """Return the configuration to inspect, its source's sliding window, and what to say about where it comes from."""
+    window, lines = None, []
     if options.source is None:
         if options.segment_lengths is None and not _suggests(options):
             raise ValueError("name a checkpoint, or give --segment-lengths and --dilation-rates")
@@ -138,7 +145,7 @@ def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
             "",
         ]
     else:
-        config, architecture = read_config(options.source)
+        config, architecture, window = read_config(options.source)
         if architecture is not None and not _suggests(options):
             branches = "by default" if options.segment_lengths is None else "with these branches"
             lines = [f"{options.source} is a {architecture}; shown is what longnet-convert makes of it {branches}", ""]
@@ -148,11 +155,13 @@ def _config(options: argparse.Namespace) -> tuple[LongNetConfig, list[str]]:
         preset = DilationPattern.preset(options.preset, config.segment_lengths, config.dilation_rates)
         for field in ("head_offsets", "count_overlaps", "dilate_queries", "window"):
             setattr(config, field, getattr(preset, field))
-    _ = config.pattern  # raises if the fields make none
-    return config, lines
+    check_window(config.pattern, window)  # raises if the fields make no pattern
+    return config, window, lines
 
 
-def _suggestion(options: argparse.Namespace, config: LongNetConfig) -> tuple[DilationPattern, list[str]]:
+def _suggestion(
+    options: argparse.Namespace, config: LongNetConfig, window: int | None
+) -> tuple[DilationPattern, list[str]]:
     """Find the branches that the budgets allow, and say how to ask for them and what they take.
 
     Dense layers take their part of the budgets first; the other layers share the rest.
@@ -178,11 +187,13 @@ def _suggestion(options: argparse.Namespace, config: LongNetConfig) -> tuple[Dil
                 f"{dense} of {layers} layers are dense and alone hold {_bytes(dense * context * per_entry)} at "
                 f"{context} tokens, the budget is {_bytes(options.kv_bytes)}; raise it or lower the context"
             )
+    preset = options.preset or "retrofit"
     pattern, _ = suggest_pattern(
         context,
         1.0 if flops is None else flops,
         cache_budget=None if kv_bytes is None else kv_bytes // (per_entry * others),
-        preset=options.preset or "retrofit",
+        longest_first=window if preset == "retrofit" else None,
+        preset=preset,
         num_kv_heads=config.num_key_value_heads,
     )
     (costs,) = measure_costs(_shape(config, pattern), [context])
@@ -209,8 +220,8 @@ def _shape(config: LongNetConfig, pattern: DilationPattern) -> ModelShape:
 
 
 def _lengths(longest: int, context: int | None) -> list[int]:
-    top = max(longest * 4, context or 0)
-    return [top >> k for k in range(7, -1, -1) if top >> k >= 16]
+    top = min(max(longest * 4, context or 0), LONGEST)
+    return [top >> k for k in range(7, -1, -1) if top >> k >= min(16, top)]
 
 
 def _describe(name: str, pattern: DilationPattern, num_kv_heads: int) -> list[str]:

@@ -43,7 +43,13 @@ def plot(
     _coverage(coverage, patterns, coverages)
     _edges(edges, patterns, num_kv_heads)
     _costs(cost, costs)
-    figure.savefig(target, dpi=110)
+    # Beside the target first, so that an earlier picture is never left half overwritten, by a full disk for one.
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(partial, format="png", dpi=110)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _reach(axes: Any, patterns: dict[str, DilationPattern], num_kv_heads: int) -> None:

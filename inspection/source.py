@@ -5,17 +5,17 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from conversion.hub import find_folder
-from conversion.plan_family import default_config
+from conversion.plan_family import default_config, source_window
 from conversion.weights import read_json
 from modeling_longnet import LongNetConfig
 
 
-def read_config(source: str) -> tuple[LongNetConfig, str | None]:
+def read_config(source: str) -> tuple[LongNetConfig, str | None, int | None]:
     """Read a configuration file, the one of a checkpoint folder, or of a model on the Hub; no weights are read.
 
     Returns:
-        The configuration, and the architecture of a source that is no LongNet: its configuration is then the one that
-        ``longnet-convert`` gives it by default.
+        The configuration, and of a source that is no LongNet its architecture and sliding window, if it has one: the
+        configuration is then the one that ``longnet-convert`` gives it by default.
 
     Raises:
         ValueError: if there is none, it is malformed, or the source is of a family that cannot be converted.
@@ -26,7 +26,8 @@ def read_config(source: str) -> tuple[LongNetConfig, str | None]:
     fields = read_json(path)
     try:
         if fields.get("model_type") == LongNetConfig.model_type:
-            return LongNetConfig.from_dict(fields), None
-        return default_config(fields)
-    except (StrictDataclassError, KeyError, TypeError) as error:  # a field of a wrong type, a missing part of RoPE
+            return LongNetConfig.from_dict(fields), None, None
+        return *default_config(fields), source_window(fields)
+    # A field of a wrong type, a missing part of RoPE, a dtype that torch does not have.
+    except (StrictDataclassError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no valid configuration: {error}") from error

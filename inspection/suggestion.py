@@ -11,6 +11,7 @@ def suggest_pattern(
     flops_budget: float = 1.0,
     *,
     cache_budget: int | None = None,
+    longest_first: int | None = None,
     preset: str = "retrofit",
     num_kv_heads: int = 8,
 ) -> tuple[DilationPattern, float]:
@@ -24,6 +25,7 @@ def suggest_pattern(
         context: tokens to reach.
         flops_budget: attention FLOPs over those of dense attention on ``context`` tokens, ``0 < budget <= 1``.
         cache_budget: entries per KV head and layer that the cache may hold, None for any number.
+        longest_first: what the first segment may have at most, as of a source with a sliding window; None for any.
         preset: rules of the pattern.
         num_kv_heads: offsets, and so the exact FLOPs, depend on it a little.
 
@@ -39,6 +41,11 @@ def suggest_pattern(
         raise ValueError(f"flops_budget is a share of dense attention, between 0 and 1, got {flops_budget}")
     if cache_budget is not None and cache_budget < 1:
         raise ValueError(f"the cache must hold at least one entry per KV head, got {cache_budget}")
+    if longest_first is not None and longest_first < SMALLEST_SEGMENT:
+        raise ValueError(
+            f"the first segment may have {longest_first} tokens at most, the source's sliding window, and suggested are "
+            f"such of at least {SMALLEST_SEGMENT}; choose the branches (--segment-lengths)"
+        )
     dense = DilationPattern((context,), (1,)).attention_flops(context, num_kv_heads, 1)
     last = SMALLEST_SEGMENT
     while last < context:
@@ -48,7 +55,8 @@ def suggest_pattern(
         pattern = DilationPattern.geometric(first, last, preset=preset)
         share = pattern.attention_flops(context, num_kv_heads, 1) / dense
         entries = pattern.cache_entries(context)
-        if share <= flops_budget and (cache_budget is None or entries <= cache_budget):
+        fits = longest_first is None or first <= longest_first
+        if fits and share <= flops_budget and (cache_budget is None or entries <= cache_budget):
             return pattern, share
         first //= 2
     if share > flops_budget:

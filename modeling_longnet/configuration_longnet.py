@@ -148,6 +148,8 @@ class LongNetConfig(LlamaConfig):
                 raise ValueError(f"LongNetConfig has no field {name!r}; did you mean {close[0]!r}?")
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        if isinstance(self.num_attention_heads, int) and self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}")
         for name, default in BACKBONES[self.backbone].items():
             if getattr(self, name) is None:
                 setattr(self, name, default)

@@ -214,6 +214,17 @@ def test_an_interrupt_leaves_nothing_and_says_so(source, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_names_the_target_and_leaves_nothing(source, tmp_path):
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY)); "
+    command = [sys.executable, "-c", limit + RUN, source, tmp_path / "target", "--quiet"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    (line,) = finished.stderr.splitlines()
+    said = f"longnet-convert: error: {tmp_path / 'target'} is not written, its disk has no room (File too large; "
+    assert finished.returncode == 1 and line.startswith(said) and line.endswith("choose a target elsewhere")
+    assert list(tmp_path.iterdir()) == []
+
+
 def interrupted_upload(self, **options):
     raise KeyboardInterrupt
 
@@ -301,3 +312,29 @@ def test_help_names_every_option_of_every_conversion():
     functions = (convert_checkpoint, convert_to_dense, convert_torchscale, convert_adapter)
     arguments = set().union(*(inspect.signature(function).parameters for function in functions))
     assert options == arguments - {"progress"}
+
+
+# A pipe whose reader has gone, and a full disk, as stdout of a process of its own.
+CLOSED = (
+    "import os, sys; from conversion.cli import main; read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+)
+UPLOAD = (
+    "import conversion.pipeline; "
+    "conversion.pipeline.push_folder = lambda folder, *rest: (folder.parent / 'uploaded').touch(); "
+)
+FULL = "import os, sys; from conversion.cli import main; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); "
+
+
+@pytest.mark.parametrize(("stdout", "told"), [(CLOSED, ""), (FULL, "stdout takes no more: No space left on device")])
+def test_a_conversion_is_finished_and_uploaded_where_nobody_reads_what_it_prints(source, tmp_path, stdout, told):
+    arguments = [source, tmp_path / "target", "--push-to-hub", "me/x"]
+    hidden = "import sys; sys.modules['torchao'] = sys.modules['bitsandbytes'] = None; "
+    script = hidden + stdout + UPLOAD + "sys.exit(main(sys.argv[1:]))"
+    finished = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "uploaded"]
+    assert finished.stderr.splitlines() == ([told] if told else [])
+    planned = subprocess.run(
+        [sys.executable, "-c", script, source, tmp_path / "planned", "--dry-run"], capture_output=True, text=True
+    )
+    assert (planned.returncode, planned.stderr.splitlines()) == ((1, [told]) if told else (0, []))

@@ -221,6 +221,9 @@ def test_layers_with_a_window_stay_exactly_that_beside_dense_ones(tmp_path):
     assert (
         "Layer 1 keeps to the first segment length, as in the source." in (tmp_path / "target/README.md").read_text()
     )
+    convert_checkpoint(tmp_path / "source", tmp_path / "shorter", local=8, verify=False, progress=False)
+    said = "Layer 1 keeps to the first segment length, 8 tokens, where the source has a window of 16."
+    assert said in (tmp_path / "shorter/README.md").read_text()
     convert_to_dense(tmp_path / "target", tmp_path / "dense", **QUIET)
     assert read_json(tmp_path / "dense" / "config.json") == read_json(tmp_path / "source" / "config.json")
 

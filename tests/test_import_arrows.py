@@ -238,3 +238,35 @@ def test_the_oracle_shares_no_code_with_the_package():
     assert {found.root for found in imports(Path(__file__).parent / "oracle.py")} <= {"torch"} | set(
         sys.stdlib_module_names
     )
+
+
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_what_exists(script):
+    """Those that need a GPU are run nowhere else in the tests, and import some of it only where they need it."""
+    for found in ast.walk(ast.parse(script.read_text())):
+        if not isinstance(found, ast.ImportFrom):
+            continue
+        source = ROOT / f"{found.module.replace('.', '/')}.py"
+        source = source if source.exists() else script.with_name(source.name)
+        if source.exists():
+            missing = {alias.name for alias in found.names} - names_bound_in(source)
+            assert not missing, f"{script.name} imports {missing}, which {source.name} does not define"
+
+
+def names_bound_in(path: Path) -> set[str]:
+    """All names that a file binds outside functions and classes."""
+    bound, waiting = set(), list(ast.parse(path.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return bound

@@ -256,6 +256,21 @@ def test_a_configuration_saved_without_a_model_is_read_too(tmp_path, capsys):
     assert "is a Qwen3ForCausalLM" in capsys.readouterr().out
 
 
+def test_branches_that_a_sliding_window_rules_out_are_neither_shown_nor_suggested(tmp_path, capsys):
+    window = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}
+    Qwen3Config(num_hidden_layers=2, max_position_embeddings=256, **window).save_pretrained(tmp_path)
+    longer = [str(tmp_path), "--segment-lengths", "256,512", "--dilation-rates", "1,2"]
+    assert main(longer) == 2
+    assert "a sliding window of 128 tokens" in capsys.readouterr().err  # as longnet-convert says
+    assert main([*longer, "--preset", "paper"]) == 0
+    capsys.readouterr()
+    for options, first in (([], "128,256,512,1024"), (["--preset", "paper"], "1024")):
+        assert main([str(tmp_path), "--suggest", "1", "--context", "1000", *options]) == 0
+        assert capsys.readouterr().out.startswith(f"segment_lengths {first}\n")
+    with pytest.raises(ValueError, match="the first segment may have 63 tokens at most"):
+        suggest_pattern(1000, longest_first=63)
+
+
 def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
     picture = tmp_path / "presets.png"
     arguments = ["--segment-lengths", "8,16,32", "--dilation-rates", "1,2,4", "--compare", "--plot", str(picture)]
@@ -284,6 +299,11 @@ def test_the_presets_stand_side_by_side_and_in_the_picture(tmp_path, capsys):
         (["text.json"], "text.json holds no valid configuration: Validation error for field 'hidden_size'"),
         (["good.json", "--lengths", "0"], "at least 1, got 0"),
         (["good.json", "--context", "0"], "at least 1, got 0"),
+        (["good.json", "--lengths", f"64,{2**62 + 1}"], "numbers of tokens, at most 2^62, got 4611686018427387905"),
+        (["good.json", "--suggest", "1", "--context", str(2**63)], "at most 2^62, got 9223372036854775808"),
+        (["headless.json"], "num_attention_heads must be at least 1, got 0"),
+        (["no_layers.json"], "the model has no layers (num_hidden_layers 0), so there is no attention to inspect"),
+        (["float15.json"], "float15.json holds no valid configuration: module 'torch' has no attribute 'float15'"),
         (["good.json", "--compare", "--suggest", "0.5"], "--compare shows all presets of the given branches"),
         (["good.json", "--compare", "--preset", "paper"], "--compare shows all presets of the given branches"),
         (
@@ -302,6 +322,9 @@ def test_bad_arguments_end_in_one_line(arguments, message, capsys, tmp_path, mon
         ("bert", {"model_type": "bert"}),
         ("misspelt", {"segment_lenghts": [3]}),
         ("text", {"hidden_size": "wide"}),
+        ("headless", {"num_attention_heads": 0}),
+        ("no_layers", {"num_hidden_layers": 0}),
+        ("float15", {"dtype": "float15"}),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps(tiny_config().to_dict() | fields))
     before = sorted(tmp_path.iterdir())
@@ -325,6 +348,53 @@ def test_misspelt_options_and_values_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"), [(1, [4]), (3, [12]), (2**62, [2**62 >> k for k in range(7, -1, -1)])]
+)
+def test_the_shortest_and_the_longest_segment_have_costs_too(longest, lengths, capsys):
+    assert main(["--segment-lengths", str(longest), "--dilation-rates", "1"]) == 0
+    rows = capsys.readouterr().out.partition("times less than dense\n")[2].splitlines()[1:]
+    assert [int(row.split()[0].replace(",", "")) for row in rows] == lengths
+
+
+def test_a_picture_that_fails_leaves_the_earlier_one(tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "reach.png"
+    picture.write_bytes(b"earlier")
+
+    def fill_the_disk(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_the_disk)
+    assert main(["--segment-lengths", "8,16", "--dilation-rates", "1,2", "--plot", str(picture)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [picture] and picture.read_bytes() == b"earlier"
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inspection.cli.measure_coverage", interrupt)
+    assert main(["--segment-lengths", "8,16", "--dilation-rates", "1,2"]) == 2
+    assert capsys.readouterr().err == "longnet-inspect: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status", "told"),
+    [
+        ("read, write = os.pipe(); os.close(read); os.dup2(write, 1)", 0, []),
+        ("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", 2, ["stdout takes no more: No space left on device"]),
+    ],
+)
+def test_a_reader_that_has_read_enough_is_no_failure_and_a_full_disk_is_one(stdout, status, told, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    hidden = "import os, sys; sys.modules['torchao'] = sys.modules['bitsandbytes'] = None; "
+    code = f"{hidden}from inspection.cli import main; {stdout}; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (process.returncode, process.stderr.splitlines()) == (status, told)
 
 
 def test_it_runs_as_a_module_and_needs_no_matplotlib_for_tables(tmp_path):

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,17 @@ def test_the_figure_of_the_presets_comes_from_the_command_below_it(workshop):
         assert kept.size == drawn.size
         difference = ImageChops.difference(kept.convert("L"), drawn.convert("L"))
     assert ImageStat.Stat(difference).mean[0] < 2  # of 255: matplotlib's versions set text a little differently
+
+
+def test_it_says_what_its_commands_need_beyond_its_own_installation():
+    install = README.partition("## Install")[2].partition("\n## ")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for found in re.findall(r'pip install "\.\[(.*?)\]"', README) for extra in found.split(",")}
+    assert named <= set(extras)
+    assert "longnet-inspect llama-longnet --compare --plot" in README
+    assert any("matplotlib" in requirement for extra in named for requirement in extras[extra])
+    locks = "import fcntl" in (ROOT / "conversion/atomic_folder.py").read_text()  # which Windows does not have
+    assert locks == ("run on Linux and macOS" in install)
 
 
 def test_the_make_targets_that_it_names_exist():
