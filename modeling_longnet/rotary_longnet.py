@@ -54,8 +54,11 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
         self._follow_length(x, position_ids if reach is None else reach - 1)
         inv_freq = self.inv_freq
         if reach is not None and reach.ndim > 0:
-            is_long = reach[..., None] > self.length_border
-            inv_freq = torch.where(is_long, self.long_inv_freq, self.original_inv_freq)  # [B, T, R/2]
+            inv_freq = self.original_inv_freq.to(x.device)
+            long_inv_freq = getattr(self, "long_inv_freq", None)  # transformers 5.17 makes them for the first long one
+            if long_inv_freq is not None:
+                is_long = reach[..., None] > self.length_border
+                inv_freq = torch.where(is_long, long_inv_freq.to(x.device), inv_freq)  # [B, T, R/2]
         positions = position_ids[..., None]  # [B, T, 1]
         inv_freq = inv_freq.to(device=x.device, dtype=torch.float)
         as_source = positions.float() * inv_freq  # [B, T, D/2]
