@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from .liger_layers import register_with_liger
@@ -23,7 +23,7 @@ class LongNetTrainer(Trainer):
 
     Raises:
         ValueError: if the model has no dilation pattern; with ``cp_size > 1``, if a loss function of the user's own or
-            whole logits are asked for, which no rank has.
+            whole logits are asked for, which no rank has, or ``dispatch_batches=True``.
     """
 
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, **kwargs: Any):
@@ -43,6 +43,13 @@ class LongNetTrainer(Trainer):
         self._model_smooths = hasattr(self.model, "lm_head")  # through PEFT, too
         if self._model_smooths or self.get_cp_size() > 1:  # the other heads refuse slices, but not without labels
             self.label_smoother = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator; the ranks of a sequence read the same rows, and count once in evaluation."""
+        super().create_accelerator_and_postprocess()
+        if self.get_cp_size() > 1:
+            self._read_alike()
+            self.gather_function = self._gather_once
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the stock Trainer does, with label smoothing left to a causal LM itself."""
@@ -67,7 +74,7 @@ class LongNetTrainer(Trainer):
             )
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and self.get_cp_size() > 1:
-            # Each rank has its part, times all processes; the evaluation loop may drop what it takes for duplicates.
+            # Each rank has its part, times all processes.
             dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self._sequence_group())
             loss = loss / self.get_cp_size()
         return loss, logits, labels
@@ -77,6 +84,31 @@ class LongNetTrainer(Trainer):
             return super()._prepare_context_parallel_inputs(model, inputs)
         group = self._sequence_group()
         return functools.partial(sequence_parallel, group), shard_sequence(inputs, group)
+
+    def _read_alike(self) -> None:
+        """Let the ranks that share a sequence read the same rows of an iterable dataset, each for itself.
+
+        By default Accelerate has the first process read those, and deals them out to all ranks as if each had rows of
+        its own.
+        """
+        if self.args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                f"dispatch_batches=True gives each of the cp_size={self.get_cp_size()} ranks of a sequence other rows; "
+                "leave it out of accelerator_config, every rank reads the dataset itself"
+            )
+        self.accelerator.dataloader_config.dispatch_batches = False
+
+    def _gather_once(self, losses: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Gather what each rank has of the rows that it evaluates, once per sequence, without those that fill up a batch.
+
+        Accelerate's ``gather_for_metrics`` leaves out of the last batch what it takes for duplicates, and with all ranks
+        of a sequence would find too many.
+        """
+        copies = self.get_cp_size() * self.get_tp_size()  # neighbouring ranks
+        gathered = self.accelerator.gather(losses).unflatten(0, (self.accelerator.num_processes, -1))
+        gathered = gathered[::copies].flatten(0, 1)
+        state = self.accelerator.gradient_state
+        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
 
     def _sequence_group(self) -> dist.ProcessGroup:
         """Return the ranks that share a sequence; Accelerate gives all of them the same batch."""

@@ -20,6 +20,16 @@ def rows(count: int = 8, length: int = 77) -> list[dict]:
     return result
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows that come one after the other, and nobody knows how many."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def arguments(folder: str, batch_size: int, **options):
     from transformers import TrainingArguments
 
@@ -69,8 +79,10 @@ def train(trainer_class, folder: str, batch_size: int, cp_size: int, fsdp: bool 
     if cp_size > 1:
         options["parallelism_config"] = parallelism(cp_size, dist.get_world_size() // cp_size)
     model = tiny_model("retrofit", **options.pop("fields", {})).float()
+    evaluated, stream = options.pop("evaluated", 6), options.pop("stream", False)
+    data, held_out = (Stream(rows()), Stream(rows()[:evaluated])) if stream else (rows(), rows()[:evaluated])
     chosen = on_fsdp(trainer_class) if fsdp else trainer_class
-    trainer = chosen(model, arguments(folder, batch_size, **options), train_dataset=rows(), eval_dataset=rows()[:6])
+    trainer = chosen(model, arguments(folder, batch_size, **options), train_dataset=data, eval_dataset=held_out)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
@@ -120,6 +132,18 @@ def test_label_smoothing_and_checkpointing_train_as_one_process(two_ranks, tmp_p
     assert_equal_training(answers, alone)
 
 
+def test_a_last_batch_that_is_not_full_weighs_its_rows_in_evaluation(two_ranks, tmp_path):
+    options = {"evaluated": 5}
+    alone = train(LongNetTrainer, str(tmp_path / "one"), 2, 1, **options)
+    assert_equal_training(two_ranks.run(train_with_options, str(tmp_path / "two"), options), alone)
+
+
+def test_ranks_of_one_sequence_read_the_same_rows_of_a_stream(two_ranks, tmp_path):
+    options = {"stream": True}
+    alone = train(LongNetTrainer, str(tmp_path / "one"), 2, 1, **options)
+    assert_equal_training(two_ranks.run(train_with_options, str(tmp_path / "two"), options), alone)
+
+
 def train_with_options(folder: str, options: dict):
     return train(LongNetTrainer, folder, 2, 2, **options)
 
@@ -143,6 +167,10 @@ def errors_of_what_no_rank_has(folder: str) -> list[str]:
     with pytest.raises(ValueError) as error:
         LongNetTrainer(tiny_model(), arguments(folder, 2, **options), compute_loss_func=lambda *_, **__: None)
     messages.append(str(error.value))
+    options = {"parallelism_config": parallelism(2, 1), "accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError) as error:
+        LongNetTrainer(tiny_model(), arguments(folder, 2, **options))
+    messages.append(str(error.value))
     options = {"parallelism_config": parallelism(2, 1)}
     trainer = LongNetTrainer(
         tiny_model().float(), arguments(folder, 2, **options), eval_dataset=rows()[:2], compute_metrics=lambda _: {}
@@ -153,6 +181,7 @@ def errors_of_what_no_rank_has(folder: str) -> list[str]:
 
 
 def test_whole_logits_and_own_losses_are_refused(two_ranks, tmp_path):
-    for own_loss, metrics in two_ranks.run(errors_of_what_no_rank_has, str(tmp_path)):
+    for own_loss, dispatch, metrics in two_ranks.run(errors_of_what_no_rank_has, str(tmp_path)):
         assert "one of cp_size=2 slices" in own_loss
+        assert "dispatch_batches=True gives each of the cp_size=2 ranks of a sequence other rows; leave" in dispatch
         assert "with cp_size=2 each rank has the logits of a slice; set prediction_loss_only=True" in metrics
