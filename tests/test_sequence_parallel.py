@@ -519,7 +519,10 @@ def disagree(about: str) -> str:
     [
         ("length", r"agree on rows and tokens of a slice: rank 0 has \[1, 8\], rank 3 has \[1, 9\]"),
         ("whole length", r"agree on the shape of the whole batch: rank 0 has \[1, 32\], rank 3 has \[1, 31\]"),
-        ("input_ids", r"the numbers in input_ids: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape \[1, 32\]"),
+        (
+            "input_ids",
+            r"the numbers in input_ids: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape \[1, 32\]",
+        ),
         ("labels", r"the numbers in labels: rank 0 has shape \[1, 32\], checksum \w{16}, rank 3 has shape"),
         ("short prompt", r"the prompt's input_ids: rank 0 has shape \[1, 4\], .*, rank 3 has shape \[1, 5\]"),
         ("end of the prompt", r"the prompt's input_ids: rank 0 has shape \[1, 11\], .*, rank 3 has shape \[1, 11\]"),
@@ -528,7 +531,10 @@ def disagree(about: str) -> str:
         ("rope", r"the rotary embedding: rank 0 has .*'default'.*, rank 3 has .*'dynamic'"),
         ("dtype", r"the dtype, and that of autocast: rank 0 has \[torch.float64, None\], rank 3 has \[torch.float32"),
         ("autocast", r"of autocast: rank 0 has \[torch.float32, None\], rank 3 has \[torch.float32, torch.bfloat16\]"),
-        ("calls", r"the same calls in the same order: rank 0 compares rows .*; rank 3 compares the shape of the whole"),
+        (
+            "calls",
+            r"the same calls in the same order: rank 0 compares rows .*; rank 3 compares the shape of the whole",
+        ),
     ],
 )
 def test_ranks_that_disagree_are_named_on_every_rank_at_the_first_step(four_ranks, about, message):
@@ -584,7 +590,9 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         assert "packed documents cannot share one KV cache" in found["packed cache"]
         go_on, restart = found["documents that go on"], found["too many documents"]
         assert go_on.startswith("position_ids go on at token 5, where by cu_seq_lens_q a document begins: a slice")
-        assert restart.startswith("position_ids restart at token 9, where by cu_seq_lens_q a document does not begin: a")
+        assert restart.startswith(
+            "position_ids restart at token 9, where by cu_seq_lens_q a document does not begin: a"
+        )
         assert found["packed rows"] == "cu_seq_lens_q packs documents in one row, the batch has 2; give position_ids"
         assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
         assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
