@@ -230,11 +230,13 @@ class LongNetCache(Cache):
 
 def _trace_room(bounded: list[LongNetCacheLayer], num_tokens: int) -> None:
     """Let the graph that is traced check that so many tokens fit: beyond its slots a layer would drop them."""
-    begun = [layer for layer in bounded if layer.is_initialized]
+    begun = [
+        (layer.max_length, layer.columns) for layer in bounded if layer.is_initialized and layer.max_length is not None
+    ]
     if begun:
-        room = min(layer.max_length for layer in begun)
+        room = min(max_length for max_length, _ in begun)
         torch._assert_async(
-            begun[0].columns <= room - num_tokens,
+            begun[0][1] <= room - num_tokens,
             f"the cache has room for {room} tokens, which a compiled graph cannot change: make it with a larger max_length",
         )
 

@@ -385,7 +385,7 @@ class LongNetForCausalLM(LongNetPreTrainedModel, LlamaForCausalLM):
     ) -> Any:
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
         # Another cache is refused by the forward pass.
-        if hasattr(cache, "check_mask") and (held := int(cache.get_seq_length())):
+        if cache is not None and hasattr(cache, "check_mask") and (held := int(cache.get_seq_length())):
             mask = model_kwargs.get("attention_mask")
             given = input_ids.shape[1] if embeds is None else embeds.shape[1]
             # A mask is dropped where all tokens are real; as long as the tokens, it says that they are the whole sequence.

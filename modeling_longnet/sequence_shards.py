@@ -39,7 +39,8 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         This rank's batch, a dict; tensors without the sequence dimension as they are.
 
     Raises:
-        ValueError: on every rank, if they have different batches or packed documents are contradictory; on this one, if its batch is no dict or holds no tokens.
+        ValueError: on every rank, if they have different batches or packed documents are contradictory; on this one, if
+            its batch is no dict or holds no tokens.
     """
     group = as_process_group(group)
     if not isinstance(batch, Mapping):
@@ -50,7 +51,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         raise ValueError("shard_sequence needs input_ids [B, N] or inputs_embeds [B, N, hidden] to know the length")
     num_rows, length = tokens.shape[:2]
     device = collective_device(group, tokens.device)
-    terms = {"the shape of the whole batch": [num_rows, length], "its contents": sorted(batch)}
+    terms: dict[str, object] = {"the shape of the whole batch": [num_rows, length], "its contents": sorted(batch)}
     # Not of floating-point tensors: embeddings that each rank computes may differ in their last bits.
     terms |= {f"the numbers in {name}": fingerprint(x) for name, x in sorted(batch.items()) if _is_integral(x)}
     require_agreement(group, device, terms)
