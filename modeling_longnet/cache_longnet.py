@@ -192,7 +192,7 @@ class LongNetCache(Cache):
                 f"attention_mask has {attention_mask.shape[1]} columns for {columns} tokens in the cache and {num_tokens} "
                 f"new ones: give {columns + num_tokens}"
             )
-        if len(seen) != (len(seen) if attention_mask is None else len(attention_mask)):
+        if attention_mask is not None and len(attention_mask) != len(seen):
             return  # admit() tells of that
         real = torch.full_like(seen, columns)
         if attention_mask is not None:

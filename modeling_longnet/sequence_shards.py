@@ -31,8 +31,8 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
 
     Args:
         batch: what the model takes, with ``input_ids`` or ``inputs_embeds``. ``cu_seq_lens_q`` becomes
-            ``position_ids``; where both are given, they must divide the row alike. ``ignore_index`` is the label of what is not predicted, -100
-            without it.
+            ``position_ids``; where both are given, they must divide the row alike. ``ignore_index`` is the label of
+            what is not predicted, -100 without it.
         group: the ranks that share the sequence.
 
     Returns:
@@ -92,8 +92,7 @@ def _check_restarts(position_ids: Tensor, documents: Tensor) -> None:
     differ = (restarts != (documents[0, 1:] != documents[0, :-1]).to(restarts.device)).nonzero()
     if len(differ):
         place = int(differ[0]) + 1
-        found = "go on" if not restarts[place - 1] else "restart"
-        verb = "begins" if found == "go on" else "does not begin"
+        found, verb = ("restart", "does not begin") if restarts[place - 1] else ("go on", "begins")
         raise ValueError(
             f"position_ids {found} at token {place}, where by cu_seq_lens_q a document {verb}: a slice of a sequence knows "
             "documents by their positions; leave position_ids out, or start each document's at 0"

@@ -421,7 +421,7 @@ def test_the_number_of_gpu_tests_is_what_the_run_printed():
     assert text.count("SKIPPED [1]") == int(skipped) and text.count("ImportError") == int(errors)
     stated, files, stated_again = re.search(
         r"(\d+) GPU tests passed on an H100 and none failed; (\w+) files of tests that need `datasets` were left out\. "
-        r"Two kernels for Hopper have changed since; the (\d+) tests of these passed again",
+        r"The kernels for Hopper have changed since; their (\d+) tests passed again",
         " ".join(README.split()),
     ).groups()
     assert (stated, stated_again) == (passed, again) and ["no", "one", "two"].index(files) == int(errors)
