@@ -7,7 +7,6 @@ rate, 16-byte aligned.
 
 import functools
 from collections.abc import Sequence
-from math import inf
 from typing import NamedTuple
 
 import torch
