@@ -321,6 +321,14 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
         int(re.search(r"up to an eighth of that memory, or (\d+) MiB", prose)[1]) * 2**20
         == dilated_attention_hopper.MOST_SUMS
     )
+    padded, packed = (
+        float(row["tflops"])
+        for layout in ("padded", "packed")
+        for row in rows
+        if (row["attention"], row["layout"], row["pass"]) == ("paper", layout, "forward+backward")
+    )
+    stated = re.search(r"`paper` (\d+) TFLOP/s forward and backward padded, (\d+) packed", prose).groups()
+    assert [int(x) for x in stated] == [round(padded), round(packed)] and 1.8 < packed / padded < 2.2
     beside = r"([\d.]+) ms against ([\d.]+), at ([\d,]+) with D=(\d+)"
     stated = re.search(
         rf"took up to ([\d.]+) times its time in this run \({beside}[^()]*; forward alone ([\d.]+) times, {beside}\)",
