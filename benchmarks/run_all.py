@@ -72,7 +72,8 @@ STEPS = [
         ),
         420, needs="xdist",
     ),
-    Step("attention", _script("benchmark_attention", "--output", "{output}"), 240),
+    Step("attention", _script("benchmark_attention", "--output", "{output}"), 600),
+    Step("power", _script("attention_power", "--output", "{output}"), 150, needs="pynvml"),
     Step(
         "training",
         _script("benchmark_training", "--liger", "--limit", "{seconds}", "--output", "{output}"),
