@@ -70,6 +70,16 @@ def test_a_longnet_model_that_returns_tuples_has_a_way_back(source, tmp_path):
     assert report["verification"]["relative_error"] < 1e-5
 
 
+def test_a_quantization_config_that_says_nothing_is_left_out_where_it_would_keep_the_model_from_loading(
+    source, tmp_path
+):
+    edit_json(source / "config.json", quantization_config={})
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    for name in ("longnet", "dense"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tuned_model_goes_back_with_its_new_weights(tmp_path, family):
     make_checkpoint(tmp_path / "source", family=family)
