@@ -184,7 +184,12 @@ REFUSED_WAYS_BACK = {
     "never converted": (lambda x: edit_json(x / "config.json", source_config=None), {}, "has no source_config"),
     "classifier": (lambda x: edit_json(x / "config.json", architectures=["LongNetForSequenceClassification"]), {},
                    "the source is LongNetForSequenceClassification; only"),
+    "architectures in a string": (lambda x: edit_json(x / "config.json", architectures="LongNetForCausalLM"), {},
+                                  "the source is 'LongNetForCausalLM'; only"),
     "bad config": (lambda x: edit_json(x / "config.json", window=3), {}, "config.json is not a valid LongNetConfig"),
+    "no such RoPE": (lambda x: edit_json(x / "config.json", rope_parameters={"rope_type": "foo", "rope_theta": 1e4}), {},
+                     "config.json does not describe a LongNet model that can be built: KeyError('foo')"),
+    "dtype of integers": (lambda x: edit_json(x / "config.json", dtype="int8"), {}, "says dtype int8, in which no model"),
     "wrong shape": (spoil_one_weight, {}, "up_proj.weight has shape [40, 32], but with this config.json it has [48, 32]"),
     "dtype": (lambda x: None, {"dtype": "int8"}, "dtype must be one of"),
 }  # fmt: skip
@@ -455,6 +460,14 @@ def test_an_adapter_that_does_not_fit_is_refused(source, tmp_path, case):
         convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
     assert message in str(refusal.value)
     assert not (tmp_path / "moved").exists()
+
+
+def test_a_card_that_is_no_unicode_is_copied_byte_for_byte(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(source, tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_bytes("Für Prosa\r\n".encode("latin-1"))
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    assert (tmp_path / "moved" / "README.md").read_bytes() == b"F\xfcr Prosa\r\n"
 
 
 def test_moving_an_adapter_without_peft_says_what_to_install(source, tmp_path, monkeypatch):
