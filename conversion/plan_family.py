@@ -195,10 +195,15 @@ def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_l
 
 def _trained_context(config: PreTrainedConfig) -> int:
     """Return the length the source was trained for before any RoPE scaling stretched it."""
-    rope, context = config.rope_parameters, config.max_position_embeddings
-    if rope["rope_type"] == "default":  # stretches nothing, whatever its settings still hold
-        return context
-    return min(context, rope.get("original_max_position_embeddings") or context)
+    rope, trained = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] != "default":  # which stretches nothing, whatever its settings still hold
+        trained = min(trained, rope.get("original_max_position_embeddings") or trained)
+    if trained < 1:
+        raise ValueError(
+            f"config.json must say how many tokens the source was trained for (max_position_embeddings, or before RoPE "
+            f"stretched it original_max_position_embeddings), got {trained}"
+        )
+    return trained
 
 
 def _choose_pattern(
@@ -330,6 +335,8 @@ def _checked_rope(rope: dict, config: PreTrainedConfig) -> dict:
         if not isinstance(value, list | tuple) or len(value) != pairs:
             found = len(value) if isinstance(value, list | tuple) else repr(value)
             raise ValueError(f"RoPE longrope needs {pairs} numbers as {name}, one per pair that rotates, got {found}")
+        if strange := [x for x in value if not isinstance(x, (int, float)) or not 0 < x < math.inf]:
+            raise ValueError(f"RoPE longrope needs positive finite numbers as {name}, got {strange[0]!r}")
     return rope
 
 

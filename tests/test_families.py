@@ -296,6 +296,11 @@ REFUSED = {
         "mistral", lambda source: None, {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
         "RoPE longrope needs 4 numbers as short_factor, one per pair that rotates, got None",
     ),
+    "longrope with a factor of text": (
+        "mistral", lambda source: None,
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, "2", 1, 1], "long_factor": [1.0] * 4}},
+        "RoPE longrope needs positive finite numbers as short_factor, got '2'",
+    ),
     "longrope with too few factors": (
         "llama", lambda source: None,
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 3}},
