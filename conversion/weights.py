@@ -108,9 +108,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt"):  # the library's own checks: sizes, ranges without overlap or gap
-            pass
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # first: safetensors says of a file that may not be read that there is none
+            with safe_open(path, framework="pt"):  # the library's own checks: sizes, ranges without overlap or gap
+                pass
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
     except (SafetensorError, ValueError) as error:

@@ -696,6 +696,19 @@ def test_a_bad_source_is_refused_before_anything_is_written(source, tmp_path, ca
     assert not (source / RAN_CODE).exists()
 
 
+def test_weights_that_may_not_be_read_are_not_called_missing(source, tmp_path, monkeypatch):
+    def say_that_there_is_none(path, framework):  # as safetensors does then
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    def deny(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("conversion.weights.safe_open", say_that_there_is_none)
+    monkeypatch.setattr("conversion.weights.open", deny, raising=False)  # root may read everything
+    with pytest.raises(PermissionError, match="Permission denied: .*model.safetensors"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
+
+
 BAD_OPTIONS = {
     "preset": ({"preset": "sparse"}, "preset must be one of"),
     "rates alone": ({"dilation_rates": [1, 2]}, "dilation_rates [1, 2] need segment_lengths"),
