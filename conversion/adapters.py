@@ -240,13 +240,13 @@ def _carry_card(folder: Path, partial: Path, base: str) -> None:
     """Copy the adapter's card, its base model renamed."""
     if not (folder / "README.md").is_file():
         return
-    text = (folder / "README.md").read_text(encoding="utf-8")
+    content = (folder / "README.md").read_bytes()
     try:
-        card = ModelCard(text)
+        card = ModelCard(content.decode())
         card.data.base_model = base
         tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
         card.data.tags = [*tags, f"base_model:adapter:{base}"]
-        text = str(card)
+        content = str(card).encode()
     except Exception:  # a card is free text by anyone: one without readable front matter is copied as it is
         pass
-    (partial / "README.md").write_text(text, encoding="utf-8")
+    (partial / "README.md").write_bytes(content)

@@ -37,7 +37,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = target.resolve()
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_folder(target)
     with _locked_folder(partial, target):
         try:
             yield partial
@@ -55,17 +55,33 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def partial_folder(target: Path) -> Path:
+    """Return where the folder that will be ``target`` is filled."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def existing_folder(target: Path) -> Path:
+    """Return the nearest folder above ``target`` that is there, or whatever is there in its place."""
+    return next((folder for folder in target.absolute().parents if os.path.lexists(folder)), target)
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that may not be created or replaced.
 
     Raises:
-        ValueError: if it exists without ``overwrite``, is neither empty nor all written by a conversion, or would lie
-            in a file.
+        ValueError: if it exists without ``overwrite``, is neither empty nor all written by a conversion, would lie in a
+            file, or in a folder that may not be written to.
     """
+    above = existing_folder(target)
+    if not above.is_dir():
+        raise ValueError(f"{target} cannot be created because {above} is not a folder; choose another target")
+    _check_replaceable(target, overwrite)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{target} cannot be created because {above} may not be written to; choose another target")
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
-        above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
-        if not above.is_dir():
-            raise ValueError(f"{target} cannot be created because {above} is not a folder; choose another target")
         return
     if not overwrite:
         raise ValueError(f"{target} exists already; choose another target or pass overwrite (--overwrite)")

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from transformers.utils import logging
 
+from . import pipeline
 from .adapters import convert_adapter
 from .convert import convert_checkpoint
 from .plan import Plan
@@ -172,7 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="compare logits on at most N tokens of text (default: %(default)s, or the first segment if shorter)",
     )
-    output.add_argument("--dry-run", action="store_true", help="check the source and print the plan, write nothing")
+    output.add_argument(
+        "--dry-run", action="store_true", help="check source and target and print the plan, write nothing"
+    )
     output.add_argument("--quiet", action="store_true", help="print nothing but failures")
     output.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
@@ -204,9 +207,16 @@ def main(argv: list[str] | None = None) -> int:
         if dry_run:
             if plan is None:
                 raise ValueError("--dry-run does not go with --adapter, which checks everything before it writes")
-            planning = inspect.signature(plan).parameters.keys()
-            described = plan(**{name: value for name, value in chosen.items() if name in planning}).describe()
-            return 0 if say(described) else 1
+            names = inspect.signature(plan).parameters.keys() - {"source"}
+            described = pipeline.rehearse(
+                plan,
+                options["source"],
+                options["target"],
+                {name: value for name, value in chosen.items() if name in names},
+                push_to_hub=options["push_to_hub"],
+                overwrite=options["overwrite"],
+            )
+            return 0 if quiet or say(described) else 1
         convert(**chosen, progress=not quiet)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted; nothing was written", debug)

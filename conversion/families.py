@@ -22,7 +22,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from .weights import StoredTensor, join_rows, split_rows
+from .weights import DTYPES, StoredTensor, dtype_name, join_rows, split_rows
 
 
 # What LongNet may take over under the same name: what Llama has. Whatever else a file holds, LongNet's own names among
@@ -136,6 +136,11 @@ class Family:
             raise ValueError(
                 f"config.json is not a valid {self.config_class.__name__}: {' '.join(str(error).split())}"
             ) from error
+        if config.dtype not in (None, *DTYPES.values()):
+            raise ValueError(
+                f"config.json says dtype {dtype_name(config.dtype)}, in which no model computes; correct it to one of "
+                f"{', '.join(map(dtype_name, DTYPES.values()))}, or remove it"
+            )
         if not self.rotates_partly:
             rope = dict(config.rope_parameters)
             part = rope.pop("partial_rotary_factor", None)
@@ -229,6 +234,8 @@ def find_family(fields: dict) -> Family:
     """
     model_type = fields.get("model_type")
     architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f'config.json must list its architectures, as in ["LlamaForCausalLM"], got {architectures!r}')
     supported = ", ".join(family.architecture for family in FAMILIES)
     if model_type == "longnet":
         raise ValueError("the source is a LongNet checkpoint already; load it with AutoModelForCausalLM")

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from .atomic_folder import atomic_folder, check_target, write_report
+from .atomic_folder import atomic_folder, check_target, existing_folder, partial_folder, write_report
 from .carried_tokenizer import keep_encodings
 from .hub import check_repo_id, interruptible_upload, push_folder
 from .plan import Plan
@@ -61,14 +61,11 @@ def convert(
     given = planning | {"push_to_hub": push_to_hub, "no_verify": not verify, "overwrite": overwrite} | (kind or {})
     command = command_line(source, target, given)
     target = Path(target).resolve()
-    check_target(target, overwrite)
-    check_repo_id(push_to_hub)
-    plan = make_plan(source, **planning)
-    check_apart(plan.source, target)
+    plan = _checked_plan(make_plan, source, target, planning, push_to_hub, overwrite)
     if progress:
         say(plan.describe())
     with atomic_folder(target, overwrite) as folder:
-        check_space(folder, plan.num_bytes)
+        check_space(target.parent, plan.num_bytes)
         with progress_bar("writing weights", plan.num_bytes, progress) as bar:
             weight_files = copy_weights(plan.tensors, folder, plan.max_shard_size, bar.update, plan.dtype)
         plan.write_config(folder)
@@ -107,3 +104,38 @@ def convert(
             if progress:
                 say(f"uploaded   {push_to_hub}")
     return report
+
+
+def rehearse(
+    make_plan: Callable[..., Plan],
+    source: str | Path,
+    target: str | Path,
+    planning: dict,
+    *,
+    push_to_hub: str | None,
+    overwrite: bool,
+) -> str:
+    """Return a conversion's plan in words, if what ``convert`` checks before it writes lets it begin; nothing is written.
+
+    Args and errors are those of ``convert``.
+    """
+    target = Path(target).resolve()
+    plan = _checked_plan(make_plan, source, target, planning, push_to_hub, overwrite)
+    if not partial_folder(target).exists():  # what a killed run left there goes first, and takes room until then
+        check_space(existing_folder(target), plan.num_bytes)
+    return plan.describe()
+
+
+def _checked_plan(
+    make_plan: Callable[..., Plan],
+    source: str | Path,
+    target: Path,
+    planning: dict,
+    push_to_hub: str | None,
+    overwrite: bool,
+) -> Plan:
+    check_target(target, overwrite)
+    check_repo_id(push_to_hub)
+    plan = make_plan(source, **planning)
+    check_apart(plan.source, target)
+    return plan

@@ -122,6 +122,8 @@ def plan_conversion(
     reference_config.dtype = config.dtype
     rounded_to = dtype if dtypes.keys() != {dtype} else None
     same = dense_length(pattern)
+    windowed = set(local_layers or range(config.num_hidden_layers)) - set(config.dense_layers)
+    is_cut = window is not None and bool(windowed) and pattern.segment_lengths[0] < min(window, trained)
     return LongNetPlan(
         source=folder,
         name=str(source),
@@ -140,7 +142,15 @@ def plan_conversion(
         template="model_card_template.md",
         notes=tuple(
             _notes(
-                folder, fields, config, context, source_config.max_position_embeddings, dtypes, rope_parameters, dtype
+                folder,
+                fields,
+                config,
+                context,
+                source_config.max_position_embeddings,
+                window if is_cut else None,
+                dtypes,
+                rope_parameters,
+                dtype,
             )
         ),
     )
@@ -185,10 +195,15 @@ def _in_words(config: PreTrainedConfig, trained: int, window: int | None, some_l
 
 def _trained_context(config: PreTrainedConfig) -> int:
     """Return the length the source was trained for before any RoPE scaling stretched it."""
-    rope, context = config.rope_parameters, config.max_position_embeddings
-    if rope["rope_type"] == "default":  # stretches nothing, whatever its settings still hold
-        return context
-    return min(context, rope.get("original_max_position_embeddings") or context)
+    rope, trained = config.rope_parameters, config.max_position_embeddings
+    if rope["rope_type"] != "default":  # which stretches nothing, whatever its settings still hold
+        trained = min(trained, rope.get("original_max_position_embeddings") or trained)
+    if trained < 1:
+        raise ValueError(
+            f"config.json must say how many tokens the source was trained for (max_position_embeddings, or before RoPE "
+            f"stretched it original_max_position_embeddings), got {trained}"
+        )
+    return trained
 
 
 def _choose_pattern(
@@ -320,6 +335,8 @@ def _checked_rope(rope: dict, config: PreTrainedConfig) -> dict:
         if not isinstance(value, list | tuple) or len(value) != pairs:
             found = len(value) if isinstance(value, list | tuple) else repr(value)
             raise ValueError(f"RoPE longrope needs {pairs} numbers as {name}, one per pair that rotates, got {found}")
+        if strange := [x for x in value if not isinstance(x, (int, float)) or not 0 < x < math.inf]:
+            raise ValueError(f"RoPE longrope needs positive finite numbers as {name}, got {strange[0]!r}")
     return rope
 
 
@@ -335,6 +352,7 @@ def _notes(
     config: LongNetConfig,
     context: int,
     source_context: int,
+    cut_window: int | None,
     dtypes: Counter[str],
     rope_parameters: dict | None,
     written: str | None,
@@ -346,6 +364,11 @@ def _notes(
         notes.append("this pattern is not ordinary attention even on short inputs: fine-tune before use")
     elif config.max_position_embeddings > source_context and rope_parameters is None:
         notes.append(f"positions beyond {source_context:,} are new to the model: tune it there")
+    if cut_window is not None:
+        notes.append(
+            f"the source attends in a window of {cut_window:,} tokens, cut here to the first segment, "
+            f"{pattern.segment_lengths[0]:,}: one of {cut_window:,} keeps it (--local)"
+        )
     longest = max(max(config.layer_pattern(i).segment_lengths) for i in range(config.num_hidden_layers))
     if longest < context:
         notes.append(

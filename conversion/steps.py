@@ -56,16 +56,14 @@ def check_apart(source: Path, target: Path) -> None:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Refuse to write what does not fit on the disk.
+    """Refuse to write to a folder what does not fit on its disk.
 
     Raises:
         ValueError: if so.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise ValueError(
-            f"{folder.parent} has {short_number(free)}B free, but the weights need {short_number(num_bytes)}B"
-        )
+        raise ValueError(f"{folder} has {short_number(free)}B free, but the weights need {short_number(num_bytes)}B")
 
 
 def carry_files(source: Path, folder: Path) -> None:

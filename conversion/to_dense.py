@@ -170,14 +170,19 @@ def plan_to_dense(
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
     fields = read_json(folder / "config.json")
     if fields.get("architectures") != [LongNetForCausalLM.__name__]:
-        named = ", ".join(map(str, fields.get("architectures") or ["no architecture"]))
+        names = fields.get("architectures") or ["no architecture"]
+        named = ", ".join(map(str, names)) if isinstance(names, list) else repr(names)
         raise ValueError(f"the source is {named}; only {LongNetForCausalLM.__name__} has a way back")
     try:
         config = LongNetConfig.from_dict(fields)
     except Exception as error:  # strict-dataclass errors of several lines
         raise ValueError(f"config.json is not a valid LongNetConfig: {error}") from error
     source_tensors = read_weights(folder)
-    match_weights(skeleton(LongNetForCausalLM, config), source_tensors)
+    try:
+        source_model = skeleton(LongNetForCausalLM, config)
+    except Exception as error:  # a KeyError for an unknown kind of RoPE, and the like
+        raise ValueError(f"config.json does not describe a LongNet model that can be built: {error!r}") from error
+    match_weights(source_model, source_tensors)
     dense_fields = _dense_fields(config, max_position_embeddings, dtype)
     family = find_family(dense_fields)
     dense_config = family.read_config(dense_fields)
@@ -208,6 +213,8 @@ def _dense_fields(config: LongNetConfig, context: int | None, dtype: str | None)
             "back"
         )
     fields = {name: value for name, value in config.source_config.items() if name != "auto_map"}
+    if fields.get("quantization_config") == {}:  # says nothing, but transformers loads no model that has it
+        del fields["quantization_config"]
     family = find_family(fields)
     original = family.read_config(fields)
     as_converted = family.longnet_fields(original)

@@ -108,9 +108,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt"):  # the library's own checks: sizes, ranges without overlap or gap
-            pass
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # first: safetensors says of a file that may not be read that there is none
+            with safe_open(path, framework="pt"):  # the library's own checks: sizes, ranges without overlap or gap
+                pass
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
     except (SafetensorError, ValueError) as error:
@@ -409,7 +409,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")

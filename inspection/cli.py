@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -71,8 +72,14 @@ def run(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End with one line and status 2, like every other failure."""
+        self.exit(2, f"{self.prog}: {message} (--help explains the options)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longnet-inspect", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="longnet-inspect", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "source",
         nargs="?",

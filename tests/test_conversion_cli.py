@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import edit_json, make_checkpoint
@@ -164,6 +165,11 @@ FAILURES = {
     "no source": (["{target}/absent", "{target}"], "is not a folder"),
     "target exists": (["{source}", "{source}"], "exists already; choose another target or pass overwrite (--overwrite)"),
     "dry run of no source": (["{target}/absent", "{target}", "--dry-run"], "is not a folder"),
+    "dry run, target exists": (["{source}", "{source}", "--dry-run"], "exists already; choose another target or pass"),
+    "dry run, target in the source": (["{source}", "{source}/a/b", "--dry-run"], "must not be or contain one another"),
+    "dry run, target in a file": (["{source}", "{source}/config.json/a", "--dry-run"], "config.json is not a folder"),
+    "dry run, no conversion": (["{source}", "{source}", "--dry-run", "--overwrite"], "is no checkpoint folder of a conv"),
+    "dry run, no repository": (["{source}", "{target}", "--dry-run", "--push-to-hub", "a/b/c"], "names no repository"),
 }  # fmt: skip
 
 
@@ -196,7 +202,43 @@ def test_a_read_only_place_is_one_line_too(source, capsys):
     assert main([str(source), "/proc/target", "--quiet"]) == 1
     printed = capsys.readouterr()
     assert len(printed.err.splitlines()) == 1
-    assert "/proc/.target.partial" in printed.err
+    assert "/proc" in printed.err
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--overwrite"]], ids=str)
+def test_a_folder_that_may_not_be_written_to_is_named_before_the_source_is_read(
+    source, tmp_path, capsys, monkeypatch, options
+):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "a")  # root may write everywhere
+    monkeypatch.setattr("conversion.plan_family.find_folder", lambda *source: pytest.fail("was read"))
+    target = tmp_path / "a" / ("b" if "--overwrite" in options else "b/target")
+    if "--overwrite" in options:
+        target.mkdir()
+    assert main([str(source), str(target), *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        f"{target} cannot be created because {tmp_path / 'a'} may not be written to; choose another target"
+    )
+    assert not any(target.parent.glob(".*")) and not (tmp_path / "a" / "b" / "target").exists()
+
+
+def test_a_dry_run_looks_for_room_unless_a_killed_run_will_make_some(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    assert main([str(source), str(tmp_path / "a" / "target"), "--dry-run"]) == 1
+    assert f"{tmp_path} has 10 kB free, but the weights need 136 kB" in capsys.readouterr().err
+    (tmp_path / ".target.partial").mkdir()
+    assert main([str(source), str(tmp_path / "target"), "--dry-run"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
+
+
+def test_a_dry_run_with_overwrite_is_of_what_may_be_replaced(source, tmp_path, capsys):
+    arguments = [str(source), str(tmp_path / "target"), "--quiet"]
+    assert main([*arguments, "--no-verify"]) == 0
+    assert main([*arguments, "--dry-run", "--overwrite"]) == 0
+    assert main([*arguments, "--dry-run"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "exists already" in printed.err
 
 
 def test_debug_shows_the_traceback(source, tmp_path):

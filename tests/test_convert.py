@@ -628,6 +628,11 @@ BAD_SOURCES = {
     "LongNet already": (config(model_type="longnet"), "LongNet checkpoint already"),
     "quantized": (config(quantization_config={"quant_method": "gptq"}), "weights are quantized (gptq)"),
     "bad config value": (config(hidden_size="wide"), "config.json is not a valid LlamaConfig"),
+    "architectures in a string": (config(architectures="LlamaForCausalLM"),
+                                  """must list its architectures, as in ["LlamaForCausalLM"], got 'LlamaForCausalLM'"""),
+    "dtype of integers": (config(dtype="int8"), "says dtype int8, in which no model computes; correct it to one of float64"),
+    "brackets without end": (lambda source: (source / "config.json").write_text("[" * 100_000),
+                             "config.json is not valid JSON: "),
     "bad activation": (config(hidden_act="nosuch"), "config.json does not describe a LlamaForCausalLM"),
     "heads do not divide": (config(num_attention_heads=5), "config.json is not a valid LlamaConfig"),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), "has neither model.safetensors nor"),
@@ -689,6 +694,19 @@ def test_a_bad_source_is_refused_before_anything_is_written(source, tmp_path, ca
     assert message in str(refusal.value)
     assert sorted(tmp_path.iterdir()) == before
     assert not (source / RAN_CODE).exists()
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(source, tmp_path, monkeypatch):
+    def say_that_there_is_none(path, framework):  # as safetensors does then
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    def deny(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("conversion.weights.safe_open", say_that_there_is_none)
+    monkeypatch.setattr("conversion.weights.open", deny, raising=False)  # root may read everything
+    with pytest.raises(PermissionError, match="Permission denied: .*model.safetensors"):
+        convert_checkpoint(source, tmp_path / "target", **QUIET)
 
 
 BAD_OPTIONS = {

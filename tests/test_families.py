@@ -228,6 +228,36 @@ def test_layers_with_a_window_stay_exactly_that_beside_dense_ones(tmp_path):
     assert read_json(tmp_path / "dense" / "config.json") == read_json(tmp_path / "source" / "config.json")
 
 
+QWEN2_WINDOW = {"family": "qwen2", "sliding_window": 16, "use_sliding_window": True}
+CUT = "window of 16 tokens, cut here to the first segment, 8: one of 16 keeps it (--local)"
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "told"),
+    [
+        ({"family": "mistral", "sliding_window": 16}, {"local": 8}, CUT),
+        ({"family": "mistral", "sliding_window": 16}, {"segment_lengths": [8, 32]}, CUT),
+        ({"family": "mistral", "sliding_window": 16}, {}, None),
+        ({"family": "mistral", "sliding_window": 16}, {"local": 8, "dense_layers": [0, 1]}, None),
+        ({"family": "mistral", "sliding_window": 4 * CONTEXT}, {}, None),
+        (
+            {"family": "mistral", "sliding_window": 4 * CONTEXT},
+            {"local": 32},
+            "cut here to the first segment, 32: one of 256",
+        ),
+        ({**QWEN2_WINDOW, "max_window_layers": 1}, {"local": 8}, CUT),
+        ({**QWEN2_WINDOW, "max_window_layers": 1}, {"local": 8, "dense_layers": [1]}, None),
+        ({**QWEN2_WINDOW, "max_window_layers": 1}, {}, None),
+        ({"family": "llama"}, {"local": 8}, None),
+    ],
+    ids=str,
+)
+def test_the_plan_tells_of_a_window_that_is_cut_short(tmp_path, source, options, told):
+    make_checkpoint(tmp_path / "source", **source)
+    plan = " ".join(plan_conversion(tmp_path / "source", **options).describe().split())
+    assert ("cut here" in plan) == (told is not None) and (told or "") in plan
+
+
 def config(**fields):
     return lambda source: edit_json(source / "config.json", **fields)
 
@@ -265,6 +295,11 @@ REFUSED = {
     "longrope without factors": (
         "mistral", lambda source: None, {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
         "RoPE longrope needs 4 numbers as short_factor, one per pair that rotates, got None",
+    ),
+    "longrope with a factor of text": (
+        "mistral", lambda source: None,
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, "2", 1, 1], "long_factor": [1.0] * 4}},
+        "RoPE longrope needs positive finite numbers as short_factor, got '2'",
     ),
     "longrope with too few factors": (
         "llama", lambda source: None,

@@ -70,6 +70,16 @@ def test_a_longnet_model_that_returns_tuples_has_a_way_back(source, tmp_path):
     assert report["verification"]["relative_error"] < 1e-5
 
 
+def test_a_quantization_config_that_says_nothing_is_left_out_where_it_would_keep_the_model_from_loading(
+    source, tmp_path
+):
+    edit_json(source / "config.json", quantization_config={})
+    convert_checkpoint(source, tmp_path / "longnet", **QUIET)
+    convert_to_dense(tmp_path / "longnet", tmp_path / "dense", **QUIET)
+    for name in ("longnet", "dense"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tuned_model_goes_back_with_its_new_weights(tmp_path, family):
     make_checkpoint(tmp_path / "source", family=family)
@@ -174,7 +184,12 @@ REFUSED_WAYS_BACK = {
     "never converted": (lambda x: edit_json(x / "config.json", source_config=None), {}, "has no source_config"),
     "classifier": (lambda x: edit_json(x / "config.json", architectures=["LongNetForSequenceClassification"]), {},
                    "the source is LongNetForSequenceClassification; only"),
+    "architectures in a string": (lambda x: edit_json(x / "config.json", architectures="LongNetForCausalLM"), {},
+                                  "the source is 'LongNetForCausalLM'; only"),
     "bad config": (lambda x: edit_json(x / "config.json", window=3), {}, "config.json is not a valid LongNetConfig"),
+    "no such RoPE": (lambda x: edit_json(x / "config.json", rope_parameters={"rope_type": "foo", "rope_theta": 1e4}), {},
+                     "config.json does not describe a LongNet model that can be built: KeyError('foo')"),
+    "dtype of integers": (lambda x: edit_json(x / "config.json", dtype="int8"), {}, "says dtype int8, in which no model"),
     "wrong shape": (spoil_one_weight, {}, "up_proj.weight has shape [40, 32], but with this config.json it has [48, 32]"),
     "dtype": (lambda x: None, {"dtype": "int8"}, "dtype must be one of"),
 }  # fmt: skip
@@ -445,6 +460,14 @@ def test_an_adapter_that_does_not_fit_is_refused(source, tmp_path, case):
         convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
     assert message in str(refusal.value)
     assert not (tmp_path / "moved").exists()
+
+
+def test_a_card_that_is_no_unicode_is_copied_byte_for_byte(source, tmp_path):
+    convert_checkpoint(source, tmp_path / "longnet", verify=False, **QUIET)
+    make_adapter(source, tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_bytes("Für Prosa\r\n".encode("latin-1"))
+    convert_adapter(tmp_path / "adapter", tmp_path / "moved", tmp_path / "longnet", **QUIET)
+    assert (tmp_path / "moved" / "README.md").read_bytes() == b"F\xfcr Prosa\r\n"
 
 
 def test_moving_an_adapter_without_peft_says_what_to_install(source, tmp_path, monkeypatch):
