@@ -644,3 +644,17 @@ def test_dropout_is_drawn_again_alike_in_the_backward_pass(two_ranks):
     for mean, slope, differences in two_ranks.run(derivatives_with_dropout):
         assert mean == pytest.approx(1, abs=0.25) and mean != 1
         assert slope == pytest.approx(differences, rel=1e-6)
+
+
+def attend_to_ones_with_dropout() -> torch.Tensor:
+    """Return what dropout makes of a sum of ones on this rank, where all ranks are seeded alike, as Trainer does it."""
+    torch.manual_seed(5)
+    query, key = (torch.zeros(1, heads, 16, 8) for heads in (4, 2))
+    sequence = whole_rows(dist.group.WORLD, 1, 16)
+    pattern = DilationPattern.preset("paper", (8, 16), (1, 2))  # segments end where slices do: nothing is exchanged
+    return sequence_parallel_attention(query, key, torch.ones_like(key), pattern, sequence, dropout=0.5)[0]
+
+
+def test_ranks_that_are_seeded_alike_draw_unlike_dropout(two_ranks):
+    first, second = two_ranks.run(attend_to_ones_with_dropout)
+    assert not torch.equal(first, second)

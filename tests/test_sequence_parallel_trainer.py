@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from ranks import Ranks
 from tiny_models import random_tokens, tiny_model
 
@@ -41,13 +42,13 @@ def arguments(folder: str, batch_size: int, **options):
     )  # fmt: skip
 
 
-def parallelism(cp_size: int, dp_shard_size: int):
-    from accelerate import ParallelismConfig
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+class OnCpu(ParallelismConfig):
+    def _validate_accelerator(self, accelerator):  # Accelerate has no context parallelism on CPUs
+        pass
 
-    class OnCpu(ParallelismConfig):
-        def _validate_accelerator(self, accelerator):  # Accelerate has no context parallelism on CPUs
-            pass
+
+def parallelism(cp_size: int, dp_shard_size: int):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):  # of the test before
         state._reset_state()
