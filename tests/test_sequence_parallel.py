@@ -16,7 +16,7 @@ from imagined_ranks import Member, attend_on_imagined_ranks
 from ranks import Ranks
 from strategies import Call, calls
 from tiny_models import left_padding, random_tokens, tiny_config, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from modeling_longnet import (
     DilationPattern,
@@ -566,6 +566,15 @@ def misuses() -> dict[str, str]:
     rows = {"input_ids": random_tokens(2, 16), "cu_seq_lens_q": torch.tensor([0, 5, 16])}
     expect("packed rows", lambda: shard_sequence(rows, group))
     expect("slice of a tensor", lambda: shard_sequence(tokens, group))
+    for name, wrong in {
+        "attention_mask": torch.ones(1, 8), "position_ids": torch.arange(8)[None],  # of one rank's slice
+        "labels": random_tokens(2, 16), "shift_labels": random_tokens(1, 17),
+    }.items():  # fmt: skip
+        batch = {"input_ids": tokens, name: wrong}
+        expect(f"other {name}", lambda batch=batch: shard_sequence(batch, group))
+    expect("gathered row", lambda: gather_sequence(torch.zeros(8), group))
+    expect("gathered list", lambda: gather_sequence([0.0], group))
+    expect("gathered length", lambda: gather_sequence(torch.zeros(1, 8), group, 17))
     prompt = {"input_ids": tokens}
     for name, wrong in {
         "tensor": tokens, "list": {"input_ids": tokens.tolist()}, "row": {"input_ids": tokens[0]},
@@ -595,6 +604,14 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         )
         assert found["packed rows"] == "cu_seq_lens_q packs documents in one row, the batch has 2; give position_ids"
         assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
+        for name, got in {
+            "attention_mask": [1, 8], "position_ids": [1, 8], "labels": [2, 16], "shift_labels": [1, 17]
+        }.items():  # fmt: skip
+            message = f"{name} must give each of the [1, 16] tokens of the batch one, got shape {got}"
+            assert found[f"other {name}"] == message
+        assert found["gathered row"].endswith("rank's slice, a tensor [batch, tokens, ...], got shape [8]")
+        assert found["gathered list"].endswith("rank's slice, a tensor [batch, tokens, ...], got list")
+        assert found["gathered length"].startswith("2 slices of 8 tokens hold 16, got length=17; give the tokens")
         assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
         assert found["prompt as list"] == "input_ids must be a tensor [batch, tokens], got list"
         assert found["prompt as row"] == "input_ids must be a tensor [batch, tokens], got shape [16]"
@@ -603,6 +620,45 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         assert found["prompt in training"] == "the model is in training mode; call model.eval()"
         assert "LongNetForSequenceClassification reads whole sequences" in found["classifier"]
         assert 'use attn_implementation="sdpa"' in found["eager"]
+
+
+def errors_of_a_rank_outside() -> list[str]:
+    """Return what the last rank hears of a mesh and a group that it is not in."""
+    others = list(range(dist.get_world_size() - 1))
+    messages = []
+    for group in (DeviceMesh("cpu", others), dist.new_group(others)):  # all ranks make them together
+        if dist.get_rank() in others:
+            continue
+        with pytest.raises(ValueError) as error, sequence_parallel(group):
+            pass
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_rank_outside_of_the_group_is_told_so(two_ranks):
+    _, messages = two_ranks.run(errors_of_a_rank_outside)
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith("rank 1 is not in the group that shares the sequence; give it the group")
+
+
+def shapes_of_slices() -> list[dict]:
+    """Return the shapes of this rank's slice of batches that are empty, and of one that names what it leaves out."""
+    group, tokens = dist.group.WORLD, random_tokens(1, 5)
+    batches = [
+        {"input_ids": tokens[:, :0], "labels": tokens[:, :0]},
+        {"input_ids": tokens[:0], "labels": tokens[:0]},
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 32), "attention_mask": None},
+    ]
+    slices = [shard_sequence(batch, group) for batch in batches]
+    return [{name: list(x.shape) for name, x in batch.items()} for batch in slices]
+
+
+def test_empty_batches_have_empty_slices_and_none_is_nothing(two_ranks):
+    for no_tokens, no_rows, embeds in two_ranks.run(shapes_of_slices):
+        assert no_tokens["input_ids"] == no_tokens["labels"] == no_tokens["shift_labels"] == [1, 0]
+        assert no_rows["input_ids"] == no_rows["shift_labels"] == [0, 3]
+        assert embeds == {"inputs_embeds": [1, 3, 32], "attention_mask": [1, 3]}
 
 
 def test_a_group_is_needed_and_the_context_ends():
