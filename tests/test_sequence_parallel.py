@@ -3,6 +3,7 @@
 import os
 import re
 import time
+import weakref
 from dataclasses import asdict
 from itertools import product
 
@@ -659,6 +660,23 @@ def test_empty_batches_have_empty_slices_and_none_is_nothing(two_ranks):
         assert no_tokens["input_ids"] == no_tokens["labels"] == no_tokens["shift_labels"] == [1, 0]
         assert no_rows["input_ids"] == no_rows["shift_labels"] == [0, 3]
         assert embeds == {"inputs_embeds": [1, 3, 32], "attention_mask": [1, 3]}
+
+
+def plan_of_slices(pattern: DilationPattern, length: int):
+    sequence = whole_rows(Member(0, 2), 1, length)
+    return plan_exchange(pattern, 2, True, 0, 2, sequence.shares, sequence.documents, torch.device("cpu"))
+
+
+def test_plans_serve_all_patterns_of_a_model_and_are_let_go_with_their_batches():
+    patterns = [DilationPattern((8, 16), (1, 2)), DilationPattern((8,), (1,)), DilationPattern((2**62,), (1,))]
+    plans = [plan_of_slices(pattern, 100) for pattern in patterns]
+    assert all(plan_of_slices(pattern, 100) is plan for pattern, plan in zip(patterns, plans))
+    indices = [weakref.ref(plan.sent_columns) for plan in plans]
+    del plans
+    for length in range(101, 106):
+        for pattern in patterns:
+            plan_of_slices(pattern, length)
+    assert [index() for index in indices] == [None] * 3
 
 
 def test_a_group_is_needed_and_the_context_ends():
