@@ -125,7 +125,7 @@ class LongNetAttention(LlamaAttention):
         elif past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
             # A single token is always served from the slots: one graph, whatever came before.
-            continues = not cache.is_empty or query.shape[2] == 1
+            continues = query.shape[2] == 1 or (query.shape[2] > 0 and not cache.is_empty)
             keys, values = past_key_values.update(key, value, self.layer_idx, positions=layout.positions)
             if length == 1 and query.requires_grad:  # its gradient needs what the next token may overwrite
                 keys, values = (x if x.requires_grad else x.clone() for x in (keys, values))

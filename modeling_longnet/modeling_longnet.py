@@ -194,8 +194,9 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
         longrope, reach = self.rotary_emb.rope_type == "longrope", None
         if self.rotary_emb.length_border is not None:
             reach = layout.rotary_reach(position_ids, inputs_embeds.shape[:2], by_document=longrope)
-        if past_key_values is not None and longrope and reach is not None and not torch.compiler.is_compiling():
-            length = int(reach)
+        eagerly = not torch.compiler.is_compiling()
+        # A reach of 0: no tokens came, none are rotated.
+        if past_key_values is not None and longrope and reach is not None and eagerly and (length := int(reach)):
             self.rotary_emb.refuse_turn(past_key_values.rotated_up_to, length)
             past_key_values.rotated_up_to = length
 

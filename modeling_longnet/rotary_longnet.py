@@ -51,7 +51,8 @@ class LongNetRotaryEmbedding(LlamaRotaryEmbedding):
             reach: one more than the last position of what these are part of, ``[]``, or ``[B, T]`` of each token's
                 document (longrope); None: they are all.
         """
-        self._follow_length(x, position_ids if reach is None else reach - 1)
+        if position_ids.numel():  # no tokens have no last position
+            self._follow_length(x, position_ids if reach is None else reach - 1)
         inv_freq = self.inv_freq
         if reach is not None and reach.ndim > 0:
             inv_freq = self.original_inv_freq.to(x.device)

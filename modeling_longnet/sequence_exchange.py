@@ -37,7 +37,9 @@ class ExchangePlan(NamedTuple):
         return sum(self.receive_counts)
 
 
-@functools.lru_cache(maxsize=64)  # one entry per shape of batch, shared by all layers and steps
+# One entry per shape of batch, shared by all layers with a pattern; so few because dense layers' plans hold an index for
+# every key that travels, and packed documents lie otherwise in every batch.
+@functools.lru_cache(maxsize=8)
 def plan_exchange(
     pattern: DilationPattern,
     num_kv_heads: int,

@@ -62,11 +62,17 @@ def as_process_group(group: dist.ProcessGroup | DeviceMesh) -> dist.ProcessGroup
                 f"a sequence runs along one dimension, the device mesh has {group.ndim}: {group.mesh_dim_names}; "
                 'pass one of them, such as mesh["cp"]'
             )
-        group = group.get_group()
+        member = group.get_coordinate() is not None
+        group = group.get_group() if member else dist.GroupMember.NON_GROUP_MEMBER
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the group that shares the sequence; give it the group that it is in, or "
+            "leave this to the group's ranks"
+        )
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"group must be a process group or a device mesh that this process is part of, got {group!r}; "
-            "torch.distributed.group.WORLD holds all processes, after init_process_group()"
+            f"group must be a process group or a device mesh, got {group!r}; torch.distributed.group.WORLD holds all "
+            "processes, after init_process_group()"
         )
     return group
 

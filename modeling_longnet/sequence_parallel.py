@@ -77,7 +77,7 @@ def sequence_parallel_attention(
         key, value: ``[B, G, L, D]`` likewise.
         pattern: branches and rules.
         sequence: the slice's group, and which documents it holds.
-        is_causal, scale, dropout: as in ``dilated_attention``. Each rank draws its own dropout.
+        is_causal, scale, dropout: as in ``dilated_attention``. Each rank draws its own dropout, also if seeded alike.
         backend: for the slice's own keys: ``"auto"``, ``"torch"``, or ``"triton"``. The fused kernels count positions
             from a segment's start: ``"triton"`` by name needs slices that begin there.
 
@@ -104,9 +104,10 @@ def sequence_parallel_attention(
             f'{max(pattern.segment_lengths)} tokens or use "auto"'
         )
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    seed = int(torch.randint(2**62, ())) if dropout else 0
-    call = Call(pattern, is_causal, scale, dropout, seed)
     group = sequence.group
+    # Trainer seeds all ranks alike: of one number each would drop the same places of its slice.
+    seed = int(torch.randint(2**62, (group.size(),))[group.rank()]) if dropout else 0
+    call = Call(pattern, is_causal, scale, dropout, seed)
     plan = plan_exchange(
         pattern, key.shape[1], is_causal, group.rank(), group.size(), sequence.shares, sequence.documents, key.device
     )

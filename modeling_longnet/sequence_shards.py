@@ -16,6 +16,8 @@ from .sequence_group import all_gather, as_process_group, require_agreement, tal
 IGNORED_LABEL = -100
 # What is filled up with what is not predicted; every other tensor gets zeros.
 LABELS = ("labels", "shift_labels")
+# What the model takes for each token.
+TOKENWISE = ("inputs_embeds", "attention_mask", "position_ids", *LABELS)
 # What packing collators add for other kernels: all of it stands in cu_seq_lens_q, or in position_ids.
 PACKING_EXTRAS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -39,13 +41,13 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         This rank's batch, a dict; tensors without the sequence dimension as they are.
 
     Raises:
-        ValueError: on every rank, if they have different batches or packed documents are contradictory; on this one, if
-            its batch is no dict or holds no tokens.
+        ValueError: on every rank, if they have different batches, or one whose tensors differ in their tokens or whose
+            packed documents are contradictory; on this one, if its batch is no dict or holds no tokens.
     """
     group = as_process_group(group)
     if not isinstance(batch, Mapping):
         raise ValueError(f"shard_sequence takes a batch, a dict with input_ids, got {type(batch).__name__}")
-    batch = {name: x for name, x in batch.items() if name not in PACKING_EXTRAS}
+    batch = {name: x for name, x in batch.items() if name not in PACKING_EXTRAS and x is not None}
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise ValueError("shard_sequence needs input_ids [B, N] or inputs_embeds [B, N, hidden] to know the length")
@@ -55,6 +57,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     # Not of floating-point tensors: embeddings that each rank computes may differ in their last bits.
     terms |= {f"the numbers in {name}": fingerprint(x) for name, x in sorted(batch.items()) if _is_integral(x)}
     require_agreement(group, device, terms)
+    _check_lengths(batch, num_rows, length)
 
     cu_seqlens = batch.pop("cu_seq_lens_q", None)
     if cu_seqlens is not None:
@@ -69,7 +72,7 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
     ignored = batch.get("ignore_index", IGNORED_LABEL)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == (num_rows, length) and batch.get("shift_labels") is None:
-        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=ignored)
+        batch["shift_labels"] = F.pad(labels, (0, 1), value=ignored)[:, 1:]
     shift_labels = batch.get("shift_labels")
     if isinstance(shift_labels, Tensor) and batch.get("num_items_in_batch") is None:
         batch["num_items_in_batch"] = (shift_labels != ignored).sum()
@@ -82,6 +85,19 @@ def shard_sequence(batch: Mapping, group: dist.ProcessGroup | DeviceMesh) -> dic
         name: _cut(x, first, slice_length, filling.get(name, 0)) if _has_sequence(x, length) else x
         for name, x in batch.items()
     }
+
+
+def _check_lengths(batch: Mapping, num_rows: int, length: int) -> None:
+    """Refuse what is given for other tokens than there are: it would not be cut, and could fit a slice by chance."""
+    for name in TOKENWISE:
+        x = batch.get(name)
+        if not isinstance(x, Tensor) or x.ndim < 2 or (name == "labels" and not _is_integral(x)):
+            continue  # refused by the model, or labels of whole rows
+        rows, tokens = x.shape[:2]
+        if tokens != length or (rows != num_rows and (rows, name) != (1, "position_ids")):
+            raise ValueError(
+                f"{name} must give each of the {[num_rows, length]} tokens of the batch one, got shape {list(x.shape)}"
+            )
 
 
 def _check_restarts(position_ids: Tensor, documents: Tensor) -> None:
@@ -136,6 +152,15 @@ def gather_sequence(tensor: Tensor, group: dist.ProcessGroup | DeviceMesh, lengt
         ``[B, n * world size, ...]``, or ``[B, length, ...]``. The gradient of a slice is the sum of what all ranks give.
     """
     group = as_process_group(group)
+    if not isinstance(tensor, Tensor) or tensor.ndim < 2:
+        got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"gather_sequence takes this rank's slice, a tensor [batch, tokens, ...], got {got}")
+    whole = tensor.shape[1] * group.size()
+    if length is not None and not 0 <= length <= whole:
+        raise ValueError(
+            f"{group.size()} slices of {tensor.shape[1]} tokens hold {whole}, got length={length}; give the tokens of the "
+            "whole sequence, or leave it out"
+        )
     terms = {"the shape of the slices to gather": list(tensor.shape), "their dtype": tensor.dtype}
     require_agreement(group, collective_device(group, tensor.device), terms)
     return _Gather.apply(tensor, group)[:, :length]

@@ -67,7 +67,7 @@ class TokenLayout(NamedTuple):
             left = self._by_row(lengths - self.positions.reshape(lengths.shape), *shape)
             return position_ids + left
         if sequence is None:
-            return position_ids.max() + 1
+            return position_ids.max() + 1 if position_ids.numel() else position_ids.new_zeros(())
         mine = int(position_ids.max()) + 1 if position_ids.numel() else 0
         everyone = gather_numbers(sequence.group, position_ids.device, [mine], "the search for the last position")
         return torch.tensor(max(number for (number,) in everyone), device=position_ids.device)

@@ -45,17 +45,22 @@ class LongNetTrainer(Trainer):
             self.label_smoother = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator; the ranks of a sequence read the same rows, and count once in evaluation."""
+        """Create the accelerator; the ranks of a sequence read the same rows."""
         super().create_accelerator_and_postprocess()
         if self.get_cp_size() > 1:
             self._read_alike()
-            self.gather_function = self._gather_once
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the stock Trainer does, with label smoothing left to a causal LM itself."""
         if self.args.label_smoothing_factor and self._model_smooths:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the stock Trainer does, each sequence counted once."""
+        if self.get_cp_size() > 1:  # each time: the stock loop ends by putting its own function back
+            self.gather_function = self._gather_once
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -78,6 +83,16 @@ class LongNetTrainer(Trainer):
             dist.all_reduce(loss, op=dist.ReduceOp.SUM, group=self._sequence_group())
             loss = loss / self.get_cp_size()
         return loss, logits, labels
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count what this rank computes of a batch that others share."""
+        return super().floating_point_ops(inputs) // self._num_copies()
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count a batch's tokens once; the stock Trainer adds them up over all ranks, as if each had rows of its own."""
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self._num_copies()
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if self.get_cp_size() == 1:
@@ -104,11 +119,14 @@ class LongNetTrainer(Trainer):
         Accelerate's ``gather_for_metrics`` leaves out of the last batch what it takes for duplicates, and with all ranks
         of a sequence would find too many.
         """
-        copies = self.get_cp_size() * self.get_tp_size()  # neighbouring ranks
         gathered = self.accelerator.gather(losses).unflatten(0, (self.accelerator.num_processes, -1))
-        gathered = gathered[::copies].flatten(0, 1)
+        gathered = gathered[:: self._num_copies()].flatten(0, 1)
         state = self.accelerator.gradient_state
         return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+
+    def _num_copies(self) -> int:
+        """Return how many neighbouring ranks have the same batch."""
+        return self.get_cp_size() * self.get_tp_size()
 
     def _sequence_group(self) -> dist.ProcessGroup:
         """Return the ranks that share a sequence; Accelerate gives all of them the same batch."""

@@ -204,3 +204,28 @@ def test_the_longest_row_of_a_batch_decides_for_all_as_with_phi_3(tmp_path):
             expected = source(tokens, position_ids=position_ids, **given).logits
             found = ours(tokens, **given).logits
         torch.testing.assert_close(found[mask == 1], expected[mask == 1], **CLOSE)
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=lambda rope: rope["rope_type"])
+def test_no_rows_and_no_tokens_have_no_logits(rope):
+    model = tiny_model("retrofit", rope_parameters=dict(rope), max_position_embeddings=BORDER)
+    for batch, length in ((2, 0), (0, 20), (0, 0)):
+        nothing = random_tokens(2, 20)[:batch, :length]
+        packed = torch.arange(length)[None] % 8
+        for inputs in ({}, {"use_cache": False}, {"position_ids": packed, "use_cache": False}):
+            assert model(nothing, **inputs).logits.shape == (batch, length, model.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rope_parameters": dict(LONGROPE)}, {"backbone": "magneto"}], ids=["rope", "xpos"]
+)
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_no_tokens_after_some_change_nothing(fields, max_length):
+    model, tokens = tiny_model("retrofit", **fields), random_tokens(2, 20)
+    caches = [LongNetCache(model.config, max_length=max_length) for _ in range(2)]
+    for cache in caches:
+        model(tokens[:, :17], past_key_values=cache)
+    assert model(tokens[:, :0], past_key_values=caches[0]).logits.shape == (2, 0, model.config.vocab_size)
+    assert caches[0].rotated_up_to == caches[1].rotated_up_to
+    found, expected = (model(tokens[:, 17:], past_key_values=cache).logits for cache in caches)
+    assert torch.equal(found, expected)

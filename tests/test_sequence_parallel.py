@@ -3,6 +3,7 @@
 import os
 import re
 import time
+import weakref
 from dataclasses import asdict
 from itertools import product
 
@@ -16,7 +17,7 @@ from imagined_ranks import Member, attend_on_imagined_ranks
 from ranks import Ranks
 from strategies import Call, calls
 from tiny_models import left_padding, random_tokens, tiny_config, tiny_model
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from modeling_longnet import (
     DilationPattern,
@@ -566,6 +567,15 @@ def misuses() -> dict[str, str]:
     rows = {"input_ids": random_tokens(2, 16), "cu_seq_lens_q": torch.tensor([0, 5, 16])}
     expect("packed rows", lambda: shard_sequence(rows, group))
     expect("slice of a tensor", lambda: shard_sequence(tokens, group))
+    for name, wrong in {
+        "attention_mask": torch.ones(1, 8), "position_ids": torch.arange(8)[None],  # of one rank's slice
+        "labels": random_tokens(2, 16), "shift_labels": random_tokens(1, 17),
+    }.items():  # fmt: skip
+        batch = {"input_ids": tokens, name: wrong}
+        expect(f"other {name}", lambda batch=batch: shard_sequence(batch, group))
+    expect("gathered row", lambda: gather_sequence(torch.zeros(8), group))
+    expect("gathered list", lambda: gather_sequence([0.0], group))
+    expect("gathered length", lambda: gather_sequence(torch.zeros(1, 8), group, 17))
     prompt = {"input_ids": tokens}
     for name, wrong in {
         "tensor": tokens, "list": {"input_ids": tokens.tolist()}, "row": {"input_ids": tokens[0]},
@@ -595,6 +605,14 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         )
         assert found["packed rows"] == "cu_seq_lens_q packs documents in one row, the batch has 2; give position_ids"
         assert found["slice of a tensor"] == "shard_sequence takes a batch, a dict with input_ids, got Tensor"
+        for name, got in {
+            "attention_mask": [1, 8], "position_ids": [1, 8], "labels": [2, 16], "shift_labels": [1, 17]
+        }.items():  # fmt: skip
+            message = f"{name} must give each of the [1, 16] tokens of the batch one, got shape {got}"
+            assert found[f"other {name}"] == message
+        assert found["gathered row"].endswith("rank's slice, a tensor [batch, tokens, ...], got shape [8]")
+        assert found["gathered list"].endswith("rank's slice, a tensor [batch, tokens, ...], got list")
+        assert found["gathered length"].startswith("2 slices of 8 tokens hold 16, got length=17; give the tokens")
         assert found["prompt as tensor"].endswith("a dict of input_ids and an optional attention_mask, got Tensor")
         assert found["prompt as list"] == "input_ids must be a tensor [batch, tokens], got list"
         assert found["prompt as row"] == "input_ids must be a tensor [batch, tokens], got shape [16]"
@@ -603,6 +621,62 @@ def test_misuse_is_refused_with_what_to_do(two_ranks):
         assert found["prompt in training"] == "the model is in training mode; call model.eval()"
         assert "LongNetForSequenceClassification reads whole sequences" in found["classifier"]
         assert 'use attn_implementation="sdpa"' in found["eager"]
+
+
+def errors_of_a_rank_outside() -> list[str]:
+    """Return what the last rank hears of a mesh and a group that it is not in."""
+    others = list(range(dist.get_world_size() - 1))
+    messages = []
+    for group in (DeviceMesh("cpu", others), dist.new_group(others)):  # all ranks make them together
+        if dist.get_rank() in others:
+            continue
+        with pytest.raises(ValueError) as error, sequence_parallel(group):
+            pass
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_rank_outside_of_the_group_is_told_so(two_ranks):
+    _, messages = two_ranks.run(errors_of_a_rank_outside)
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith("rank 1 is not in the group that shares the sequence; give it the group")
+
+
+def shapes_of_slices() -> list[dict]:
+    """Return the shapes of this rank's slice of batches that are empty, and of one that names what it leaves out."""
+    group, tokens = dist.group.WORLD, random_tokens(1, 5)
+    batches = [
+        {"input_ids": tokens[:, :0], "labels": tokens[:, :0]},
+        {"input_ids": tokens[:0], "labels": tokens[:0]},
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 32), "attention_mask": None},
+    ]
+    slices = [shard_sequence(batch, group) for batch in batches]
+    return [{name: list(x.shape) for name, x in batch.items()} for batch in slices]
+
+
+def test_empty_batches_have_empty_slices_and_none_is_nothing(two_ranks):
+    for no_tokens, no_rows, embeds in two_ranks.run(shapes_of_slices):
+        assert no_tokens["input_ids"] == no_tokens["labels"] == no_tokens["shift_labels"] == [1, 0]
+        assert no_rows["input_ids"] == no_rows["shift_labels"] == [0, 3]
+        assert embeds == {"inputs_embeds": [1, 3, 32], "attention_mask": [1, 3]}
+
+
+def plan_of_slices(pattern: DilationPattern, length: int):
+    sequence = whole_rows(Member(0, 2), 1, length)
+    return plan_exchange(pattern, 2, True, 0, 2, sequence.shares, sequence.documents, torch.device("cpu"))
+
+
+def test_plans_serve_all_patterns_of_a_model_and_are_let_go_with_their_batches():
+    patterns = [DilationPattern((8, 16), (1, 2)), DilationPattern((8,), (1,)), DilationPattern((2**62,), (1,))]
+    plans = [plan_of_slices(pattern, 100) for pattern in patterns]
+    assert all(plan_of_slices(pattern, 100) is plan for pattern, plan in zip(patterns, plans))
+    indices = [weakref.ref(plan.sent_columns) for plan in plans]
+    del plans
+    for length in range(101, 106):
+        for pattern in patterns:
+            plan_of_slices(pattern, length)
+    assert [index() for index in indices] == [None] * 3
 
 
 def test_a_group_is_needed_and_the_context_ends():
@@ -644,3 +718,17 @@ def test_dropout_is_drawn_again_alike_in_the_backward_pass(two_ranks):
     for mean, slope, differences in two_ranks.run(derivatives_with_dropout):
         assert mean == pytest.approx(1, abs=0.25) and mean != 1
         assert slope == pytest.approx(differences, rel=1e-6)
+
+
+def attend_to_ones_with_dropout() -> torch.Tensor:
+    """Return what dropout makes of a sum of ones on this rank, where all ranks are seeded alike, as Trainer does it."""
+    torch.manual_seed(5)
+    query, key = (torch.zeros(1, heads, 16, 8) for heads in (4, 2))
+    sequence = whole_rows(dist.group.WORLD, 1, 16)
+    pattern = DilationPattern.preset("paper", (8, 16), (1, 2))  # segments end where slices do: nothing is exchanged
+    return sequence_parallel_attention(query, key, torch.ones_like(key), pattern, sequence, dropout=0.5)[0]
+
+
+def test_ranks_that_are_seeded_alike_draw_unlike_dropout(two_ranks):
+    first, second = two_ranks.run(attend_to_ones_with_dropout)
+    assert not torch.equal(first, second)

@@ -1,8 +1,12 @@
 """LongNetTrainer with ``ParallelismConfig(cp_size=k)`` over gloo processes equals the stock Trainer in one process."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from ranks import Ranks
 from tiny_models import random_tokens, tiny_model
 
@@ -33,21 +37,22 @@ class Stream(torch.utils.data.IterableDataset):
 def arguments(folder: str, batch_size: int, **options):
     from transformers import TrainingArguments
 
+    defaults = {"save_strategy": "no", "optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
     return TrainingArguments(
-        output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, optim="sgd",
-        learning_rate=0.1, max_steps=2, gradient_accumulation_steps=2, logging_steps=1, dataloader_pin_memory=False,
+        output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True,
+        gradient_accumulation_steps=2, logging_steps=1, dataloader_pin_memory=False,
         lr_scheduler_type="constant", per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
-        **options,
+        **defaults | options,
     )  # fmt: skip
 
 
-def parallelism(cp_size: int, dp_shard_size: int):
-    from accelerate import ParallelismConfig
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+class OnCpu(ParallelismConfig):
+    def _validate_accelerator(self, accelerator):  # Accelerate has no context parallelism on CPUs
+        pass
 
-    class OnCpu(ParallelismConfig):
-        def _validate_accelerator(self, accelerator):  # Accelerate has no context parallelism on CPUs
-            pass
+
+def parallelism(cp_size: int, dp_shard_size: int):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):  # of the test before
         state._reset_state()
@@ -146,6 +151,66 @@ def test_ranks_of_one_sequence_read_the_same_rows_of_a_stream(two_ranks, tmp_pat
 
 def train_with_options(folder: str, options: dict):
     return train(LongNetTrainer, folder, 2, 2, **options)
+
+
+def history(
+    folder: str, cp_size: int, fsdp: bool = False, resume: bool = False, stop_after: int = 0, **options
+) -> dict:
+    """Train, perhaps only some steps or the rest of them; return all numbers logged, and the parameters at the end."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):  # as a run that is killed: max_steps would change the schedule
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == stop_after
+
+    if cp_size > 1:
+        options["parallelism_config"] = parallelism(cp_size, dist.get_world_size() // cp_size)
+    model = tiny_model("retrofit", **options.pop("fields", {})).float()
+    chosen = on_fsdp(LongNetTrainer) if fsdp else LongNetTrainer
+    trainer = chosen(
+        model, arguments(folder, 2, **options), train_dataset=rows(), eval_dataset=rows()[:5], callbacks=[Stop()]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    names = ("loss", "grad_norm", "eval_loss", "num_input_tokens_seen", "total_flos")
+    logged = {
+        (entry["step"], name): float(entry[name])
+        for entry in trainer.state.log_history
+        for name in names & entry.keys()
+    }
+    checkpoints = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
+    return {"logged": logged, "parameters": [p.detach() for p in parameters], "checkpoints": checkpoints}
+
+
+def history_on_two_ranks(folder: str, options: dict) -> dict:
+    return history(folder, 2, **options)
+
+
+def test_what_is_logged_between_steps_is_that_of_one_process(two_ranks, tmp_path):
+    options = {
+        "max_grad_norm": 0.3, "eval_strategy": "steps", "eval_steps": 1, "label_smoothing_factor": 0.1,
+        "include_num_input_tokens_seen": "all",
+    }  # fmt: skip
+    alone = history(str(tmp_path / "one"), 1, **options)["logged"]
+    assert all(alone[step, "grad_norm"] > 0.3 for step in (1, 2))  # clipped
+    assert alone[2, "num_input_tokens_seen"] == 8 * 77
+    for found in two_ranks.run(history_on_two_ranks, str(tmp_path / "two"), options):
+        assert found["logged"] == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_resumed_run_under_fsdp2_takes_the_steps_of_one_that_went_on(two_ranks, tmp_path):
+    options = {
+        "fsdp": True, "optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 4, "save_strategy": "steps",
+        "save_steps": 1, "save_total_limit": 1, "fields": {"attention_dropout": 0.2},
+    }  # fmt: skip
+    through = two_ranks.run(history_on_two_ranks, str(tmp_path / "through"), options)
+    two_ranks.run(history_on_two_ranks, str(tmp_path / "resumed"), options | {"stop_after": 3})
+    resumed = two_ranks.run(history_on_two_ranks, str(tmp_path / "resumed"), options | {"resume": True})
+    for found, expected in zip(resumed, through):
+        assert math.isfinite(expected["logged"][4, "loss"])
+        assert found["logged"] == expected["logged"]
+        assert found["checkpoints"] == expected["checkpoints"] == ["checkpoint-4"]
+        assert all(map(torch.equal, found["parameters"], expected["parameters"]))
 
 
 def error_of_stock_trainer(folder: str) -> str:

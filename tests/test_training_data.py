@@ -130,6 +130,31 @@ def test_a_state_of_another_shuffled_order_is_refused(options):
         other.load_state_dict(rows.state_dict())
 
 
+def in_epoch(epoch: int) -> datasets.IterableDataset:
+    stream = streaming().shuffle(seed=1, buffer_size=8)
+    stream.set_epoch(epoch)
+    return stream
+
+
+def test_an_epoch_of_another_order_is_gone_on_with_in_its_own_alone():
+    whole = content(packed(in_epoch(1)))
+    assert whole != content(packed(in_epoch(0)))
+    first = packed(in_epoch(1))
+    before = content(islice(first, 9))
+    stream = in_epoch(0)
+    second = packed(stream)
+    second.load_state_dict(first.state_dict())
+    message = (
+        r"^\d+ documents were read in the shuffled order of epoch 1, .* of epoch 0 now; call set_epoch\(1\) on the"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(iter(second))
+    stream.set_epoch(1)
+    assert before + content(second) == whole
+    stream.set_epoch(2)
+    assert content(second) == content(packed(in_epoch(2)))
+
+
 def test_a_stream_without_a_shuffle_buffer_is_not_read_again():
     calls = []
     stream = datasets.IterableDataset.from_generator(documents).map(lambda document: calls.append(0) or document)

@@ -25,7 +25,8 @@ class PackedRows(IterableDataset):
     Args:
         documents: yields ``{"input_ids": [...]}`` in the same order at each iteration; a streaming
             ``datasets.IterableDataset`` is asked for its own state, anything else is read from its start on resumption.
-            So is one with a shuffle buffer, ``shuffle(seed, buffer_size)``: its state leaves the buffer out.
+            So is one with a shuffle buffer, ``shuffle(seed, buffer_size)``: its state leaves the buffer out. If
+            ``set_epoch`` gives each epoch another order, the one that is gone on with needs it again.
         length: tokens per row.
         buffer: documents read ahead.
         rank, world_size: of data-parallel processes: row ``i`` belongs to rank ``i % world_size``; rows left over at
@@ -38,8 +39,8 @@ class PackedRows(IterableDataset):
         nothing predicts, has the label -100.
 
     Raises:
-        ValueError: if a number does not fit, token ids are no integers, a state was taken with other settings, a
-            generator would have to be read twice, or worker processes would each read the whole stream.
+        ValueError: if a number does not fit, token ids are no integers, a state was taken with other settings or in
+            another epoch, a generator would have to be read twice, or worker processes would each read the whole stream.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PackedRows(IterableDataset):
         self._resumed = self._begun = False
         self._shuffles = _shuffles(documents)
         self._has_state = hasattr(documents, "load_state_dict") and not self._shuffles
-        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})
+        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None, "epoch": None})
 
     def state_dict(self) -> dict:
         """Return all that the next row depends on: numbers, and the tokens read ahead; ``torch.save`` can keep it."""
@@ -69,8 +70,8 @@ class PackedRows(IterableDataset):
             source = deepcopy(self.documents.state_dict())
         waiting = [document.to(torch.int32) for document in self._waiting]
         return {
-            "rows": self._rows, "read": self._read, "waiting": waiting, "source": source, "shuffles": self._shuffles,
-            **self._settings,
+            "rows": self._rows, "read": self._read, "waiting": waiting, "source": source, "epoch": self._epoch,
+            "shuffles": self._shuffles, **self._settings,
         }  # fmt: skip
 
     @property
@@ -100,7 +101,7 @@ class PackedRows(IterableDataset):
     def _go_to(self, state: dict) -> None:
         self._rows, self._read = state["rows"], state["read"]
         self._waiting = [document.long() for document in state["waiting"]]
-        self._source = state["source"]
+        self._source, self._epoch = state["source"], state.get("epoch")
         self._reading = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -126,11 +127,19 @@ class PackedRows(IterableDataset):
                 own = row
             if index == self.world_size - 1:  # at the end of a round, so that all ranks have one state
                 yield own
-        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None})  # the next epoch
+        self._go_to({"rows": 0, "read": 0, "waiting": [], "source": None, "epoch": None})  # the next epoch
 
     def _unread(self) -> Iterator[Tensor]:
         """Yield the documents that were not read yet."""
         read = self._read
+        epoch = self.documents.epoch if self._shuffles else None
+        # Not when the state is loaded: the epoch may be set after that.
+        if self._epoch is not None and epoch != self._epoch:
+            raise ValueError(
+                f"{read} documents were read in the shuffled order of epoch {self._epoch}, which is that of epoch {epoch} "
+                f"now; call set_epoch({self._epoch}) on the documents before going on"
+            )
+        self._epoch = epoch
         if self._has_state and (self._source is not None or self._resumed):
             # None as well: a stream of datasets that was once told to resume does so in each epoch, until told not to.
             self.documents.load_state_dict(deepcopy(self._source))
