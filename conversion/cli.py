@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from transformers.utils import logging
 
-from . import pipeline
 from .adapters import convert_adapter
 from .convert import convert_checkpoint
+from .pipeline import rehearse
 from .plan import Plan
 from .plan_family import plan_conversion
 from .steps import say
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             if plan is None:
                 raise ValueError("--dry-run does not go with --adapter, which checks everything before it writes")
             names = inspect.signature(plan).parameters.keys() - {"source"}
-            described = pipeline.rehearse(
+            described = rehearse(
                 plan,
                 options["source"],
                 options["target"],
