@@ -36,6 +36,7 @@ except ImportError:  # hopper_refusal says so before anything here is needed
 # Gluon is experimental: its interface may change with every release. These are the releases that the tests ran with.
 TESTED_RELEASES = ((3, 6),)
 MAX_BRANCHES = 10  # that one launch takes: the kernels name their descriptors one by one
+HEAD_DIMS = (64, 80, 96, 112, 128)
 TILE = 128
 FEW_ROUNDS = 16  # of tiles to each program: below, the longest at the very end would be waited for
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
@@ -75,7 +76,7 @@ class Scratch(NamedTuple):
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100.
 
-    The backward in one kernel is not tuned yet. Two programs on a processor, and queries in registers, were compared on
+    ``head_dim``: in shared memory. The backward in one kernel is not tuned yet. Two programs on a processor, and queries in registers, were compared on
     an H100 with what was before them, alone.
     """
     if head_dim == 128:
@@ -129,7 +130,7 @@ def hopper_refusal(
     query = tensors[0]
     if refusal := gluon_refusal(query.device):
         return refusal
-    if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] not in (64, 128):
+    if query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] not in HEAD_DIMS:
         return f"not written for {query.dtype} with head_dim {query.shape[-1]}"
     if padded:
         return "padded rows are no arithmetic progressions"
@@ -145,7 +146,7 @@ def hopper_refusal(
     if any(length % r for r in pattern.dilation_rates):
         return f"length {length} is not a multiple of every rate {pattern.dilation_rates}"
     tiles = batch * num_heads * _cdiv(length, TILE)
-    if tiles < _fewest_tiles(kernel, head_dim, pattern.dilate_queries) * num_processors(query.device):
+    if tiles < _fewest_tiles(kernel, _held(head_dim), pattern.dilate_queries) * num_processors(query.device):
         return f"the portable kernel is as fast on {tiles} tiles"
     if not all(x.aligned and all(s > 0 and s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3]) for x in tensors):
         return "rows that are not aligned to 16 bytes"
@@ -159,7 +160,7 @@ def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: Dilatio
     if not pattern.count_overlaps and pattern.window == "segment":
         return "tiles that meet nothing would break the chain of those that wait for each other"
     # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
-    group, head_dim = query.shape[1] // key.shape[1], query.shape[-1]
+    group, head_dim = query.shape[1] // key.shape[1], _held(query.shape[-1])
     shared = num_processors(query.device) * TILE * group * head_dim * (2 * query.dtype.itemsize + 4)
     return f"tiles at work share {shared} bytes, more than the cache keeps" if shared > MOST_SHARED else None
 
@@ -174,7 +175,7 @@ def hopper_fwd_launches(
     """
     own, met = ("query", "out"), ("key", "value")
     batch, num_heads, length, head_dim = layouts["query"].shape
-    rows = _tiles("fwd", head_dim, call.pattern.dilate_queries).block_m
+    rows = _tiles("fwd", _held(head_dim), call.pattern.dilate_queries).block_m
     stretch = 0 if num_documents else _stretch(launches, rows)
     counted = stretch > 0
     stretches = _cdiv(length, stretch) if counted else 1
@@ -235,7 +236,7 @@ def hopper_dkdv_launches(
     own, met = ("key", "value"), ("query", "do")
     pointers = ("dk", "dv", "stats", "tallies")
     batch, num_kv_heads, length, head_dim = layouts["key"].shape
-    tiles = _tiles("dkdv", head_dim, call.pattern.dilate_queries)
+    tiles = _tiles("dkdv", _held(head_dim), call.pattern.dilate_queries)
     planned, before = [], 0
     for number, launch in enumerate(launches):
         order = (number, len(launches), before)
@@ -285,7 +286,10 @@ def hopper_bwd_launches(
         arguments = (
             Pointer("sums"), Pointer("dq"), *dq.strides[:3], call.scale, length, chunk.start * group, num_heads
         )  # fmt: skip
-        constants = {"CLEARS": not stores and chunk is not chunks[-1], "HEAD_DIM": head_dim, "BLOCK_M": 64}
+        constants = {
+            "CLEARS": not stores and chunk is not chunks[-1], "HEAD_DIM": head_dim, "BLOCK_D": _held(head_dim),
+            "BLOCK_M": 64,
+        }  # fmt: skip
         grid = (_cdiv(length, 64), len(chunk) * group, 1)
         launches.append(KernelLaunch(scale_kernel, grid, arguments, constants, num_warps=4))
     rows = at_once * group * length
@@ -309,7 +313,7 @@ def _plan_bwd_launch(
     _, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
-    tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
+    tiles = _tiles("bwd", _held(head_dim), pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     runs = periods * len(lanes)
     variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores)
@@ -353,7 +357,7 @@ def _plan_launch(
     batch, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     heads = num_kv_heads if from_key else num_heads
-    tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
+    tiles = _tiles(kernel, _held(head_dim), pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     programs = tiles.programs * num_processors(layouts["query"].device)
     runs = periods * heads * batch
@@ -428,7 +432,8 @@ def _variant_of(
         from_key=from_key,
         first=launch.first,
         own_tensors=own_tensors,
-        head_dim=layouts["query"].shape[-1],
+        head_dim=_held(layouts["query"].shape[-1]),
+        columns=layouts["query"].shape[-1],
         stores=stores,
         counted=counted,
         starts_together=_starts_together(launch, tiles, pattern) and not from_key and num_documents == 0,
@@ -448,6 +453,11 @@ def _variant(**fields) -> "Variant":
     return Variant(**fields)
 
 
+def _held(head_dim: int) -> int:
+    """Return the columns of a row in shared memory: what a head lacks, the copy engine fills with zeros."""
+    return 64 if head_dim <= 64 else 128
+
+
 def _layout(rows: int, head_dim: int, dtype: torch.dtype):
     element = bfloat16 if dtype == torch.bfloat16 else float16
     return NVMMASharedLayout.get_default_for([1, 1, 1, rows, head_dim], element)
@@ -455,7 +465,7 @@ def _layout(rows: int, head_dim: int, dtype: torch.dtype):
 
 def _sums(heads: int, length: int, head_dim: int, rate: int) -> Rows:
     """Describe float32 ``[heads, L, D]`` likewise; in parts as each of two consumers adds them."""
-    part = (1, 1, 1, 64, head_dim // 2)
+    part = (1, 1, 1, 64, _held(head_dim) // 2)
     return Rows(
         "sums", TensorDescriptor, (1, heads, rate, length // rate, head_dim),
         (heads * length * head_dim, length * head_dim, head_dim, rate * head_dim, 1), part,
@@ -469,8 +479,8 @@ def _rows(name: str, x: TensorLayout, rate: int, block: int) -> Rows:
     stride_b, stride_h, stride_l, _ = x.strides
     return Rows(
         name, TensorDescriptor, (batch, heads, rate, length // rate, head_dim),
-        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, head_dim),
-        (_layout(block, head_dim, x.dtype),),
+        (stride_b, stride_h, stride_l, rate * stride_l, 1), (1, 1, 1, block, _held(head_dim)),
+        (_layout(block, _held(head_dim), x.dtype),),
     )  # fmt: skip
 
 

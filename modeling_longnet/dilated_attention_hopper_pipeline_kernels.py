@@ -50,7 +50,8 @@ class Variant:
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first
     tile that meets a block writes what others add to. ``counted``: launches overlap, tiles of queries are counted.
-    ``starts_together``: all rows of a tile meet the first term of its first block.
+    ``starts_together``: all rows of a tile meet the first term of its first block. ``head_dim``: columns in shared memory,
+    of which the first ``columns`` are the head's; the others are zero.
     """
 
     num_branches: int
@@ -66,6 +67,7 @@ class Variant:
     first: bool
     own_tensors: int
     head_dim: int
+    columns: int
     block_m: int
     block_n: int
     stages: int
@@ -452,7 +454,7 @@ def _store_rows(x, ptr, start, x_first, rate, count, stride, consumer: gl.conste
     rows = start + x_first + rate * index.to(gl.int64)
     columns = gl.arange(0, V.head_dim, layout=gl.SliceLayout(0, layout))
     pointers = ptr + (gl.expand_dims(rows * stride, 1) + gl.expand_dims(columns, 0))
-    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.head_dim, 0)
+    mask = gl.expand_dims(index < count, 1) & gl.expand_dims(columns < V.columns, 0)
     if ADD:
         x = gl.convert_layout(x, layout) + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
         x = x.to(ptr.dtype.element_ty)

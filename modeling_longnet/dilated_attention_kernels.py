@@ -282,7 +282,7 @@ def stats_kernel(
 @triton.jit(do_not_specialize=["length", "first_head"])
 def scale_kernel(
     sums_ptr, dq_ptr, stride_dqb, stride_dqh, stride_dql, scale, length, first_head, num_heads,
-    CLEARS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    CLEARS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Round what has been added up in float32 rows, ``[heads, L, D]`` from the first head on, times scale, into dq.
 
@@ -292,13 +292,13 @@ def scale_kernel(
     index = tl.program_id(1)
     head = (first_head + index) % num_heads
     batch = ((first_head + index) // num_heads).to(tl.int64)
-    columns = tl.arange(0, HEAD_DIM)
+    columns = tl.arange(0, BLOCK_D)
     mask = (rows < length)[:, None] & (columns < HEAD_DIM)[None, :]
     sums_ptr += ((index.to(tl.int64) * length + rows) * HEAD_DIM)[:, None] + columns[None, :]
     sums = tl.load(sums_ptr, mask=mask, other=0.0)
     dq_ptr += batch * stride_dqb + head.to(tl.int64) * stride_dqh + (rows * stride_dql)[:, None] + columns[None, :]
-    dq = tl.permute(tl.reshape(sums * scale, [BLOCK_M, HEAD_DIM // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
-    tl.store(dq_ptr, tl.reshape(dq, [BLOCK_M, HEAD_DIM]).to(dq_ptr.dtype.element_ty), mask=mask)
+    dq = tl.permute(tl.reshape(sums * scale, [BLOCK_M, BLOCK_D // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
+    tl.store(dq_ptr, tl.reshape(dq, [BLOCK_M, BLOCK_D]).to(dq_ptr.dtype.element_ty), mask=mask)
     if CLEARS:  # for the heads that come next
         tl.store(sums_ptr, tl.zeros_like(sums), mask=mask)
 

@@ -150,11 +150,11 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None
     assert lanes_seen["scaled"] == heads * batch
 
 
-def check_scaling() -> None:
+def check_scaling(head_dim: int) -> None:
     """The columns that ``_hand_over`` has moved go back where they belong, heads of all rows of the batch too."""
     from modeling_longnet.dilated_attention_kernels import scale_kernel
 
-    batch, heads, length, head_dim, first = 2, 3, 70, 64, 2
+    batch, heads, length, first = 2, 3, 70, 2
     dq = torch.full((batch, length, heads, head_dim), torch.nan, dtype=torch.bfloat16).transpose(1, 2)
     exact = torch.randint(-99, 99, (4, length, head_dim)).float()  # exact in bfloat16, also halved
     # Of 16 columns, a thread of the accumulator's four holds two neighbours each in the lower and the upper eight.
@@ -165,14 +165,16 @@ def check_scaling() -> None:
     sums = moved.contiguous()
     grid = (-(-length // 64), 4)
     scale_kernel[grid](
-        sums, dq, *dq.stride()[:3], 0.5, length, first, heads, CLEARS=True, HEAD_DIM=head_dim, BLOCK_M=64
-    )
+        sums, dq, *dq.stride()[:3], 0.5, length, first, heads, CLEARS=True, HEAD_DIM=head_dim,
+        BLOCK_D=1 << (head_dim - 1).bit_length(), BLOCK_M=64,
+    )  # fmt: skip
     for i in range(4):
         assert torch.equal(dq[(first + i) // heads, (first + i) % heads], (exact[i] * 0.5).bfloat16())
     assert dq[0, :2].isnan().all() and not sums.any()
 
 
 if __name__ == "__main__":  # run by test_tiles_add_to_a_block_one_after_the_other, in a process of its own
-    check_scaling()
+    for head_dim in (64, 80, 96):
+        check_scaling(head_dim)
     for name in sys.argv[1:] or CASES:
         check(*CASES[name])
