@@ -21,7 +21,7 @@ test-kernels: export PYTHONPATH = .venv/kernels:.:tests
 test-kernels: .venv/.test .venv/.kernels
 	.venv/bin/python -m pytest -n auto tests/test_dilated_attention_triton.py tests/test_cached_attention_triton.py \
 	  tests/test_halo_attention_triton.py tests/test_liger_layers.py tests/test_cross_entropy_triton.py \
-	  tests/test_decoding_token.py tests/test_backward_order.py tests/test_drawn_tiles.py \
+	  tests/test_decoding_token.py tests/test_backward_order.py tests/test_drawn_tiles.py tests/test_lone_blocks.py \
 	  tests/test_hopper_compiled.py
 
 # Everything again, on the oldest transformers that pyproject.toml allows.

@@ -26,7 +26,6 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _branch_of,
     _end_turn,
     _field,
-    _in_order,
     _met,
     _pack,
     _produce,
@@ -38,7 +37,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _unpack,
 )
 from .dilated_attention_hopper_progress_kernels import _await_count, _await_grids_before, _count, _let_next_start
-from .dilated_attention_order_kernels import Work
+from .dilated_attention_order_kernels import Work, _in_order, _in_pairs, _lone_blocks, _shared_blocks
 from .dilated_attention_tile_kernels import RUNTIME
 
 
@@ -218,12 +217,17 @@ def _bring_stats(stats_ptr, rings, results, work, V: gl.constexpr):
     record = _read_record(rings, 0, 1)
     while _field(record, GOES_ON) > 0:
         head, batch, start = _field(record, HEAD), _field(record, BATCH), _field(record, START)
-        base, rate, first, stop, blocks, head_edge, tail_edge, _, _ = _branch_of(record)
+        x_first, count, tokens = _field(record, X_FIRST), _field(record, COUNT), _field(record, TOKENS)
+        base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
+        heads, tails = _lone_blocks(
+            x_first, count, results.gradients.own_rate, tokens, window, previous_window, base, rate, first, stop,
+            blocks, V,
+        )  # fmt: skip
         for inner in range(V.group):
             query_head = head * V.group + inner
             at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
             for n in range(blocks):
-                term = first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                term = first + _in_pairs(n, blocks, head_edge, tail_edge, heads, tails) * V.block_n
                 term += gl.arange(0, V.block_n, layout=layout)
                 words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
                 lse2, delta = _unpack_stats(words)
@@ -245,7 +249,7 @@ def _bwd_dkdv_block(
 ):  # fmt: skip
     """Add a block of queries to the gradients of a consumer's keys; scores are transposed: keys are rows.
 
-    Unless it is the tile's FIRST, the products of the block before still run at the start, and its own at the end. ``s``
+    Unless it is the FIRST of several, the products of the block before still run at the start, and its own at the end. ``s``
     and ``dp`` are what the block before has left in the registers that the first two products fill: setting them to
     zero while products run would make ptxas run every product by itself.
     """
@@ -281,6 +285,44 @@ def _bwd_dkdv_block(
 
 
 @gluon.jit
+def _lone_block(
+    dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2,
+    consumer: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Add a block that the other consumer passes over: that one has another meanwhile, so that products may end here."""
+    dk, dv, s, dp, done = _bwd_dkdv_block(
+        dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2, True, True, consumer, V,
+        s_layout, p_layout,
+    )  # fmt: skip
+    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+    _release(done - 1, rings, V)
+    return dk, dv, s, dp, done
+
+
+@gluon.jit
+def _release(block, rings, V: gl.constexpr):
+    """Say that a consumer's products need a block no more."""
+    stage = block % V.stages
+    mbarrier.arrive(rings.k_empty.index(stage), count=1)
+    mbarrier.arrive(rings.v_empty.index(stage), count=1)
+
+
+@gluon.jit
+def _pass_over(done, rings, results, consumer: gl.constexpr, V: gl.constexpr):
+    """Let a block of queries go that the consumer's keys do not meet: when it has come, for stages are counted by turns."""
+    stage = done % V.stages
+    phase = (done // V.stages) & 1
+    _await_turn(rings, done, consumer, V)
+    _end_turn(rings, consumer, V)
+    mbarrier.wait(rings.k_full.index(stage), phase)
+    mbarrier.wait(rings.v_full.index(stage), phase)
+    mbarrier.wait(results.stats_full.index(stage), phase)
+    _release(done, rings, V)
+    mbarrier.arrive(results.stats_empty.index(stage), count=1)
+    return done + 1
+
+
+@gluon.jit
 def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     """Compute the gradients of a consumer's keys and values of each tile; unless the launch is first, add them."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V.block_n, 16])
@@ -302,7 +344,13 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window = _branch_of(record)
         x = x_first + results.gradients.own_rate * index
         row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)
-        edges = head_edge + blocks - tail_edge
+        heads, tails = _lone_blocks(
+            x_first, count, results.gradients.own_rate, tokens, window, previous_window, base, rate, first, stop,
+            blocks, V,
+        )  # fmt: skip
+        alone, passed = (heads, tails) if consumer == 0 else (tails, heads)
+        shared, inner_first, inner_stop = _shared_blocks(blocks, head_edge, tail_edge, heads, tails)
+        edges = inner_first + shared - inner_stop
         dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
@@ -310,28 +358,38 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
             filled += 1
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             dp = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-            dk, dv, s, dp, done = _bwd_dkdv_block(
-                dk, dv, s, dp, done, k, v, rings, results,
-                first + _in_order(0, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop, scale2,
-                True, True, consumer, V, s_layout, p_layout,
-            )  # fmt: skip
-            for inner in range(V.group):
-                visited = gl.where(inner == 0, 1, 0)
-                for n in range(visited, edges):
+            for _ in range(V.group):
+                for n in range(alone):
+                    if (consumer == 1) & (n < passed):
+                        done = _pass_over(done, rings, results, consumer, V)
+                    block = n if consumer == 0 else blocks - 1 - n
+                    dk, dv, s, dp, done = _lone_block(
+                        dk, dv, s, dp, done, k, v, rings, results, first + block * V.block_n, row_first, row_stop,
+                        scale2, consumer, V, s_layout, p_layout,
+                    )  # fmt: skip
+                    if (consumer == 0) & (n < passed):
+                        done = _pass_over(done, rings, results, consumer, V)
+                for _ in range(alone, passed):
+                    done = _pass_over(done, rings, results, consumer, V)
+                if shared > 0:
                     dk, dv, s, dp, done = _bwd_dkdv_block(
                         dk, dv, s, dp, done, k, v, rings, results,
-                        first + _in_order(n, blocks, head_edge, tail_edge) * V.block_n, row_first, row_stop,
-                        scale2, False, True, consumer, V, s_layout, p_layout,
+                        first + (heads + _in_order(0, shared, inner_first, inner_stop)) * V.block_n,
+                        row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
-                for _ in range(gl.maximum(edges, visited), blocks):
-                    dk, dv, s, dp, done = _bwd_dkdv_block(
-                        dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2,
-                        False, False, consumer, V, s_layout, p_layout,
-                    )  # fmt: skip
-            dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
-            last = (done - 1) % V.stages
-            mbarrier.arrive(rings.k_empty.index(last), count=1)
-            mbarrier.arrive(rings.v_empty.index(last), count=1)
+                    for n in range(1, edges):
+                        dk, dv, s, dp, done = _bwd_dkdv_block(
+                            dk, dv, s, dp, done, k, v, rings, results,
+                            first + (heads + _in_order(n, shared, inner_first, inner_stop)) * V.block_n,
+                            row_first, row_stop, scale2, False, True, consumer, V, s_layout, p_layout,
+                        )  # fmt: skip
+                    for _ in range(gl.maximum(edges, 1), shared):
+                        dk, dv, s, dp, done = _bwd_dkdv_block(
+                            dk, dv, s, dp, done, k, v, rings, results, first, row_first, row_stop, scale2,
+                            False, False, consumer, V, s_layout, p_layout,
+                        )  # fmt: skip
+                    dv, dk = warpgroup_mma_wait(0, deps=(dv, dk))
+                    _release(done - 1, rings, V)
         dk *= results.gradients.scale
         finished_ptr = results.finished_ptr + batch * results.heads + head
         _await_count(finished_ptr, results.before)

@@ -19,7 +19,6 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _branch_of,
     _end_turn,
     _field,
-    _in_order,
     _lap,
     _met,
     _pack,
@@ -31,7 +30,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _unpack,
 )
 from .dilated_attention_hopper_progress_kernels import _await_grids_before, _await_written, _count, _let_next_start
-from .dilated_attention_order_kernels import Work, _stretch_of
+from .dilated_attention_order_kernels import Work, _in_order, _stretch_of
 from .dilated_attention_tile_kernels import RUNTIME
 
 

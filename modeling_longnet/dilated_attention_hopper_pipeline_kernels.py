@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_progress_kernels import _await_count, _count, _drawn, _fence_global, _start_drawing
-from .dilated_attention_order_kernels import _locate, _stretch_of
+from .dilated_attention_order_kernels import _in_order, _in_pairs, _locate, _lone_blocks, _stretch_of
 from .dilated_attention_tile_kernels import _band, _block_range, _count_before, _offset, _pick
 
 
@@ -188,13 +188,6 @@ def _walk(branch, x_first, x_last, tokens, kv_head, tile_base, work, V: gl.const
 
 
 @gluon.jit
-def _in_order(n, blocks, head, tail):
-    """Return the n-th block to visit: the masked ones at the edges first, then those that every row meets whole."""
-    edges = head + blocks - tail
-    return gl.where(n < head, n, gl.where(n < edges, n - head + tail, n - edges + head))
-
-
-@gluon.jit
 def _write_record(
     rings, written, head, batch, start, x_first, goes_on, count, tokens,
     base, rate, first, stop, blocks, head_edge, tail_edge, window, previous_window,
@@ -321,8 +314,28 @@ def _produce(sources, rings, work, V: gl.constexpr):
                         written += 1
                     residue = (start + base) % rate
                     term = (start + base) // rate + first
+                    heads, tails = 0, 0
+                    if V.from_key:
+                        heads, tails = _lone_blocks(
+                            x_first,
+                            count,
+                            own_rate,
+                            tokens,
+                            window,
+                            previous_window,
+                            base,
+                            rate,
+                            first,
+                            stop,
+                            blocks,
+                            V,
+                        )
                     for n in range(blocks):
-                        row = term + _in_order(n, blocks, head_edge, tail_edge) * V.block_n
+                        if V.from_key:
+                            block = _in_pairs(n, blocks, head_edge, tail_edge, heads, tails)
+                        else:
+                            block = _in_order(n, blocks, head_edge, tail_edge)
+                        row = term + block * V.block_n
                         stage = _place(fetched, V.stages)
                         phase = _lap(fetched, V.stages) ^ 1
                         mbarrier.wait(rings.k_empty.index(stage), phase)

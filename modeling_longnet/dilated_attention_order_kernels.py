@@ -7,7 +7,7 @@ progression; where that one does not meet a block, no later one does, and the ti
 
 from typing import Any, NamedTuple
 
-from .dilated_attention_tile_kernels import BEFORE, _band, _block_range, _document, _offset, _tile
+from .dilated_attention_tile_kernels import BEFORE, _band, _block_range, _count_before, _document, _offset, _tile
 
 
 try:
@@ -109,6 +109,58 @@ def _stretch_of(batch, head, row, work):
     stretch = row // work.stretch
     last = stretch == work.stretches - 1
     return (batch * work.heads + head) * work.stretches + stretch, tl.where(last, work.before_in_last, work.before)
+
+
+@triton.jit
+def _lone_blocks(
+    x_first, count, own_rate, tokens, window, previous_window, base, rate, first, stop, blocks, V: tl.constexpr
+):
+    """Count the blocks that only one half of a tile of keys may meet: at the beginning the first half, at the end the second.
+
+    A tile's keys may lie far apart: of a branch of rate r, whose keys are met by 1,024 r queries each, a tile of 128 walks
+    through 1,152 r.
+    """
+    half = V.block_m // 2
+    middle = x_first + own_rate * half
+    start, _ = _band(middle, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
+    _, end = _band(middle - own_rate, window, previous_window, tokens, True, V.side, V.sliding, V.disjoint)
+    begins = _count_before(start, base, rate) - first
+    ends = tl.minimum(_count_before(end, base, rate), stop) - first
+    heads = tl.minimum(tl.maximum(begins, 0) // V.block_n, blocks)
+    tails = tl.minimum(blocks - (tl.maximum(ends, 0) + V.block_n - 1) // V.block_n, blocks - heads)
+    both = count > half
+    return tl.where(both, heads, 0), tl.where(both, tails, 0)
+
+
+@triton.jit
+def _in_order(n, blocks, head, tail):
+    """Return the n-th block to visit: the masked ones at the edges first, then those that every row meets whole."""
+    edges = head + blocks - tail
+    return tl.where(n < head, n, tl.where(n < edges, n - head + tail, n - edges + head))
+
+
+@triton.jit
+def _shared_blocks(blocks, head, tail, heads, tails):
+    """Return how many blocks both halves of a tile of keys may meet, and where those begin and end that all rows meet whole."""
+    shared = blocks - heads - tails
+    inner = tl.minimum(tl.maximum(head - heads, 0), shared)
+    return shared, inner, tl.minimum(tl.maximum(tail - heads, inner), shared)
+
+
+@triton.jit
+def _in_pairs(n, blocks, head, tail, heads, tails):
+    """Return the n-th block to visit where the halves of a tile of keys pass over ``tails`` and ``heads`` blocks.
+
+    These come first, one of each in turn, so that both halves have work at any time; then the others, in order.
+    """
+    pairs = tl.minimum(heads, tails)
+    lone = heads + tails
+    in_pair = tl.where(n % 2 == 0, n // 2, blocks - 1 - n // 2)
+    left_over = tl.where(heads > tails, n - pairs, blocks - 1 - (n - pairs))
+    shared, inner, outer = _shared_blocks(blocks, head, tail, heads, tails)
+    return tl.where(
+        n < 2 * pairs, in_pair, tl.where(n < lone, left_over, heads + _in_order(n - lone, shared, inner, outer))
+    )
 
 
 @triton.jit
