@@ -65,9 +65,17 @@ CANDIDATES = {
         HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3),
     ],
     ("dkdv", 128): [HopperTiles(128, 64, 3, (240, 24)), HopperTiles(128, 64, 3, (240, 24), turns=True)],
-    ("dkdv", 64): [HopperTiles(128, 64, 4, (224, 56)), HopperTiles(128, 64, 4, (232, 40), turns=True)],
+    ("dkdv", 64): [
+        HopperTiles(128, 64, 4, (224, 56)),
+        HopperTiles(128, 64, 4, (232, 40), turns=True),
+        HopperTiles(128, 64, 4, (232, 40), turns=True, holds_own=True),
+    ],
     ("bwd", 128): [HopperTiles(128, 64, 2, (240, 24)), HopperTiles(128, 64, 2, (240, 24), turns=True)],
-    ("bwd", 64): [HopperTiles(128, 64, 4, (240, 24)), HopperTiles(128, 64, 4, (240, 24), turns=True)],
+    ("bwd", 64): [
+        HopperTiles(128, 64, 4, (240, 24)),
+        HopperTiles(128, 64, 4, (240, 24), turns=True),
+        HopperTiles(128, 64, 4, (240, 24), turns=True, holds_own=True),
+    ],
 }
 CHOSEN = hopper._tiles
 

@@ -47,8 +47,8 @@ class HopperTiles(NamedTuple):
     """Rows that a program owns and rows of a block, depth of the rings, registers of consumers and producer.
 
     ``turns``: consumers issue their products in turns. ``consumers`` share a program's rows, ``programs`` a processor.
-    ``holds_own``: the forward's consumers keep their queries in registers. Against blocks of 64 rows, reading both sides of
-    a product takes all that shared memory can give.
+    ``holds_own``: consumers keep their own rows in registers. Against blocks of 64 rows, reading both sides of a product
+    takes all that shared memory can give.
     """
 
     block_m: int
@@ -93,8 +93,8 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     return {
         "fwd": HopperTiles(128, 64, 4, (232, 24), consumers=1, programs=2) if dilate else three,
         "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
-        "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True),
-        "bwd": HopperTiles(128, 64, 4, (240, 24), turns=True),
+        "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True, holds_own=True),
+        "bwd": HopperTiles(128, 64, 4, (240, 24), turns=True, holds_own=True),
     }[kernel]
 
 

@@ -276,10 +276,10 @@ def _bwd_dkdv_block(
     if MASKED:
         p = gl.where(_met(first, row_first, row_stop, V, s_layout), p, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
-    dv = warpgroup_mma(gl.convert_layout(p.to(k.dtype), p_layout), do, dv, is_async=True)
+    dv = warpgroup_mma(gl.convert_layout(p.to(q.dtype), p_layout), do, dv, is_async=True)
     delta = results.stats.index(2 * stage + 1).load(columns)
     ds = p * (dp - gl.expand_dims(delta, 0))
-    dk = warpgroup_mma(gl.convert_layout(ds.to(k.dtype), p_layout), q, dk, is_async=True)
+    dk = warpgroup_mma(gl.convert_layout(ds.to(q.dtype), p_layout), q, dk, is_async=True)
     mbarrier.arrive(results.stats_empty.index(stage), count=1)
     return dk, dv, s, dp, done + 1
 
@@ -331,8 +331,6 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     scale2 = results.gradients.scale * LOG2E
     index = consumer * ROWS + gl.arange(0, ROWS, layout=rows_layout)
-    k = rings.own.index(consumer)
-    v = rings.other.index(consumer)
     done = 0
     filled = 0
     seen = 1
@@ -356,6 +354,11 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         if blocks > 0:
             mbarrier.wait(rings.own_full, filled & 1)
             filled += 1
+            k = rings.own.index(consumer)
+            v = rings.other.index(consumer)
+            if V.holds_own:
+                k = k.load(gl.DotOperandLayout(0, s_layout, 2))
+                v = v.load(gl.DotOperandLayout(0, s_layout, 2))
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             dp = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
             for _ in range(V.group):

@@ -90,9 +90,9 @@ def _here(which):
 
 
 @gluon.jit
-def _scores(s, shared, done, consumer: gl.constexpr, V: gl.constexpr):
+def _scores(s, held_k, shared, done, consumer: gl.constexpr, V: gl.constexpr):
     stage = _place(done, V.stages)
-    k = shared.k.index(_here(consumer))
+    k = held_k if V.holds_own else shared.k.index(_here(consumer))
     mbarrier.wait(shared.q_full.index(stage), _lap(done, V.stages))
     return warpgroup_mma(k, shared.q.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
 
@@ -136,7 +136,7 @@ def _hand_over_dq(dq, shared, handed, consumer: gl.constexpr, V: gl.constexpr):
 
 @gluon.jit
 def _block(
-    dk, dv, dq, s, done, begun, extra, shared, term, row_first, row_stop, scale2,
+    dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, term, row_first, row_stop, scale2,
     MASKED: gl.constexpr, LAST: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,8 @@ def _block(
     mbarrier.wait(shared.stats_full.index(stage), _lap(done, V.stages))
     delta = gl.expand_dims(shared.stats.index(2 * stage + 1).load(columns), 0)
     dp = gl.broadcast(delta, s)[0]
-    dp = warpgroup_mma(shared.v.index(_here(consumer)), do.permute((1, 0)), dp, is_async=True)
+    v = held_v if V.holds_own else shared.v.index(_here(consumer))
+    dp = warpgroup_mma(v, do.permute((1, 0)), dp, is_async=True)
     lse2 = shared.stats.index(2 * stage).load(columns)
     p = gl.exp2(s * scale2 - gl.expand_dims(lse2, 0))
     if MASKED:
@@ -189,7 +190,7 @@ def _block(
         _end_turn(shared, consumer, V)
         dv, dk, dq = warpgroup_mma_wait(0, deps=(dv, dk, dq))
     else:
-        s = _scores(s, shared, done + 1, consumer, V)
+        s = _scores(s, held_k, shared, done + 1, consumer, V)
         _end_turn(shared, consumer, V)
         dv, dk, dq = warpgroup_mma_wait(1, deps=(dv, dk, dq))
     mbarrier.arrive(shared.block_empty.index(stage), count=1)
@@ -223,32 +224,36 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
         x = x_first + outputs.gradients.own_rate * index
         row_first, row_stop = _terms_met(x, outputs.window, outputs.previous_window, tokens, base, rate, stop, V)
         mbarrier.wait(shared.own_full, filled & 1)
+        held_k, held_v = None, None
+        if V.holds_own:
+            held_k = shared.k.index(consumer).load(gl.DotOperandLayout(0, s_layout, 2))
+            held_v = shared.v.index(consumer).load(gl.DotOperandLayout(0, s_layout, 2))
         dk = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         dv = gl.zeros([ROWS, V.head_dim], gl.float32, o_layout)
         if blocks > 0:
             dq = gl.zeros([ROWS, DQ_COLUMNS], gl.float32, dq_layout)
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-            s = _scores(s, shared, done, consumer, V)
+            s = _scores(s, held_k, shared, done, consumer, V)
             begun = done
             for inner in range(V.group):
                 last = blocks - gl.where(inner == V.group - 1, 1, 0)
                 for n in range(0, gl.minimum(head_edge, last)):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + n * V.block_n,
                         row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for n in range(head_edge, gl.minimum(tail_edge, last)):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + n * V.block_n,
                         row_first, row_stop, scale2, False, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                 for n in range(tail_edge, last):
                     dk, dv, dq, s, done = _block(
-                        dk, dv, dq, s, done, begun, extra, shared, first + n * V.block_n,
+                        dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + n * V.block_n,
                         row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
             dk, dv, dq, s, done = _block(
-                dk, dv, dq, s, done, begun, extra, shared, first + (blocks - 1) * V.block_n,
+                dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + (blocks - 1) * V.block_n,
                 row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
             mbarrier.wait(shared.ds_full.index(_place(done - 1, PLACES)), _lap(done - 1, PLACES))
