@@ -59,7 +59,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
 )
 from .dilated_attention_hopper_progress_kernels import _await_grids_before, _let_next_start
 from .dilated_attention_order_kernels import OrderedWork
-from .dilated_attention_tile_kernels import RUNTIME
+from .dilated_attention_tile_kernels import RUNTIME, _band, _count_before
 
 
 try:
@@ -200,6 +200,39 @@ def _block(
 
 
 @gluon.jit
+def _met_by_none(x_first, tokens, base, rate, first, blocks, outputs, consumer: gl.constexpr, V: gl.constexpr):
+    """Whether none of a consumer's keys meets a tile's first block, which is not its last: of causal keys, half do."""
+    if consumer == 0:
+        return False
+    x = x_first + outputs.gradients.own_rate * (consumer * ROWS)
+    start, _ = _band(
+        x, outputs.window, outputs.previous_window, tokens, True, V.side, V.sliding, V.disjoint
+    )  # fmt: skip
+    return (_count_before(start, base, rate) >= first + V.block_n) & (blocks > 1)
+
+
+@gluon.jit
+def _pass_over(shared, done, dtype: gl.constexpr, consumer: gl.constexpr, V: gl.constexpr, s_layout: gl.constexpr):
+    """Give zeros for the score gradients of a tile's first block, which none of the consumer's keys meets."""
+    stage = _place(done, V.stages)
+    place = _place(done, PLACES)
+    before = done + 2 * V.stages - 1
+    mbarrier.wait(shared.block_empty.index(_place(before, V.stages)), _lap(before, V.stages))
+    shared.ds.index(place * V.consumers + consumer).store(gl.zeros([ROWS, V.block_n], dtype, s_layout))
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(shared.ds_full.index(place), count=1)
+    _await_turn(shared, done, consumer, V)
+    _end_turn(shared, consumer, V)
+    # Stages are counted by turns: not before all of it has come.
+    mbarrier.wait(shared.q_full.index(stage), _lap(done, V.stages))
+    mbarrier.wait(shared.do_full.index(stage), _lap(done, V.stages))
+    mbarrier.wait(shared.stats_full.index(stage), _lap(done, V.stages))
+    mbarrier.arrive(shared.block_empty.index(stage), count=1)
+    return done + 1
+
+
+@gluon.jit
 def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
     """Compute the gradients of a consumer's keys and values of each tile, and its part of what the tile adds to dq."""
     DQ_COLUMNS: gl.constexpr = V.head_dim // V.consumers
@@ -233,11 +266,14 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
         if blocks > 0:
             dq = gl.zeros([ROWS, DQ_COLUMNS], gl.float32, dq_layout)
             s = gl.zeros([ROWS, V.block_n], gl.float32, s_layout)
-            s = _scores(s, held_k, shared, done, consumer, V)
             begun = done
+            if _met_by_none(x_first, tokens, base, rate, first, blocks, outputs, consumer, V):
+                done = _pass_over(shared, done, shared.k.dtype, consumer, V, s_layout)
+            passed = done - begun
+            s = _scores(s, held_k, shared, done, consumer, V)
             for inner in range(V.group):
                 last = blocks - gl.where(inner == V.group - 1, 1, 0)
-                for n in range(0, gl.minimum(head_edge, last)):
+                for n in range(gl.where(inner == 0, passed, 0), gl.minimum(head_edge, last)):
                     dk, dv, dq, s, done = _block(
                         dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + n * V.block_n,
                         row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
