@@ -155,13 +155,12 @@ def hopper_refusal(
 
 def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: DilationPattern) -> str | None:
     """Say why the backward takes two kernels where Hopper's serve, None if it takes one."""
-    if not pattern.dilate_queries:
-        return "far tiles of dense queries come to a block when it has left the cache"
     if not pattern.count_overlaps and pattern.window == "segment":
         return "tiles that meet nothing would break the chain of those that wait for each other"
     # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
     group, head_dim = query.shape[1] // key.shape[1], _held(query.shape[-1])
-    shared = num_processors(query.device) * TILE * group * head_dim * (2 * query.dtype.itemsize + 4)
+    rate = 1 if pattern.dilate_queries else max(pattern.dilation_rates)
+    shared = num_processors(query.device) * TILE * rate * group * head_dim * (2 * query.dtype.itemsize + 4)
     return f"tiles at work share {shared} bytes, more than the cache keeps" if shared > MOST_SHARED else None
 
 
@@ -227,11 +226,14 @@ def hopper_dq_launches(
 
 
 def hopper_dkdv_launches(
-    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, taken: int = 0
 ) -> tuple[list[KernelLaunch], int]:
     """Plan the launches of the gradients of keys and values; also return how many counters they need.
 
     They overlap: each adds to what those before have left, KV head by KV head.
+
+    Args:
+        taken: counters that launches before them need.
     """
     own, met = ("key", "value"), ("query", "do")
     pointers = ("dk", "dv", "stats", "tallies")
@@ -239,7 +241,7 @@ def hopper_dkdv_launches(
     tiles = _tiles("dkdv", _held(head_dim), call.pattern.dilate_queries)
     planned, before = [], 0
     for number, launch in enumerate(launches):
-        order = (number, len(launches), before)
+        order = (taken + number, taken + len(launches), before)
         planned.append(
             _plan_launch(
                 "dkdv", launch, pointers, ("dk", "dv"), own, met, layouts, num_documents, call, order, number > 0

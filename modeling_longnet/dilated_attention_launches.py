@@ -4,6 +4,7 @@ Dense queries take one launch over all branches. Dilated queries are different r
 per branch, each going on from what the one before has left. Keys take one launch per branch.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -70,6 +71,26 @@ def key_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
         first = rate == 1 and not launches
         launches.append(Launch((window,), (previous_window,), (rate,), period, rate, loop_rate, segmented, first))
     return tuple(launches)
+
+
+def near_branches(pattern: DilationPattern, count: int) -> DilationPattern:
+    """Return the branches with the smallest rates as a pattern of their own: those whose launches come first."""
+    branches = sorted(pattern.branches, key=lambda branch: branch.dilation_rate)[:count]
+    segment_lengths, dilation_rates = zip(*branches)
+    return dataclasses.replace(pattern, segment_lengths=segment_lengths, dilation_rates=dilation_rates)
+
+
+def far_launches(pattern: DilationPattern, count: int) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """Plan what ``near_branches`` leaves, for dense queries and for keys: all of it adds to what those have written."""
+    (queries,), keys = query_launches(pattern), key_launches(pattern)
+    if count == len(keys):
+        return (), ()
+    rates = queries.rates[count:]
+    far = queries._replace(
+        windows=queries.windows[count:], previous_windows=queries.previous_windows[count:], rates=rates,
+        loop_rate=rates[0] if len(rates) == 1 else 0, first=False,
+    )  # fmt: skip
+    return (far,), keys[count:]
 
 
 def _rows_of_branches(pattern: DilationPattern) -> list[tuple[int, int, int]]:

@@ -27,7 +27,7 @@ from .dilated_attention_hopper import (
     hopper_fwd_launches,
     hopper_refusal,
 )
-from .dilated_attention_launches import Launch, key_launches, query_launches, sides_met
+from .dilated_attention_launches import Launch, far_launches, key_launches, near_branches, query_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, Plan, TensorLayout, layout_of
 
@@ -350,13 +350,41 @@ def _backward_plan(
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
     stats = _plan_stats(layouts, dlse)
-    if hopper_refusal("bwd", [query, key, value, do], kind.call.pattern, kind.padded, kind.call.is_causal) is None:
+    near = _near_branches(layouts, kind)
+    if near == len(kind.call.pattern.branches):
         launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
         return Plan(query.device, (stats, *launches)), scratch
+    if near > 0:
+        rest = layouts, kind.num_documents, kind.call
+        launches, scratch = hopper_bwd_launches(
+            layouts, kind.num_documents, kind.call._replace(pattern=near_branches(kind.call.pattern, near))
+        )
+        by_query, by_key = far_launches(kind.call.pattern, near)
+        for_keys, counters = hopper_dkdv_launches(by_key, *rest, scratch.tallies)
+        for_queries = hopper_dq_launches(by_query, *rest, scratch.tallies + counters)
+        tallies = scratch.tallies + counters + len(by_query)
+        return Plan(query.device, (stats, *launches, *for_keys, *for_queries)), scratch._replace(tallies=tallies)
     for_keys, counters = _dkdv_launches(layouts, kind)
     for_queries, drawn = _dq_launches(layouts, kind, counters)
     scratch = Scratch(0, 0, counters + drawn, False) if counters + drawn else None
     return Plan(query.device, (stats, *for_keys, *for_queries)), scratch
+
+
+def _near_branches(layouts: dict[str, TensorLayout], kind: Kind) -> int:
+    """Return how many branches' gradients one kernel on Hopper computes at once; what is left takes two kernels there."""
+    pattern, read = kind.call.pattern, [layouts[name] for name in ("query", "key", "value", "do")]
+
+    def served(kernel: str, pattern: DilationPattern) -> bool:
+        return hopper_refusal(kernel, read, pattern, kind.padded, kind.call.is_causal) is None
+
+    if served("bwd", pattern):
+        return len(pattern.branches)
+    if pattern.dilate_queries or not (served("dq", pattern) and served("dkdv", pattern)):
+        return 0
+    for count in range(len(pattern.branches) - 1, 0, -1):
+        if served("bwd", near_branches(pattern, count)):
+            return count
+    return 0
 
 
 def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor]:

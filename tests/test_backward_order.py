@@ -40,6 +40,13 @@ CASES = {
         DilationPattern((160, 480), (1, 3), dilate_queries=True, window="sliding", count_overlaps=False),
         960, 2, 1, 1, True, None,
     ),
+    "dense queries": (DilationPattern.geometric(128, 512, preset="retrofit"), 1024, 4, 2, 1, True, None),
+    "dense queries, packed": (
+        DilationPattern.geometric(128, 512, preset="retrofit"), 1024, 2, 2, 1, True, [0, 1, 200, 713, 1024],
+    ),
+    "dense queries, segments": (
+        DilationPattern((192, 384), (1, 3), dilate_queries=False), 1152, 2, 1, 1, True, None,
+    ),
 }  # fmt: skip
 
 

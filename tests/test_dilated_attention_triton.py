@@ -218,6 +218,11 @@ HOPPER_CALLS = [
     Call(DilationPattern((96, 480, 960), (1, 3, 6)), 1, 2, 2, 1440, 128),
     Call(DilationPattern((256, 512), (2, 4)), 1, 4, 4, 1024, 64),
     Call(DilationPattern((160, 480), (1, 3), **RETROFIT | {"dilate_queries": True}), 2, 4, 2, 960, 64),
+    # Dense queries: the nearest branches' gradients by one kernel, and what is left by two; all of them by one.
+    Call(DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 3, 3, 1800, 64),
+    Call(DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 2, 2, 1536, 64, boundaries=(0, 5, 700, 701, 1536)),
+    Call(DilationPattern.geometric(256, 1024, preset="retrofit"), 2, 2, 2, 1288, 64),
+    Call(DilationPattern((300,), (1,), **RETROFIT), 1, 4, 2, 1000, 128),
     # Heads that do not fill a row of shared memory.
     Call(DilationPattern.geometric(256, 1024, preset="paper"), 2, 4, 2, 2048, 96),
     Call(DilationPattern.geometric(256, 1024, preset="paper"), 1, 3, 3, 1032, 80, is_causal=False),
