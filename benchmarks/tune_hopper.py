@@ -272,7 +272,7 @@ def main() -> None:
         (kernel, head_dim, preset, tiles)
         for (kernel, head_dim), candidates in CANDIDATES.items()
         if kernel in arguments.kernels and head_dim in arguments.head_dims
-        for preset in (PRESETS if kernel != "bwd" else ("paper",))  # it serves dilated queries
+        for preset in (PRESETS if kernel != "bwd" else ("paper",))  # of dense ones it serves the nearest branches
         for tiles in candidates
     ]
     started = time.monotonic()

@@ -348,6 +348,81 @@ def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache
     assert found is None if refusal is None else refusal in found
 
 
+def planned_backward(monkeypatch, preset: str, heads: int, kv_heads: int, head_dim: int, length: int):
+    """Return the layouts of a call on Hopper, its kind, and the plan of its backward."""
+    if dilated_attention_hopper.triton is None:
+        pytest.skip("triton is not installed, or has no Gluon for Hopper")
+    monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
+    monkeypatch.setattr(dilated_attention_hopper, "gluon_refusal", lambda device: None)
+    query, key = (
+        TensorLayout(
+            (1, n, length, head_dim), (n * length * head_dim, head_dim, n * head_dim, 1), torch.bfloat16,
+            torch.device("cuda", 0), True,
+        )
+        for n in (heads, kv_heads)
+    )  # fmt: skip
+    call = attention_operator.Call(DilationPattern.geometric(2048, length, preset=preset), True, 0.1)
+    kind = fused_backend.Kind(None, False, call)
+    layouts = {"query": query, "do": query, "key": key, "value": key}
+    forget_plans()
+    plan, scratch = fused_backend._backward_plan(query, query, key, key, query, None, kind)
+    forget_plans()
+    return fused_backend._near_branches(layouts, kind), plan, scratch
+
+
+@pytest.mark.parametrize(
+    "preset, heads, kv_heads, head_dim, length, near",
+    [
+        ("paper", 16, 16, 128, 32768, 5),
+        ("retrofit", 16, 16, 128, 32768, 2),
+        ("retrofit", 16, 16, 64, 32768, 3),
+        ("retrofit", 32, 8, 64, 131072, 1),
+        ("retrofit", 32, 8, 128, 32768, 0),  # what tiles share of four query heads is more than the cache keeps
+        ("retrofit", 16, 16, 128, 8192, 0),  # too few tiles
+        ("retrofit", 16, 16, 64, 8192, 3),
+    ],
+)
+def test_one_kernel_takes_the_nearest_branches_and_two_the_others(
+    preset, heads, kv_heads, head_dim, length, near, monkeypatch
+):
+    found, plan, scratch = planned_backward(monkeypatch, preset, heads, kv_heads, head_dim, length)
+    assert found == near
+    pattern = DilationPattern.geometric(2048, length, preset=preset)
+    covered = {"hopper_bwd_kernel": [], "hopper_bwd_dkdv_kernel": [], "hopper_bwd_dq_kernel": []}
+    counters: dict[int, str] = {}  # of tiles that are drawn, and of those that are finished: nobody else's
+    scaled = 0
+    for launch in plan.launches:
+        name, given = launch.kernel.__name__, dict(zip(launch.kernel.arg_names, launch.arguments))
+        if name == "scale_kernel":
+            scaled += launch.grid[1]
+            assert not covered["hopper_bwd_dq_kernel"], "dq is written before it is added to"
+        if name not in covered:
+            continue
+        covered[name] += zip(given["windows"], given["previous_windows"])
+        assert given["number"] not in counters and given["number"] < scratch.tallies
+        counters[given["number"]] = name
+        if "counters" in given:
+            first = given["counters"]
+            lanes = given["runs"] // given["periods"]
+            for counter in range(first, first + lanes):
+                assert counters.setdefault(counter, f"{name}, finished") == f"{name}, finished"
+                assert counter < scratch.tallies
+        writes = launch.constants["V"].first.value
+        assert writes == (given["windows"][0] == 2048 and (near == 0 or name == "hopper_bwd_kernel"))
+        if near and name == "hopper_bwd_dkdv_kernel":
+            assert scaled == heads, "the one kernel writes what others add to"
+            assert len(covered[name]) > 1 or "launch_pdl" not in launch.options
+        if name == "hopper_bwd_dq_kernel":
+            assert covered["hopper_bwd_dkdv_kernel"], (
+                "it may begin before its predecessor has ended: not the scaling one"
+            )
+    previous = (0, *pattern.segment_lengths[:-1]) if preset == "retrofit" else (0,) * len(pattern.segment_lengths)
+    branches = list(zip(pattern.segment_lengths, previous))
+    assert list(dict.fromkeys(covered["hopper_bwd_kernel"])) == branches[:near]  # some heads at a time
+    assert covered["hopper_bwd_dkdv_kernel"] == covered["hopper_bwd_dq_kernel"] == branches[near:]
+    assert scaled == (heads if near else 0)
+
+
 @pytest.mark.skipif(dilated_attention_hopper.triton is None, reason="triton is not installed")
 def test_the_backward_in_one_kernel_keeps_within_a_grid_whatever_the_batch(monkeypatch):
     monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)

@@ -309,13 +309,22 @@ def test_what_it_says_of_speed_is_what_the_measurements_say():
         for row in plain(name, head_dim)
         if row["length"] == str(2**20) and row["pass"] == "forward+backward"
     }
-    stated = re.search(
-        r"`retrofit` needs ([\d.]+) % more memory than inputs, results and gradients take \(([\d.]+) % with D=64\), "
-        r"and `paper` (\d+) %", prose,
-    )  # fmt: skip
-    *of_retrofit, of_paper = (float(x) for x in stated.groups())
+    stated = re.search(r"all of `retrofit`'s gradients, it needs ([\d.]+) % \(([\d.]+) % with D=64\)", prose)
+    of_retrofit = [float(x) for x in stated.groups()]
     assert of_retrofit == pytest.approx([shares["retrofit", 128], shares["retrofit", 64]], abs=0.05)
-    assert of_paper == round(shares["paper", 128])
+    (stated,) = re.findall(r"need (\d+) % more memory than inputs, results and gradients take", prose)
+    assert round(shares["paper", 128]) == int(stated)
+    near = measurements("attention_NVIDIA-H200_2026-11-28_near.csv")
+    for row in near[1:4:2]:
+        assert row["pass"] == "forward+backward" and row["head_dim"] == "128"
+        assert round(100 * float(row["extra_mib"]) / (8 * 16 * int(row["length"]) * 128 * 2 / 2**20)) == int(stated)
+    stated = re.search(
+        r"at 131,072 tokens, `paper` took ([\d.]+) ms and `retrofit` ([\d.]+) where cuDNN took (\d+): (\d+) and (\d+) TFLOP/s",
+        prose,
+    )  # fmt: skip
+    taken = [float(near[i][column]) for i, column in ((1, "ms"), (3, "ms"), (5, "ms"), (1, "tflops"), (3, "tflops"))]
+    assert [row["attention"] for row in near[1::2]] == ["paper", "retrofit", "dense cudnn"]
+    assert [float(x) for x in stated.groups()] == pytest.approx(taken, abs=0.5) and near[1]["length"] == str(2**17)
     # test_backward_order checks the eighth, and one KV head where that is more.
     assert (
         int(re.search(r"up to an eighth of that memory, or (\d+) MiB", prose)[1]) * 2**20
@@ -417,6 +426,28 @@ def test_what_fewer_tiles_gained_is_what_was_compared():
     assert [float(x) for x in stated] == [round(gained[f"retrofit,{call}"][0], 2) for call in calls]
 
 
+def test_what_the_backward_gained_is_what_was_compared():
+    text = (ROOT / "benchmarks/results/compare_checkouts_NVIDIA-H200_2026-11-28_backward.txt").read_text()
+
+    def gained(call: str, checkout: str, which: str = "backward") -> float:
+        (times,) = re.findall(
+            rf"^{call}\n(?:  (?:forward|backward) .*\n)*?  {which} .* ([\d.]+)x  {checkout}  ", text, re.MULTILINE
+        )
+        return round(float(times), 2)
+
+    stated = re.search(
+        r"`paper` ([\d.]+) times at 131,072 tokens with D=128, ([\d.]+) times at 32,768 with D=64; `retrofit` ([\d.]+) times "
+        r"and again ([\d.]+) at 32,768 with D=128\. .*? with 32 heads of 96 `retrofit` is ([\d.]+) times as fast forward and "
+        r"([\d.]+) times backward",
+        " ".join(README.split()),
+    ).groups()
+    assert [float(x) for x in stated] == [
+        gained("paper,128,131072,16,16", "pass"), gained("paper,64,32768,16,16", "regs"),
+        gained("retrofit,128,32768,16,16", "lone"), gained("retrofit,128,32768,16,16", "n2"),
+        gained("retrofit,96,32768,32,32", "heads", "forward"), gained("retrofit,96,32768,32,32", "heads"),
+    ]  # fmt: skip
+
+
 def test_the_percentages_of_two_gpus_are_what_the_measurements_say():
     rows = measurements("sequence_parallel_2xNVIDIA-H100-80GB-HBM3_2026-11-26_152603.csv")
     efficiency = {
@@ -505,11 +536,19 @@ def test_a_replayed_step_takes_what_was_measured():
         flags=re.MULTILINE,
     )  # fmt: skip
     stated = re.search(
-        r"a step takes ([\d.]+) to ([\d.]+) ms at 1,048,576 tokens of context .*?, and took ([\d.]+) at 4,096 as at 1,048,576",
+        r"a step takes ([\d.]+) to ([\d.]+) ms at 1,048,576 tokens of context .*?; an H100 took ([\d.]+) at 4,096 as at 1,048,576",
         " ".join(README.split()),
     ).groups()
     assert len(alike) == 4
     assert stated[:2] == (f"{min(map(float, alike)):.2f}", f"{max(map(float, alike)):.2f}")
+    least, of_h200 = re.search(
+        r", ([\d.]+) ms at the least\n([\d.]+) ms/step, [\d.]+ x  defaults",
+        (ROOT / "benchmarks/results/profile_decoding_NVIDIA-H200_2026-11-28.txt").read_text(),
+    ).groups()
+    stated_of_h200 = re.search(
+        r"on an H200 ([\d.]+) \(.*?\), where reading the weights takes ([\d.]+) at 4.2 TB/s", " ".join(README.split())
+    )
+    assert stated_of_h200.groups() == (of_h200, least)
     before = re.findall(
         r"--context (\d+) .*\n.*\n([\d.]+) ms/step, [\d.]+ x  defaults",
         (ROOT / f"benchmarks/results/{of_card}.txt").read_text(),
