@@ -47,6 +47,8 @@ CANDIDATES = {
         HopperTiles(128, 64, 4, (240, 24), turns=True),
         HopperTiles(128, 128, 2, (240, 24)),
         HopperTiles(128, 128, 2, (240, 24), turns=True),
+        HopperTiles(192, 64, 4, (160, 32), consumers=3),
+        HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3),
     ],
     ("fwd", 64): [
         HopperTiles(128, 128, 4, (224, 56)),

@@ -76,8 +76,8 @@ class Scratch(NamedTuple):
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100.
 
-    ``head_dim``: in shared memory. The backward in one kernel is not tuned yet. Two programs on a processor, and queries in registers, were compared on
-    an H100 with what was before them, alone.
+    ``head_dim``: in shared memory. The backward in one kernel is not tuned yet. Two programs on a processor, and queries in
+    registers, were compared on an H100 with what was before them, alone; keys and values in registers on an H200.
     """
     if head_dim == 128:
         held = HopperTiles(128, 64, 4, (224, 56), holds_own=True)
