@@ -14,7 +14,7 @@ import torch
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
 from .cuda_devices import MAX_BATCH, cuda_capability, num_processors
-from .dilated_attention_launches import ENDLESS, Launch, sides_met
+from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
 
@@ -210,21 +210,18 @@ def _stretch(launches: Sequence[Launch], rows: int) -> int:
 
 
 def hopper_dq_launches(
-    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, taken: int = 0,
-    overlaps: bool = False,
-) -> list[KernelLaunch]:  # fmt: skip
-    """Plan the launches of the gradient of the queries; those that are not first add to dq.
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, before: int = 0
+) -> list[KernelLaunch]:
+    """Plan the launches of the gradient of the queries; unless it is the first, each adds to dq.
 
     Args:
-        taken: counters that launches before them need.
-        overlaps: whether the first may begin before the launch before has ended, which then is one of
-            ``hopper_dkdv_launches``.
+        before: counters of ``hopper_dkdv_launches``, of which the last has not ended when the first of these begins.
     """
     own, met = ("query", "do"), ("key", "value")
     return [
         _plan_launch(
             "dq", launch, ("dq", "stats", "tallies"), ("dq",), own, met, layouts, num_documents, call,
-            (taken + number,), overlaps=overlaps and number == 0,
+            (before + number,), overlaps=before > 0 and number == 0,
         )
         for number, launch in enumerate(launches)
     ]  # fmt: skip
@@ -258,13 +255,14 @@ def hopper_dkdv_launches(
 
 
 def hopper_bwd_launches(
-    branches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call
+    layouts: dict[str, TensorLayout], num_documents: int, call: Call
 ) -> tuple[list[KernelLaunch], Scratch]:
-    """Plan the launches of some branches' gradients, and what they need beside the results; dq is written in any case.
+    """Plan the launches of all gradients, and what they need beside the results.
 
     The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
     time as fit, and no more query heads than a dimension of the grid that scales them.
     """
+    pattern = call.pattern
     batch, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
@@ -272,6 +270,7 @@ def hopper_bwd_launches(
     tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
     at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim), MAX_BATCH // group))
     at_once = _cdiv(lanes, _cdiv(lanes, at_once))
+    branches = key_launches(pattern)
     # The first branch's first tile of each block writes; what no whole block covers has to be zero before.
     stores = branches[0].first and num_documents == 0 and branches[0].windows[0] % TILE == 0
     chunks = [range(first, min(first + at_once, lanes)) for first in range(0, lanes, at_once)]
