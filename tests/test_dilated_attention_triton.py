@@ -350,8 +350,9 @@ def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache
 
 def planned_backward(monkeypatch, preset: str, heads: int, kv_heads: int, head_dim: int, length: int):
     """Return the layouts of a call on Hopper, its kind, and the plan of its backward."""
+    pytest.importorskip("triton", reason="triton is not installed")
     if dilated_attention_hopper.triton is None:
-        pytest.skip("triton is not installed, or has no Gluon for Hopper")
+        pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
     monkeypatch.setattr(dilated_attention_hopper, "num_processors", lambda device: 132)
     monkeypatch.setattr(dilated_attention_hopper, "gluon_refusal", lambda device: None)
     query, key = (
