@@ -525,6 +525,13 @@ def test_the_number_of_gpu_tests_is_what_the_run_printed():
     assert int(stated) == passed + passed_later - 1
     assert ["no", "one", "two"].index(failures) == failed
     assert float(off) == float(re.search(r"Greatest absolute differences: (\S+) and", text)[1])
+    text = (ROOT / "benchmarks/results/gpu_tests_NVIDIA-H200_2026-11-28_part.txt").read_text()
+    tests = re.search(
+        r": five of (\d+) failed in a run that was cut off .*? and of eleven repeated one,", " ".join(README.split())
+    )
+    printed = "".join(re.findall(r"^[.F]{20,}", text, flags=re.MULTILINE))
+    assert f"{len(printed)} of {tests[1]} tests in" in text and printed.count("F") == 5
+    assert "1 failed, 10 passed in" in text
 
 
 def test_a_replayed_step_takes_what_was_measured():
