@@ -76,10 +76,10 @@ class Scratch(NamedTuple):
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100.
 
-    ``head_dim``: in shared memory. The backward in one kernel is not tuned yet. Two programs on a processor, and queries in
-    registers, were compared on an H100 with what was before them, alone; keys and values in registers on an H200.
+    The backward in one kernel is not tuned yet. Two programs on a processor, and queries in registers, were compared on an
+    H100 with what was before them, alone; keys and values in registers on an H200.
     """
-    if head_dim == 128:
+    if _held(head_dim) == 128:
         held = HopperTiles(128, 64, 4, (224, 56), holds_own=True)
         return {
             "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else held,
@@ -103,9 +103,9 @@ def _fewest_tiles(kernel: str, head_dim: int, dilate: bool) -> float:
     if kernel == "bwd":  # below, two kernels are faster
         if dilate:
             return 3
-        return 6 if head_dim == 64 else 12
+        return 6 if _held(head_dim) == 64 else 12
     # Below, starting and ending take longer than is saved.
-    return 1.5 if head_dim == 128 and not dilate else 2
+    return 1.5 if _held(head_dim) == 128 and not dilate else 2
 
 
 def gluon_refusal(device: torch.device) -> str | None:
@@ -148,7 +148,7 @@ def hopper_refusal(
     if any(length % r for r in pattern.dilation_rates):
         return f"length {length} is not a multiple of every rate {pattern.dilation_rates}"
     tiles = batch * num_heads * _cdiv(length, TILE)
-    if tiles < _fewest_tiles(kernel, _held(head_dim), pattern.dilate_queries) * num_processors(query.device):
+    if tiles < _fewest_tiles(kernel, head_dim, pattern.dilate_queries) * num_processors(query.device):
         return f"the portable kernel is as fast on {tiles} tiles"
     if not all(x.aligned and all(s > 0 and s * x.dtype.itemsize % 16 == 0 for s in x.strides[:3]) for x in tensors):
         return "rows that are not aligned to 16 bytes"
@@ -176,7 +176,7 @@ def hopper_fwd_launches(
     """
     own, met = ("query", "out"), ("key", "value")
     batch, num_heads, length, head_dim = layouts["query"].shape
-    rows = _tiles("fwd", _held(head_dim), call.pattern.dilate_queries).block_m
+    rows = _tiles("fwd", head_dim, call.pattern.dilate_queries).block_m
     stretch = 0 if num_documents else _stretch(launches, rows)
     counted = stretch > 0
     stretches = _cdiv(length, stretch) if counted else 1
@@ -240,7 +240,7 @@ def hopper_dkdv_launches(
     own, met = ("key", "value"), ("query", "do")
     pointers = ("dk", "dv", "stats", "tallies")
     batch, num_kv_heads, length, head_dim = layouts["key"].shape
-    tiles = _tiles("dkdv", _held(head_dim), call.pattern.dilate_queries)
+    tiles = _tiles("dkdv", head_dim, call.pattern.dilate_queries)
     planned, before = [], 0
     for number, launch in enumerate(launches):
         order = (taken + number, taken + len(launches), before)
@@ -317,7 +317,7 @@ def _plan_bwd_launch(
     _, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
-    tiles = _tiles("bwd", _held(head_dim), pattern.dilate_queries)
+    tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     runs = periods * len(lanes)
     variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores)
@@ -361,7 +361,7 @@ def _plan_launch(
     batch, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     heads = num_kv_heads if from_key else num_heads
-    tiles = _tiles(kernel, _held(head_dim), pattern.dilate_queries)
+    tiles = _tiles(kernel, head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     programs = tiles.programs * num_processors(layouts["query"].device)
     runs = periods * heads * batch

@@ -317,19 +317,9 @@ def _produce(sources, rings, work, V: gl.constexpr):
                     heads, tails = 0, 0
                     if V.from_key:
                         heads, tails = _lone_blocks(
-                            x_first,
-                            count,
-                            own_rate,
-                            tokens,
-                            window,
-                            previous_window,
-                            base,
-                            rate,
-                            first,
-                            stop,
-                            blocks,
-                            V,
-                        )
+                            x_first, count, own_rate, tokens, window, previous_window, base, rate, first, stop,
+                            blocks, V,
+                        )  # fmt: skip
                     for n in range(blocks):
                         if V.from_key:
                             block = _in_pairs(n, blocks, head_edge, tail_edge, heads, tails)

@@ -83,8 +83,6 @@ def near_branches(pattern: DilationPattern, count: int) -> DilationPattern:
 def far_launches(pattern: DilationPattern, count: int) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """Plan what ``near_branches`` leaves, for dense queries and for keys: all of it adds to what those have written."""
     (queries,), keys = query_launches(pattern), key_launches(pattern)
-    if count == len(keys):
-        return (), ()
     rates = queries.rates[count:]
     far = queries._replace(
         windows=queries.windows[count:], previous_windows=queries.previous_windows[count:], rates=rates,

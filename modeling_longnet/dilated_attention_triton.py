@@ -1,10 +1,13 @@
 """The fused backend: launches the Triton kernels, on Hopper those of ``dilated_attention_hopper`` where they serve.
 
 The inputs are read where they lie, whatever their strides, padding or packing; nothing of their size is copied. Beside
-the results only lse, one word per query for the backward and, for padded rows, one index per token are allocated.
+the results only lse, one word per query for the backward and, for padded rows, one index per token are allocated; on
+Hopper also float32 rows in which dq is added up, see ``hopper_bwd_launches``.
+
 Dense queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
 lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order: two
-runs give the same bits.
+runs give the same bits. On Hopper one kernel computes all gradients of a branch, where what its tiles share stays in the
+cache: of dilated queries all branches', of dense ones the nearest.
 
 What does not depend on where the tensors lie is planned once per kind of call, see ``launch_plans``.
 """

@@ -349,7 +349,7 @@ def test_the_backward_takes_one_kernel_where_what_tiles_share_stays_in_the_cache
 
 
 def planned_backward(monkeypatch, preset: str, heads: int, kv_heads: int, head_dim: int, length: int):
-    """Return the layouts of a call on Hopper, its kind, and the plan of its backward."""
+    """Return how many branches one kernel takes in a call on Hopper, the plan of its backward, and what that needs."""
     pytest.importorskip("triton", reason="triton is not installed")
     if dilated_attention_hopper.triton is None:
         pytest.skip(f"triton {version('triton')} has no Gluon for Hopper")
