@@ -117,9 +117,10 @@ def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) 
     layouts = [fused.layout_of(tensors[name]) for name in ("do", "query", "key", "value", "out")]
     kind = fused.Kind(None, False, Call(pattern, True, tensors["query"].shape[-1] ** -0.5))
     forward = kernel == "fwd"
-    plan, scratch = (
-        fused._forward_plan(*layouts[1:4], kind) if forward else fused._backward_plan(*layouts, False, kind)
+    plan, scratch, *added_to = (
+        fused._forward_plan(*layouts[1:4], kind) if forward else fused._backward_plan(*layouts, None, kind)
     )
+    zeroed = [tensors[name] for names in added_to for name in names if name in RESULTS[kernel]]
     names = [KERNELS[kernel], "stats_kernel"]
     found = [Plan(plan.device, (x,)) for x in plan.launches if x.kernel.__name__ in names]
     if len(found) == (not forward):
@@ -131,7 +132,13 @@ def launches(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) 
         plan.device, tuple(x for x in plan.launches if x.kernel.__name__ in (KERNELS[kernel], "scale_kernel"))
     )
     statistics = [] if forward else runs[:1]
-    return [*statistics, lambda: whole.run(**tensors, **fused._allocate(scratch, plan.device))]
+
+    def run() -> None:
+        for x in zeroed:
+            x.zero_()
+        whole.run(**tensors, **fused._allocate(scratch, plan.device))
+
+    return [*statistics, run]
 
 
 def check(kernel: str, pattern: DilationPattern, tensors: dict[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ import torch
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
 from .cuda_devices import MAX_BATCH, cuda_capability, num_processors
-from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
+from .dilated_attention_launches import ENDLESS, Launch, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
 
@@ -80,9 +80,9 @@ def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     H100 with what was before them, alone; keys and values in registers on an H200.
     """
     if _held(head_dim) == 128:
-        held = HopperTiles(128, 64, 4, (224, 56), holds_own=True)
+        three = HopperTiles(192, 64, 4, (160, 32), consumers=3)
         return {
-            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else held,
+            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else three,
             "dq": HopperTiles(128, 64, 3, (224, 56)),
             "dkdv": HopperTiles(128, 64, 3, (240, 24)),
             "bwd": HopperTiles(128, 64, 2, (240, 24)),
@@ -210,18 +210,21 @@ def _stretch(launches: Sequence[Launch], rows: int) -> int:
 
 
 def hopper_dq_launches(
-    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, before: int = 0
-) -> list[KernelLaunch]:
-    """Plan the launches of the gradient of the queries; unless it is the first, each adds to dq.
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call, taken: int = 0,
+    overlaps: bool = False,
+) -> list[KernelLaunch]:  # fmt: skip
+    """Plan the launches of the gradient of the queries; those that are not first add to dq.
 
     Args:
-        before: counters of ``hopper_dkdv_launches``, of which the last has not ended when the first of these begins.
+        taken: counters that launches before them need.
+        overlaps: whether the first may begin before the launch before has ended, which then is one of
+            ``hopper_dkdv_launches``.
     """
     own, met = ("query", "do"), ("key", "value")
     return [
         _plan_launch(
             "dq", launch, ("dq", "stats", "tallies"), ("dq",), own, met, layouts, num_documents, call,
-            (before + number,), overlaps=before > 0 and number == 0,
+            (taken + number,), overlaps=overlaps and number == 0,
         )
         for number, launch in enumerate(launches)
     ]  # fmt: skip
@@ -255,14 +258,13 @@ def hopper_dkdv_launches(
 
 
 def hopper_bwd_launches(
-    layouts: dict[str, TensorLayout], num_documents: int, call: Call
+    branches: Sequence[Launch], layouts: dict[str, TensorLayout], num_documents: int, call: Call
 ) -> tuple[list[KernelLaunch], Scratch]:
-    """Plan the launches of all gradients, and what they need beside the results.
+    """Plan the launches of some branches' gradients, and what they need beside the results; dq is written in any case.
 
     The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
     time as fit, and no more query heads than a dimension of the grid that scales them.
     """
-    pattern = call.pattern
     batch, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
@@ -270,7 +272,6 @@ def hopper_bwd_launches(
     tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
     at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim), MAX_BATCH // group))
     at_once = _cdiv(lanes, _cdiv(lanes, at_once))
-    branches = key_launches(pattern)
     # The first branch's first tile of each block writes; what no whole block covers has to be zero before.
     stores = branches[0].first and num_documents == 0 and branches[0].windows[0] % TILE == 0
     chunks = [range(first, min(first + at_once, lanes)) for first in range(0, lanes, at_once)]

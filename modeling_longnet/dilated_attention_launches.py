@@ -6,6 +6,7 @@ per branch, each going on from what the one before has left. Keys take one launc
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .dilation_pattern import DilationPattern
@@ -73,6 +74,17 @@ def key_launches(pattern: DilationPattern) -> tuple[Launch, ...]:
     return tuple(launches)
 
 
+def farthest_first(launches: Sequence[Launch]) -> tuple[Launch, ...]:
+    """Order launches that add to one another's rounded results: small sums first. None of several writes.
+
+    Mostly the nearest branch gives a key most of its gradient. Where it comes first, what the others add is rounded to
+    the last place of that sum, one after the other, and all of it may be lost.
+    """
+    if len(launches) == 1:
+        return tuple(launches)
+    return tuple(launch._replace(first=False) for launch in reversed(launches))
+
+
 def near_branches(pattern: DilationPattern, count: int) -> DilationPattern:
     """Return the branches with the smallest rates as a pattern of their own: those whose launches come first."""
     branches = sorted(pattern.branches, key=lambda branch: branch.dilation_rate)[:count]
@@ -80,15 +92,18 @@ def near_branches(pattern: DilationPattern, count: int) -> DilationPattern:
     return dataclasses.replace(pattern, segment_lengths=segment_lengths, dilation_rates=dilation_rates)
 
 
-def far_launches(pattern: DilationPattern, count: int) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """Plan what ``near_branches`` leaves, for dense queries and for keys: all of it adds to what those have written."""
-    (queries,), keys = query_launches(pattern), key_launches(pattern)
+def far_queries(pattern: DilationPattern, count: int) -> tuple[Launch, ...]:
+    """Plan the launch of dense queries for what ``near_branches`` leaves: it adds to what those have written."""
+    (queries,) = query_launches(pattern)
     rates = queries.rates[count:]
-    far = queries._replace(
-        windows=queries.windows[count:], previous_windows=queries.previous_windows[count:], rates=rates,
-        loop_rate=rates[0] if len(rates) == 1 else 0, first=False,
+    if not rates:
+        return ()
+    return (
+        queries._replace(
+            windows=queries.windows[count:], previous_windows=queries.previous_windows[count:], rates=rates,
+            loop_rate=rates[0] if len(rates) == 1 else 0, first=False,
+        ),
     )  # fmt: skip
-    return (far,), keys[count:]
 
 
 def _rows_of_branches(pattern: DilationPattern) -> list[tuple[int, int, int]]:

@@ -5,9 +5,10 @@ the results only lse, one word per query for the backward and, for padded rows, 
 Hopper also float32 rows in which dq is added up, see ``hopper_bwd_launches``.
 
 Dense queries take one launch over all branches. Dilated queries take one launch per branch, each going on from the (out,
-lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order: two
-runs give the same bits. On Hopper one kernel computes all gradients of a branch, where what its tiles share stays in the
-cache: of dilated queries all branches', of dense ones the nearest.
+lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order, the
+farthest first: two runs give the same bits, and small sums are not rounded to the last place of large ones. On Hopper
+one kernel computes all gradients of a branch, where what its tiles share stays in the cache: of dilated queries all
+branches', of dense ones the nearest.
 
 What does not depend on where the tensors lie is planned once per kind of call, see ``launch_plans``.
 """
@@ -30,7 +31,15 @@ from .dilated_attention_hopper import (
     hopper_fwd_launches,
     hopper_refusal,
 )
-from .dilated_attention_launches import Launch, far_launches, key_launches, near_branches, query_launches, sides_met
+from .dilated_attention_launches import (
+    Launch,
+    far_queries,
+    farthest_first,
+    key_launches,
+    near_branches,
+    query_launches,
+    sides_met,
+)
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, Plan, TensorLayout, layout_of
 
@@ -345,32 +354,47 @@ def _forward(
     return out, lse
 
 
+class Backward(NamedTuple):
+    """How gradients are computed: launches, what these need beside the results, and the results that they only add to."""
+
+    plan: Plan
+    scratch: Scratch | None
+    added_to: tuple[str, ...]
+
+
 @functools.lru_cache(maxsize=MAX_PLANS)
 def _backward_plan(
     do: TensorLayout, query: TensorLayout, key: TensorLayout, value: TensorLayout, out: TensorLayout,
     dlse: TensorLayout | None, kind: Kind,
-) -> tuple[Plan, Scratch | None]:  # fmt: skip
+) -> Backward:  # fmt: skip
+    pattern = kind.call.pattern
     layouts = {"query": query, "key": key, "value": value, "do": do, "out": out}
     layouts |= {"dq": _like(query), "dk": _like(key), "dv": _like(value)}
     stats = _plan_stats(layouts, dlse)
     near = _near_branches(layouts, kind)
-    if near == len(kind.call.pattern.branches):
-        launches, scratch = hopper_bwd_launches(layouts, kind.num_documents, kind.call)
-        return Plan(query.device, (stats, *launches)), scratch
     if near > 0:
-        rest = layouts, kind.num_documents, kind.call
-        launches, scratch = hopper_bwd_launches(
-            layouts, kind.num_documents, kind.call._replace(pattern=near_branches(kind.call.pattern, near))
-        )
-        by_query, by_key = far_launches(kind.call.pattern, near)
-        for_keys, counters = hopper_dkdv_launches(by_key, *rest, scratch.tallies)
-        for_queries = hopper_dq_launches(by_query, *rest, scratch.tallies + counters)
-        tallies = scratch.tallies + counters + len(by_query)
-        return Plan(query.device, (stats, *launches, *for_keys, *for_queries)), scratch._replace(tallies=tallies)
-    for_keys, counters = _dkdv_launches(layouts, kind)
-    for_queries, drawn = _dq_launches(layouts, kind, counters)
+        rest = layouts, kind.num_documents
+        by_key = key_launches(pattern)
+        if not pattern.dilate_queries:  # the first launch of dilated ones writes the sums of dq, too: much is saved
+            by_key = farthest_first(by_key)
+        far = len(by_key) - near
+        near_call = kind.call._replace(pattern=near_branches(pattern, near))
+        launches, scratch = hopper_bwd_launches(by_key[far:], *rest, near_call)
+        added_to = () if by_key[0].first else ("dk", "dv")
+        if far == 0:
+            return Backward(Plan(query.device, (stats, *launches)), scratch, added_to)
+        by_query = far_queries(pattern, near)
+        for_keys, counters = hopper_dkdv_launches(by_key[:far], *rest, kind.call, scratch.tallies)
+        for_queries = hopper_dq_launches(by_query, *rest, kind.call, scratch.tallies + counters)
+        scratch = scratch._replace(tallies=scratch.tallies + counters + len(by_query))
+        return Backward(Plan(query.device, (stats, *for_keys, *launches, *for_queries)), scratch, added_to)
+    by_key, by_query = farthest_first(key_launches(pattern)), farthest_first(query_launches(pattern))
+    for_keys, counters = _dkdv_launches(by_key, layouts, kind)
+    for_queries, drawn = _dq_launches(by_query, layouts, kind, counters)
     scratch = Scratch(0, 0, counters + drawn, False) if counters + drawn else None
-    return Plan(query.device, (stats, *for_keys, *for_queries)), scratch
+    added_to = () if by_key[0].first else ("dk", "dv")
+    added_to += () if by_query[0].first else ("dq",)
+    return Backward(Plan(query.device, (stats, *for_keys, *for_queries)), scratch, added_to)
 
 
 def _near_branches(layouts: dict[str, TensorLayout], kind: Kind) -> int:
@@ -401,16 +425,19 @@ def _allocate(scratch: Scratch | None, device: torch.device) -> dict[str, Tensor
     return {"sums": sums, "marks": words[: scratch.marks], "tallies": words[scratch.marks :]}
 
 
-def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, before: int) -> tuple[list[KernelLaunch], int]:
+def _dq_launches(
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], kind: Kind, taken: int
+) -> tuple[list[KernelLaunch], int]:
     """Plan the launches of the gradient of the queries after those of the keys; also return how many counters they need.
 
-    ``before``: counters that those of the keys need.
+    ``taken``: counters that those of the keys need.
     """
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
-    launches = query_launches(pattern)
     if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
-        return hopper_dq_launches(launches, layouts, kind.num_documents, kind.call, before), len(launches)
+        return hopper_dq_launches(launches, layouts, kind.num_documents, kind.call, taken, overlaps=taken > 0), len(
+            launches
+        )
     tiles = kernel_tiles("dq", query, pattern)
     return [
         _plan_launch(
@@ -422,11 +449,12 @@ def _dq_launches(layouts: dict[str, TensorLayout], kind: Kind, before: int) -> t
     ], 0  # fmt: skip
 
 
-def _dkdv_launches(layouts: dict[str, TensorLayout], kind: Kind) -> tuple[list[KernelLaunch], int]:
+def _dkdv_launches(
+    launches: Sequence[Launch], layouts: dict[str, TensorLayout], kind: Kind
+) -> tuple[list[KernelLaunch], int]:
     """Plan the launches of the gradients of keys and values; also return how many counters they need."""
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
-    launches = key_launches(pattern)
     if hopper_refusal("dkdv", read, pattern, kind.padded, kind.call.is_causal) is None:
         return hopper_dkdv_launches(launches, layouts, kind.num_documents, kind.call)
     tiles = kernel_tiles("dkdv", query, pattern)
@@ -445,26 +473,23 @@ def _backward(
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     do, query, key, value, out = map(_rows_contiguous, (do, query, key, value, out))
-    dq, dk, dv = _empty_like(query), _empty_like(key), _empty_like(value)
-    if attention_mask is not None or not query_launches(call.pattern)[0].first:
-        dq.zero_()
-    if attention_mask is not None or not key_launches(call.pattern)[0].first:
-        dk.zero_()
-        dv.zero_()
+    gradients = {"dq": _empty_like(query), "dk": _empty_like(key), "dv": _empty_like(value)}
     if query.numel() == 0:
-        return dq, dk, dv
+        return gradients["dq"], gradients["dk"], gradients["dv"]
     documents = _locate_documents(attention_mask, cu_seqlens, query.device)
     kind = Kind(documents.packing, attention_mask is not None, call)
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    plan, scratch = _backward_plan(
+    plan, scratch, added_to = _backward_plan(
         *map(layout_of, (do, query, key, value, out)), None if dlse is None else layout_of(dlse), kind
     )
+    for name in gradients if attention_mask is not None else added_to:
+        gradients[name].zero_()
     plan.run(
         query=query, key=key, value=value, do=do, out=out, lse=lse,
         dlse=dlse, stats=torch.empty_like(lse, dtype=torch.int64),
-        dq=dq, dk=dk, dv=dv, **_allocate(scratch, query.device), **documents._asdict(),
+        **gradients, **_allocate(scratch, query.device), **documents._asdict(),
     )  # fmt: skip
-    return dq, dk, dv
+    return gradients["dq"], gradients["dk"], gradients["dv"]
 
 
 _attention = attention_operator("triton_dilated_attention", _forward, _backward, _empty_like)

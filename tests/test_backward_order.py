@@ -102,6 +102,7 @@ def tiles_of(launch, cu_seqlens) -> list[dict[str, int]]:
 def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None:
     from modeling_longnet import dilated_attention_hopper as hopper
     from modeling_longnet.attention_operator import Call
+    from modeling_longnet.dilated_attention_launches import farthest_first, key_launches
     from modeling_longnet.launch_plans import layout_of
 
     hopper.num_processors = lambda device: 132
@@ -112,7 +113,8 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None
     layouts |= {name: layout_of(key) for name in ("key", "value", "dk", "dv")}
     cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32)
     num_documents = 0 if documents is None else len(documents) - 1
-    launches, scratch = hopper.hopper_bwd_launches(layouts, num_documents, Call(pattern, is_causal, 1.0))
+    branches = key_launches(pattern) if pattern.dilate_queries else farthest_first(key_launches(pattern))
+    launches, scratch = hopper.hopper_bwd_launches(branches, layouts, num_documents, Call(pattern, is_causal, 1.0))
     # Inputs, results and their gradients are four tensors of each number of heads.
     lane, tensors = 4 * heads // kv_heads * length * 64, 4 * 2 * (heads + kv_heads) * batch * length * 64
     assert 4 * scratch.sums <= max(lane, tensors // 8) and 64 * scratch.marks == scratch.sums

@@ -197,12 +197,21 @@ def test_documents_may_lie_apart():
     check_documents_that_lie_apart("cuda")
 
 
+# The nearest branch gives some key far more gradient than all others: where sums are rounded after each branch, and what they
+# add is rounded to its last place, the error is 2.7 and 2.4 times eager's in float16.
+ROUNDED_TO_NOTHING = [
+    Call(DilationPattern.geometric(24, 96, preset="retrofit"), 1, 2, 2, 150, 16, seed=0),
+    Call(DilationPattern.geometric(16, 128, preset="retrofit"), 1, 2, 2, 200, 16, seed=10),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", ROUNDED_TO_NOTHING, ids=range(2))
+def test_small_sums_of_far_branches_are_not_lost(call):
+    check_against_oracle(call, torch.float16, "cuda")
+
+
 RETROFIT = {"count_overlaps": False, "dilate_queries": False, "window": "sliding"}
-# Keys' gradients are rounded to their dtype after each branch, the nearest first, which mostly is the largest: of what others
-# add to one element, all may be lost. Here it is 3.6 times what eager errs by in bfloat16, 2.9 in float16.
-ROUNDED_OFTEN = Call(
-    DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 2, 2, 1536, 64, boundaries=(0, 5, 700, 701, 1536)
-)
 # What the Hopper kernels serve: both ways to walk, all orders of tiles, GQA, packing, tiles that meet nothing, short ones.
 HOPPER_CALLS = [
     Call(DilationPattern.geometric(256, 1024, preset="paper"), 2, 4, 2, 2048, 128),
@@ -225,7 +234,9 @@ HOPPER_CALLS = [
     Call(DilationPattern((160, 480), (1, 3), **RETROFIT | {"dilate_queries": True}), 2, 4, 2, 960, 64),
     # Dense queries: the nearest branches' gradients by one kernel, and what is left by two; all of them by one.
     Call(DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 3, 3, 1800, 64),
-    ROUNDED_OFTEN,
+    Call(
+        DilationPattern.geometric(128, 1024, preset="retrofit"), 1, 2, 2, 1536, 64, boundaries=(0, 5, 700, 701, 1536)
+    ),
     Call(DilationPattern.geometric(256, 1024, preset="retrofit"), 2, 2, 2, 1288, 64),
     Call(DilationPattern((300,), (1,), **RETROFIT), 1, 4, 2, 1000, 128),
     # Heads that do not fill a row of shared memory.
@@ -264,10 +275,6 @@ def hopper_refuses(tensors, call: Call) -> str | None:
 def test_hopper_kernels_err_no_more_than_twice_as_much_as_eager(call, dtype, any_number_of_tiles):
     if refusal := hopper_refuses(call.tensors(DTYPES[dtype], "cuda"), call):
         pytest.skip(f"the portable kernels take this: {refusal}")
-    if call is ROUNDED_OFTEN:
-        with pytest.raises(AssertionError, match="dv is off by"):
-            check_against_oracle(call, DTYPES[dtype], "cuda")
-        return
     check_against_oracle(call, DTYPES[dtype], "cuda")
 
 
@@ -366,9 +373,9 @@ def planned_backward(monkeypatch, preset: str, heads: int, kv_heads: int, head_d
     kind = fused_backend.Kind(None, False, call)
     layouts = {"query": query, "do": query, "key": key, "value": key}
     forget_plans()
-    plan, scratch = fused_backend._backward_plan(query, query, key, key, query, None, kind)
+    planned = fused_backend._backward_plan(query, query, key, key, query, None, kind)
     forget_plans()
-    return fused_backend._near_branches(layouts, kind), plan, scratch
+    return fused_backend._near_branches(layouts, kind), *planned
 
 
 @pytest.mark.parametrize(
@@ -386,12 +393,12 @@ def planned_backward(monkeypatch, preset: str, heads: int, kv_heads: int, head_d
 def test_one_kernel_takes_the_nearest_branches_and_two_the_others(
     preset, heads, kv_heads, head_dim, length, near, monkeypatch
 ):
-    found, plan, scratch = planned_backward(monkeypatch, preset, heads, kv_heads, head_dim, length)
+    found, plan, scratch, added_to = planned_backward(monkeypatch, preset, heads, kv_heads, head_dim, length)
     assert found == near
     pattern = DilationPattern.geometric(2048, length, preset=preset)
     covered = {"hopper_bwd_kernel": [], "hopper_bwd_dkdv_kernel": [], "hopper_bwd_dq_kernel": []}
     counters: dict[int, str] = {}  # of tiles that are drawn, and of those that are finished: nobody else's
-    scaled = 0
+    scaled, writing = 0, []
     for launch in plan.launches:
         name, given = launch.kernel.__name__, dict(zip(launch.kernel.arg_names, launch.arguments))
         if name == "scale_kernel":
@@ -408,20 +415,24 @@ def test_one_kernel_takes_the_nearest_branches_and_two_the_others(
             for counter in range(first, first + lanes):
                 assert counters.setdefault(counter, f"{name}, finished") == f"{name}, finished"
                 assert counter < scratch.tallies
-        writes = launch.constants["V"].first.value
-        assert writes == (given["windows"][0] == 2048 and (near == 0 or name == "hopper_bwd_kernel"))
-        if near and name == "hopper_bwd_dkdv_kernel":
-            assert scaled == heads, "the one kernel writes what others add to"
-            assert len(covered[name]) > 1 or "launch_pdl" not in launch.options
-        if name == "hopper_bwd_dq_kernel":
-            assert covered["hopper_bwd_dkdv_kernel"], (
-                "it may begin before its predecessor has ended: not the scaling one"
-            )
+        if launch.constants["V"].first.value:
+            writing.append((name, given["windows"][0]))
+        if name == "hopper_bwd_kernel" and preset == "retrofit":
+            assert len(covered["hopper_bwd_dkdv_kernel"]) == len(pattern.branches) - near, "the farthest come first"
+        if name == "hopper_bwd_dq_kernel":  # it does not wait for keys' gradients, but for what it adds to
+            assert scaled == (heads if near else 0) and ("launch_pdl" in launch.options) == (near == 0)
     previous = (0, *pattern.segment_lengths[:-1]) if preset == "retrofit" else (0,) * len(pattern.segment_lengths)
     branches = list(zip(pattern.segment_lengths, previous))
-    assert list(dict.fromkeys(covered["hopper_bwd_kernel"])) == branches[:near]  # some heads at a time
-    assert covered["hopper_bwd_dkdv_kernel"] == covered["hopper_bwd_dq_kernel"] == branches[near:]
+    nearest = list(dict.fromkeys(covered["hopper_bwd_kernel"]))  # some heads at a time
+    assert nearest == (branches if preset == "paper" else branches[:near][::-1])
+    assert covered["hopper_bwd_dkdv_kernel"] == branches[near:][::-1]
+    assert covered["hopper_bwd_dq_kernel"] == branches[near:]
     assert scaled == (heads if near else 0)
+    # Dilated queries' gradients are written by the first launch, dense ones' by their only one or from float32 rows.
+    assert {name for name, _ in writing} == (
+        {"hopper_bwd_kernel"} if preset == "paper" else {"hopper_bwd_dq_kernel"} if near == 0 else set()
+    )
+    assert added_to == (() if preset == "paper" else ("dk", "dv"))
 
 
 @pytest.mark.skipif(dilated_attention_hopper.triton is None, reason="triton is not installed")
@@ -432,7 +443,7 @@ def test_the_backward_in_one_kernel_keeps_within_a_grid_whatever_the_batch(monke
     grouped = layouts | dict.fromkeys(("key", "value", "dk", "dv"), x._replace(shape=(8192, 1, 256, 64)))
     call = attention_operator.Call(DilationPattern.preset("paper", (64, 128), (1, 2)), True, 0.125)
     for each in (layouts, grouped):
-        launches, _ = dilated_attention_hopper.hopper_bwd_launches(each, 0, call)
+        launches, _ = dilated_attention_hopper.hopper_bwd_launches(key_launches(call.pattern), each, 0, call)
         assert max(launch.grid[1] for launch in launches) <= 65535
         scaled = [launch.grid[1] for launch in launches if launch.grid[1] > 1]
         assert sum(scaled) == 8192 * 16, "every head of every row is scaled once"
@@ -529,7 +540,11 @@ def test_a_row_of_millions_of_tokens_compiles_no_hopper_kernel_anew(preset, monk
             *hopper.hopper_fwd_launches(query_launches(pattern)[:2], layouts, 0, call)[0],
             *hopper.hopper_dq_launches(query_launches(pattern)[:2], layouts, 0, call),
             *hopper.hopper_dkdv_launches(key_launches(pattern)[:2], layouts, 0, call)[0],
-            *(hopper.hopper_bwd_launches(layouts, 0, call)[0][:2] if pattern.dilate_queries else ()),
+            *(
+                hopper.hopper_bwd_launches(key_launches(pattern), layouts, 0, call)[0][:2]
+                if pattern.dilate_queries
+                else ()
+            ),
         )
         return [
             [
@@ -812,3 +827,4 @@ if __name__ == "__main__":  # run by test_kernel_logic_in_the_interpreter, in a 
         check_against_oracle(random_call(seed, 120, 12, (8, 16, 20)), torch.float32, "cpu")
     for call in SHORT_LAST_SEGMENTS[part::2]:
         check_against_oracle(call, torch.float32, "cpu")
+    check_against_oracle(ROUNDED_TO_NOTHING[part], torch.float16, "cpu")
