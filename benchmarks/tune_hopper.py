@@ -43,7 +43,6 @@ RESULTS = {"fwd": ("out", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "bwd": ("
 CANDIDATES = {
     ("fwd", 128): [
         HopperTiles(128, 64, 4, (224, 56)),
-        HopperTiles(128, 64, 4, (224, 56), holds_own=True),
         HopperTiles(128, 64, 4, (240, 24), turns=True),
         HopperTiles(128, 128, 2, (240, 24)),
         HopperTiles(128, 128, 2, (240, 24), turns=True),

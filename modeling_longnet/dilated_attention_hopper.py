@@ -76,23 +76,23 @@ class Scratch(NamedTuple):
 def _tiles(kernel: str, head_dim: int, dilate: bool) -> HopperTiles:
     """Choose how to cut a kernel: the fastest of ``benchmarks/tune_hopper.py`` on an H200 and an H100.
 
-    The backward in one kernel is not tuned yet. Two programs on a processor, and queries in registers, were compared on an
-    H100 with what was before them, alone; keys and values in registers on an H200.
+    The backward in one kernel is not tuned yet. Two programs on a processor were compared on an H100 with what was before
+    them, alone; keys and values in registers, and a third consumer with 128 columns, on an H200.
     """
+    # Dense queries loop long enough for a third consumer to pay. Of dilated ones, tiles are short.
     if _held(head_dim) == 128:
-        three = HopperTiles(192, 64, 4, (160, 32), consumers=3)
+        dense = HopperTiles(192, 64, 4, (160, 32), consumers=3)
         return {
-            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else three,
+            "fwd": HopperTiles(128, 128, 2, (240, 24)) if dilate else dense,
             "dq": HopperTiles(128, 64, 3, (224, 56)),
             "dkdv": HopperTiles(128, 64, 3, (240, 24)),
             "bwd": HopperTiles(128, 64, 2, (240, 24)),
         }[kernel]
-    # Dense queries loop long enough for a third consumer to pay. Of dilated ones, tiles are short: two programs on a
-    # processor are not at a tile's end at the same time.
-    three = HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3)
+    dense = HopperTiles(192, 64, 4, (160, 32), turns=True, consumers=3)
     return {
-        "fwd": HopperTiles(128, 64, 4, (232, 24), consumers=1, programs=2) if dilate else three,
-        "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else three,
+        # Two programs on a processor are not at the end of a tile at the same time.
+        "fwd": HopperTiles(128, 64, 4, (232, 24), consumers=1, programs=2) if dilate else dense,
+        "dq": HopperTiles(128, 128, 3, (240, 24), turns=True) if dilate else dense,
         "dkdv": HopperTiles(128, 64, 4, (232, 40), turns=True, holds_own=True),
         "bwd": HopperTiles(128, 64, 4, (240, 24), turns=True, holds_own=True),
     }[kernel]

@@ -37,7 +37,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _unpack,
 )
 from .dilated_attention_hopper_progress_kernels import _await_count, _await_grids_before, _count, _let_next_start
-from .dilated_attention_order_kernels import Work, _in_order, _in_pairs, _lone_blocks, _shared_blocks
+from .dilated_attention_order_kernels import Work, _in_order, _in_pairs, _in_step, _lone_blocks, _shared_blocks
 from .dilated_attention_tile_kernels import RUNTIME
 
 
@@ -227,8 +227,8 @@ def _bring_stats(stats_ptr, rings, results, work, V: gl.constexpr):
             query_head = head * V.group + inner
             at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
             for n in range(blocks):
-                term = first + _in_pairs(n, blocks, head_edge, tail_edge, heads, tails) * V.block_n
-                term += gl.arange(0, V.block_n, layout=layout)
+                block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, V.block_n)
+                term = first + block * V.block_n + gl.arange(0, V.block_n, layout=layout)
                 words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
                 lse2, delta = _unpack_stats(words)
                 stage = fetched % V.stages
@@ -375,15 +375,16 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                 for _ in range(alone, passed):
                     done = _pass_over(done, rings, results, consumer, V)
                 if shared > 0:
+                    term = first + heads * V.block_n
+                    begin = _in_step(0, term, shared, inner_first, inner_stop, V.block_n)
                     dk, dv, s, dp, done = _bwd_dkdv_block(
-                        dk, dv, s, dp, done, k, v, rings, results,
-                        first + (heads + _in_order(0, shared, inner_first, inner_stop)) * V.block_n,
+                        dk, dv, s, dp, done, k, v, rings, results, term + begin * V.block_n,
                         row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
                     for n in range(1, edges):
                         dk, dv, s, dp, done = _bwd_dkdv_block(
                             dk, dv, s, dp, done, k, v, rings, results,
-                            first + (heads + _in_order(n, shared, inner_first, inner_stop)) * V.block_n,
+                            term + _in_order(n, shared, inner_first, inner_stop) * V.block_n,
                             row_first, row_stop, scale2, False, True, consumer, V, s_layout, p_layout,
                         )  # fmt: skip
                     for _ in range(gl.maximum(edges, 1), shared):

@@ -299,10 +299,7 @@ def _consume_fwd(rings, results, consumer: gl.constexpr, V: gl.constexpr):
         if blocks > 0:
             mbarrier.wait(rings.own_full, filled & 1)
             filled += 1
-            if V.holds_own:
-                q = rings.own.index(consumer).load(gl.DotOperandLayout(0, s_layout, 2))
-            else:
-                q = rings.own.index(consumer)
+            q = rings.own.index(consumer)
             if not V.first:
                 acc = rings.other.index(consumer).load(o_layout).to(gl.float32)
             row_first, row_stop = _terms_met(x, window, previous_window, tokens, base, rate, stop, V)

@@ -322,7 +322,7 @@ def _produce(sources, rings, work, V: gl.constexpr):
                         )  # fmt: skip
                     for n in range(blocks):
                         if V.from_key:
-                            block = _in_pairs(n, blocks, head_edge, tail_edge, heads, tails)
+                            block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, V.block_n)
                         else:
                             block = _in_order(n, blocks, head_edge, tail_edge)
                         row = term + block * V.block_n

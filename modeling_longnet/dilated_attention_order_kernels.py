@@ -148,19 +148,33 @@ def _shared_blocks(blocks, head, tail, heads, tails):
 
 
 @triton.jit
-def _in_pairs(n, blocks, head, tail, heads, tails):
+def _in_step(n, first, blocks, head, tail, BLOCK: tl.constexpr):
+    """Return the n-th block of queries to visit: as ``_in_order``, but those in the middle in step with other tiles.
+
+    Tiles of keys that are at work at a time lie side by side, and most of the queries that they meet are the same. Each
+    tile goes round its middle once, from the block whose number is a multiple of their count: all tiles are at the same
+    blocks at the same time, which come from memory once. ``first``: the term that block 0 begins with.
+    """
+    edges = head + blocks - tail
+    middle = tl.maximum(tail - head, 1)
+    turned = n - edges + middle - (first // BLOCK + head) % middle
+    turned = tl.where(turned < middle, turned, turned - middle)
+    return tl.where(n < head, n, tl.where(n < edges, n - head + tail, head + turned))
+
+
+@triton.jit
+def _in_pairs(n, first, blocks, head, tail, heads, tails, BLOCK: tl.constexpr):
     """Return the n-th block to visit where the halves of a tile of keys pass over ``tails`` and ``heads`` blocks.
 
-    These come first, one of each in turn, so that both halves have work at any time; then the others, in order.
+    These come first, one of each in turn, so that both halves have work at any time; then the others, in step.
     """
     pairs = tl.minimum(heads, tails)
     lone = heads + tails
     in_pair = tl.where(n % 2 == 0, n // 2, blocks - 1 - n // 2)
     left_over = tl.where(heads > tails, n - pairs, blocks - 1 - (n - pairs))
     shared, inner, outer = _shared_blocks(blocks, head, tail, heads, tails)
-    return tl.where(
-        n < 2 * pairs, in_pair, tl.where(n < lone, left_over, heads + _in_order(n - lone, shared, inner, outer))
-    )
+    both = heads + _in_step(n - lone, first + heads * BLOCK, shared, inner, outer, BLOCK)
+    return tl.where(n < 2 * pairs, in_pair, tl.where(n < lone, left_over, both))
 
 
 @triton.jit

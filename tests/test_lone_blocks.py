@@ -81,7 +81,7 @@ if triton is not None:
         tl.store(found_ptr + 10, inner)
         tl.store(found_ptr + 11, outer)
         n = tl.arange(0, MOST_BLOCKS)
-        tl.store(order_ptr + n, _in_pairs(n, blocks, head, tail, heads, tails))
+        tl.store(order_ptr + n, _in_pairs(n, first, blocks, head, tail, heads, tails, V.block_n))
 
 
 def met_by(x: int, launch, pattern: DilationPattern, tokens: int) -> range:
@@ -131,7 +131,10 @@ def check(pattern, length, heads, kv_heads, documents) -> None:
             assert (
                 sum(n < alone for n in turns) == alone and sum(n >= blocks - alone_later for n in turns) == alone_later
             )
-            assert order[blocks - (outer - inner) :] == list(range(alone + inner, alone + outer))
+            middle = [first // v.block_n + block for block in range(alone + inner, alone + outer)]
+            begin = next((n for n, block in enumerate(middle) if block % len(middle) == 0), 0)
+            turned = [first // v.block_n + block for block in order[blocks - len(middle) :]]
+            assert turned == middle[begin:] + middle[:begin], "tiles at work at a time are at the same blocks"
             for i in range(count):
                 met = met_by(x_first + launch.rates[0] * i, launch, pattern, tokens)
                 for block in range(blocks):
