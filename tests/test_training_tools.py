@@ -196,7 +196,7 @@ def test_on_a_gpu_offloaded_checkpoints_leave_it_and_come_back(layers):
     model = checkpointed(tiny_model("retrofit", num_hidden_layers=6).float().cuda())
     tokens = random_tokens(1, 20_000).cuda()
 
-    def step() -> tuple[list, int]:
+    def step() -> tuple[dict, int]:
         model.zero_grad()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -204,12 +204,19 @@ def test_on_a_gpu_offloaded_checkpoints_leave_it_and_come_back(layers):
         torch.cuda.synchronize()
         kept = torch.cuda.memory_allocated() - before
         loss.backward()
-        return [p.grad.clone() for p in model.parameters()], kept
+        return {name: p.grad.clone() for name, p in model.named_parameters()}, kept
 
-    expected, kept = step()
-    torch.testing.assert_close(step()[0], expected, rtol=0, atol=0, msg="two steps without offloading differ")
+    def equal(found: dict) -> bool:
+        # PyTorch's own gradient of an embedding differs from one call to the next where tokens repeat this often.
+        torch.testing.assert_close(found[embedding], expected[embedding], rtol=1e-4, atol=1e-6)
+        return all(torch.equal(found[name], expected[name]) for name in expected if name != embedding)
+
+    expected, _ = step()  # the first step also allocates cuBLAS's workspace
+    (embedding,) = [name for name in expected if "embed_tokens" in name]
+    again, kept = step()
+    assert equal(again), "two steps without offloading differ"
     offload_checkpoints(model, layers)
     for _ in range(2):
         found, kept_now = step()
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert equal(found)
     assert kept - kept_now == pytest.approx((layers or 6) * 20_000 * 32 * 4, rel=0.1)
