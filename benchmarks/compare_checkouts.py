@@ -87,25 +87,15 @@ def check(call: Call) -> str:
     import torch
     from benchmark_attention import fused, geometric_pattern, random_tensors
 
-    from modeling_longnet import DilationPattern, attention_operator, dilated_attention
+    from modeling_longnet import DilationPattern, dilated_attention
     from modeling_longnet import dilated_attention_hopper as hopper
-    from modeling_longnet import dilated_attention_triton as fused_backend
-    from modeling_longnet.launch_plans import layout_of
 
     tiles = call.heads * -(-call.length // hopper.TILE) / torch.cuda.get_device_properties().multi_processor_count
     fewest_tiles = hopper._fewest_tiles
     hopper._fewest_tiles = lambda *kernel: 0 if fewest_tiles(*kernel) <= tiles else inf
-    long = geometric_pattern(call.length, call.preset)
-    pattern = DilationPattern.geometric(CHECKED_AT >> (len(long.branches) - 1), CHECKED_AT, preset=call.preset)
+    branches = len(geometric_pattern(call.length, call.preset).branches)
+    pattern = DilationPattern.geometric(CHECKED_AT >> (branches - 1), CHECKED_AT, preset=call.preset)
     *inputs, do = random_tensors(1, CHECKED_AT, call.heads, call.kv_heads, call.head_dim)
-    # How many branches' gradients one kernel takes goes by the length, too.
-    layouts = {}
-    for name, x in zip(("query", "key", "value", "do"), (*inputs, do)):
-        layout = layout_of(x)
-        layouts[name] = layout._replace(shape=(*layout.shape[:2], call.length, call.head_dim))
-    kind = fused_backend.Kind(None, False, attention_operator.Call(long, True, 1.0))
-    near = fused_backend._near_branches(layouts, kind)
-    fused_backend._near_branches = lambda *_: near
 
     def results(attention, dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]

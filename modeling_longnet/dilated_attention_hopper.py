@@ -14,7 +14,7 @@ import torch
 from .attention_operator import Call
 from .compiled_kernels import Pointer, Rows
 from .cuda_devices import MAX_BATCH, cuda_capability, num_processors
-from .dilated_attention_launches import ENDLESS, Launch, key_launches, sides_met
+from .dilated_attention_launches import ENDLESS, Launch, sides_met
 from .dilation_pattern import DilationPattern
 from .launch_plans import KernelLaunch, TensorLayout
 
@@ -40,8 +40,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128)
 TILE = 128
 FEW_ROUNDS = 16  # of tiles to each program: below, the longest at the very end would be waited for
 MOST_SUMS = 2**28  # bytes of float32 rows that are never cut
-MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it between two tiles that are not in step
-FEWEST_IN_STEP = 1.25  # tiles to each program: below, a branch keeps the next one's tiles waiting
+MOST_SHARED = 36 * 2**20  # bytes of L2's 50 MiB: with more, rows of dq leave it between two tiles
 
 
 class HopperTiles(NamedTuple):
@@ -142,7 +141,7 @@ def hopper_refusal(
     if not pattern.dilate_queries and len(pattern.segment_lengths) > MAX_BRANCHES:
         return f"{len(pattern.segment_lengths)} branches, at most {MAX_BRANCHES} fit one launch"
     batch, num_heads, length, head_dim = query.shape
-    if kernel == "bwd" and (refusal := _one_kernel_refusal(query, tensors[1], pattern, is_causal)):
+    if kernel == "bwd" and (refusal := _one_kernel_refusal(query, tensors[1], pattern)):
         return refusal
     if any(w % r for w, r in pattern.branches):
         return "a rate that does not divide its segment length"
@@ -156,66 +155,15 @@ def hopper_refusal(
     return None
 
 
-def _one_kernel_refusal(
-    query: TensorLayout, key: TensorLayout, pattern: DilationPattern, is_causal: bool
-) -> str | None:
+def _one_kernel_refusal(query: TensorLayout, key: TensorLayout, pattern: DilationPattern) -> str | None:
     """Say why the backward takes two kernels where Hopper's serve, None if it takes one."""
     if not pattern.count_overlaps and pattern.window == "segment":
         return "tiles that meet nothing would break the chain of those that wait for each other"
-    for launch in key_launches(pattern):
-        shared = _bytes_shared(launch, query, key)
-        if shared > MOST_SHARED and (why := _step_refusal(launch, query, key, pattern, is_causal)):
-            return f"tiles at work share {shared} bytes, more than the cache keeps, and {why}"
-    return None
-
-
-def _bytes_shared(launch: Launch, query: TensorLayout, key: TensorLayout) -> int:
-    """Reckon what the tiles at work read of queries and add to dq, unless in step: q, do and the float32 rows."""
+    # What the tiles at work read of queries and add to dq: q, do and the float32 rows.
     group, head_dim = query.shape[1] // key.shape[1], _held(query.shape[-1])
-    rate = launch.rate // launch.loop_rate
-    return num_processors(query.device) * TILE * rate * group * head_dim * (2 * query.dtype.itemsize + 4)
-
-
-def _step_refusal(
-    launch: Launch, query: TensorLayout, key: TensorLayout, pattern: DilationPattern, is_causal: bool
-) -> str | None:
-    """Say why the tiles of a branch's keys do not go in step in the backward of one kernel, None if they do."""
-    if pattern.dilate_queries or pattern.window != "sliding" or not is_causal:
-        return "most queries that a tile meets, others do not"
-    lanes, programs = _lanes_at_once(query, key), num_processors(query.device)
-    tiles = lanes * _cdiv(max(0, query.shape[2] - launch.previous_windows[0]), TILE * launch.rate)
-    if tiles < FEWEST_IN_STEP * programs:
-        return f"a branch of rate {launch.rate} has {tiles} tiles, too few for {programs} programs"
-    if 2 * lanes < (together := _lanes_in_step(launch, query, key)):
-        return f"{lanes} lanes are at work at once where {together} should be: their tiles would wait for each other"
-    return None
-
-
-def _lanes_in_step(launch: Launch, query: TensorLayout, key: TensorLayout) -> int:
-    """Choose how many lanes' tiles in step are worked off together.
-
-    Tiles of a lane add to the same blocks one after the other: so long after one another they have to begin. What a tile
-    adds is in memory, and seen by the next, well before three blocks of 64 columns are done, or one and a half of 128.
-    """
-    group = query.shape[1] // key.shape[1]
-    window = min(launch.windows[0], query.shape[2])
-    blocks = group * _cdiv(max(0, window - launch.previous_windows[0]) + TILE * launch.rate, 64)
-    return _cdiv(192 * num_processors(query.device), _held(query.shape[-1]) * blocks)
-
-
-def _lanes_at_once(query: TensorLayout, key: TensorLayout) -> int:
-    """Choose of how many lanes (KV heads of rows of the batch) dq is added up at a time.
-
-    The float32 rows are kept within an eighth of the call's tensors: as many lanes as fit, and no more query heads than a
-    dimension of the grid that scales them.
-    """
-    batch, num_heads, length, head_dim = query.shape
-    num_kv_heads = key.shape[1]
-    group = num_heads // num_kv_heads
-    lanes = batch * num_kv_heads
-    tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * query.dtype.itemsize
-    at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim), MAX_BATCH // group))
-    return _cdiv(lanes, _cdiv(lanes, at_once))
+    rate = 1 if pattern.dilate_queries else max(pattern.dilation_rates)
+    shared = num_processors(query.device) * TILE * rate * group * head_dim * (2 * query.dtype.itemsize + 4)
+    return f"tiles at work share {shared} bytes, more than the cache keeps" if shared > MOST_SHARED else None
 
 
 def hopper_fwd_launches(
@@ -314,13 +262,16 @@ def hopper_bwd_launches(
 ) -> tuple[list[KernelLaunch], Scratch]:
     """Plan the launches of some branches' gradients, and what they need beside the results; dq is written in any case.
 
-    The float32 rows in which dq is added up are those of ``_lanes_at_once``.
+    The float32 rows in which dq is added up are kept within an eighth of the call's tensors: as many KV heads at a
+    time as fit, and no more query heads than a dimension of the grid that scales them.
     """
     batch, num_heads, length, head_dim = layouts["query"].shape
     num_kv_heads = layouts["key"].shape[1]
     group = num_heads // num_kv_heads
     lanes = batch * num_kv_heads
-    at_once = _lanes_at_once(layouts["query"], layouts["key"])
+    tensors = 4 * (num_heads + num_kv_heads) * batch * length * head_dim * layouts["query"].dtype.itemsize
+    at_once = max(1, min(lanes, max(MOST_SUMS, tensors // 8) // (4 * group * length * head_dim), MAX_BATCH // group))
+    at_once = _cdiv(lanes, _cdiv(lanes, at_once))
     # The first branch's first tile of each block writes; what no whole block covers has to be zero before.
     stores = branches[0].first and num_documents == 0 and branches[0].windows[0] % TILE == 0
     chunks = [range(first, min(first + at_once, lanes)) for first in range(0, lanes, at_once)]
@@ -370,11 +321,7 @@ def _plan_bwd_launch(
     tiles = _tiles("bwd", head_dim, pattern.dilate_queries)
     tiles_per_period, classes, periods = _cut(launch, tiles, length, num_documents)
     runs = periods * len(lanes)
-    in_step = not pattern.dilate_queries and _bytes_shared(launch, layouts["query"], layouts["key"]) > MOST_SHARED
-    together = min(_lanes_in_step(launch, layouts["query"], layouts["key"]), len(lanes)) if in_step else 1
-    variant = _variant_of(
-        launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores, in_step=in_step
-    )
+    variant = _variant_of(launch, tiles, layouts, num_documents, call, from_key=True, own_tensors=2, stores=stores)
     arguments = (
         *map(Pointer, ("dk", "dv", "stats", "marks", "tallies")),
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("key", "value")),
@@ -383,7 +330,7 @@ def _plan_bwd_launch(
         *(_rows(name, layouts[name], launch.rate, 64) for name in ("dk", "dv")),
         Pointer("cu_seqlens") if num_documents else None, *_strides(("dk", "dv"), layouts), call.scale, length,
         num_documents, num_documents.bit_length(), launch.period, tiles_per_period, launch.windows,
-        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, together, runs * classes,
+        launch.previous_windows, launch.rates, num_kv_heads, lanes.start, classes, periods, runs, runs * classes,
         number, counter, first_mark, before,
     )  # fmt: skip
     grid = (min(num_processors(layouts["query"].device), runs * classes), 1, 1)
@@ -473,7 +420,7 @@ def _strides(names: Sequence[str], layouts: dict[str, TensorLayout]) -> list[int
 
 def _variant_of(
     launch: Launch, tiles: HopperTiles, layouts: dict[str, TensorLayout], num_documents: int, call: Call,
-    from_key: bool, own_tensors: int, stores: bool = False, counted: bool = False, in_step: bool = False,
+    from_key: bool, own_tensors: int, stores: bool = False, counted: bool = False,
 ) -> "Variant":  # fmt: skip
     """Choose what a launch's kernel is compiled for."""
     pattern, num_kv_heads = call.pattern, layouts["key"].shape[1]
@@ -494,7 +441,6 @@ def _variant_of(
         columns=layouts["query"].shape[-1],
         stores=stores,
         counted=counted,
-        in_step=in_step,
         starts_together=_starts_together(launch, tiles, pattern) and not from_key and num_documents == 0,
         **{name: x for name, x in tiles._asdict().items() if name != "programs"},
     )

@@ -37,15 +37,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _unpack,
 )
 from .dilated_attention_hopper_progress_kernels import _await_count, _await_grids_before, _count, _let_next_start
-from .dilated_attention_order_kernels import (
-    Work,
-    _common_blocks,
-    _in_order,
-    _in_pairs,
-    _in_step,
-    _lone_blocks,
-    _shared_blocks,
-)
+from .dilated_attention_order_kernels import Work, _in_order, _in_pairs, _in_step, _lone_blocks, _shared_blocks
 from .dilated_attention_tile_kernels import RUNTIME
 
 
@@ -231,12 +223,11 @@ def _bring_stats(stats_ptr, rings, results, work, V: gl.constexpr):
             x_first, count, results.gradients.own_rate, tokens, window, previous_window, base, rate, first, stop,
             blocks, V,
         )  # fmt: skip
-        common = _common_blocks(window, previous_window, results.gradients.own_rate, rate, V)
         for inner in range(V.group):
             query_head = head * V.group + inner
             at_row = (batch.to(gl.int64) * (work.heads * V.group) + query_head) * work.length + start + base
             for n in range(blocks):
-                block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, common, V.block_n)
+                block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, V.block_n)
                 term = first + block * V.block_n + gl.arange(0, V.block_n, layout=layout)
                 words = gl.load(stats_ptr + at_row + term.to(gl.int64) * rate, mask=term < stop, other=0)
                 lse2, delta = _unpack_stats(words)
@@ -385,8 +376,7 @@ def _consume_dkdv(rings, results, consumer: gl.constexpr, V: gl.constexpr):
                     done = _pass_over(done, rings, results, consumer, V)
                 if shared > 0:
                     term = first + heads * V.block_n
-                    common = _common_blocks(window, previous_window, results.gradients.own_rate, rate, V)
-                    begin = _in_step(0, term, shared, inner_first, inner_stop, common, V.block_n)
+                    begin = _in_step(0, term, shared, inner_first, inner_stop, V.block_n)
                     dk, dv, s, dp, done = _bwd_dkdv_block(
                         dk, dv, s, dp, done, k, v, rings, results, term + begin * V.block_n,
                         row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,

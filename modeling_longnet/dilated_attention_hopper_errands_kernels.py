@@ -28,14 +28,7 @@ from .dilated_attention_hopper_progress_kernels import (
     _look,
     _tell,
 )
-from .dilated_attention_order_kernels import (
-    _blocks_met,
-    _common_blocks,
-    _in_step_and_turn,
-    _met_by_next,
-    _placed,
-    _rows_of,
-)
+from .dilated_attention_order_kernels import _blocks_met, _met_by_next, _placed, _rows_of
 
 
 try:
@@ -123,7 +116,6 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
         start, tokens, base, x_first, x_last, count = _rows_of(slot, batch, kv_head, tiles, V)
         if count > 0:
             loop_base = base if V.dilate else 0
-            common = _common_blocks(tiles.window, tiles.previous_window, tiles.rate, loop_rate, V)
             first, stop, blocks, head_edge, tail_edge = _blocks_met(
                 x_first, x_last, tokens, loop_base, loop_rate, tiles, V
             )
@@ -143,7 +135,7 @@ def _produce(k_desc, v_desc, q_desc, do_desc, shared, tiles, V: gl.constexpr):
                     if fetched_of_tile == AHEAD:
                         _copy_own(k_desc, v_desc, shared, filled, batch, kv_head, own_residue, own_term, V)
                     fetched_of_tile += 1
-                    row = term + _in_step_and_turn(n, first, head_edge, tail_edge, common, V) * V.block_n
+                    row = term + n * V.block_n
                     stage = _place(fetched, V.stages)
                     phase = _lap(fetched, V.stages) ^ 1
                     mbarrier.wait(shared.block_empty.index(stage), phase)
@@ -179,21 +171,17 @@ def _bring_stats(stats_ptr, shared, tiles, V: gl.constexpr):
     """Fetch lse and delta of each block of queries, in the producer's order; strided words are no copy engine's work."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rate = tiles.rate if V.dilate else 1
-    common = _common_blocks(tiles.window, tiles.previous_window, tiles.rate, rate, V)
     fetched = 0
     seen = 1
     record = _read_record(shared, 0, 1)
     while _field(record, GOES_ON) > 0:
         head, batch, start = _field(record, HEAD), _field(record, BATCH), _field(record, START)
         base, first, stop = _field(record, BASE), _field(record, FIRST), _field(record, STOP)
-        blocks, head_edge, tail_edge = (
-            _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE)
-        )  # fmt: skip
+        blocks = _field(record, BLOCKS)
         for inner in range(V.group):
             row = (batch.to(gl.int64) * (tiles.heads * V.group) + head * V.group + inner) * tiles.length + start + base
             for n in range(blocks):
-                block = _in_step_and_turn(n, first, head_edge, tail_edge, common, V)
-                term = first + block * V.block_n + gl.arange(0, V.block_n, layout=layout)
+                term = first + n * V.block_n + gl.arange(0, V.block_n, layout=layout)
                 words = gl.load(stats_ptr + row + term.to(gl.int64) * rate, mask=term < stop, other=0)
                 lse2, delta = _unpack_stats(words)
                 stage = _place(fetched, V.stages)
@@ -211,8 +199,7 @@ def _order_of(record):
     """Return a record's lane, the progression of queries and its blocks, and what these wait for."""
     return (
         _field(record, LANE), _field(record, START), _field(record, BASE), _field(record, FIRST),
-        _field(record, BLOCKS), _field(record, HEAD_EDGE), _field(record, TAIL_EDGE), _field(record, MARK),
-        _field(record, MET_FIRST), _field(record, MET_STOP),
+        _field(record, BLOCKS), _field(record, MARK), _field(record, MET_FIRST), _field(record, MET_STOP),
     )  # fmt: skip
 
 
@@ -220,18 +207,17 @@ def _order_of(record):
 def _watch_marks(marks_ptr, shared, tiles, V: gl.constexpr):
     """Say that a block's dq may be added to when the tile after this one, if it meets the block, has done so."""
     rate = tiles.rate if V.dilate else 1
-    common = _common_blocks(tiles.window, tiles.previous_window, tiles.rate, rate, V)
     done = 0
     seen = 1
     record = _read_record(shared, 0, 1)
     while _field(record, GOES_ON) > 0:
-        lane, start, base, first, blocks, head_edge, tail_edge, mark, met_first, met_stop = _order_of(record)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         _await_count(tiles.finished_ptr + lane, tiles.before)
         mbarrier.arrive(shared.ready.index(_place(seen - 1, PLACES)), count=1)
         for inner in range(V.group):
             row = (lane.to(gl.int64) * V.group + inner) * tiles.length + start + base
             for n in range(blocks):
-                term = first + _in_step_and_turn(n, first, head_edge, tail_edge, common, V) * V.block_n
+                term = first + n * V.block_n
                 if (term >= met_first) & (term < met_stop):
                     ptr = marks_ptr + (row + term.to(gl.int64) * rate)
                     found = _glance(ptr)
@@ -271,20 +257,19 @@ def _add_in_turn(sums_desc, dk_desc, dv_desc, marks_ptr, shared, tiles, V: gl.co
     """
     COLUMNS: gl.constexpr = V.head_dim // V.consumers
     rate = tiles.rate if V.dilate else 1
-    common = _common_blocks(tiles.window, tiles.previous_window, tiles.rate, rate, V)
     done = 0
     handed = 0
     seen = 0
     record = _look_up(shared, 0, 1)
     while _field(record, GOES_ON) > 0:
-        lane, start, base, first, blocks, head_edge, tail_edge, mark, met_first, met_stop = _order_of(record)
+        lane, start, base, first, blocks, mark, met_first, met_stop = _order_of(record)
         residue = (start + base) % rate
         term_before = (start + base) // rate
         for inner in range(V.group):
             head = lane * V.group + inner
             row = head.to(gl.int64) * tiles.length + start + base
             for n in range(blocks):
-                term = first + _in_step_and_turn(n, first, head_edge, tail_edge, common, V) * V.block_n
+                term = first + n * V.block_n
                 place = _place(handed, PLACES)
                 mbarrier.wait(shared.turn.index(_place(done, PLACES)), _lap(done, PLACES))
                 mbarrier.wait(shared.dq_full.index(place), _lap(handed, PLACES))

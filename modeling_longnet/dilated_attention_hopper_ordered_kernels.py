@@ -4,8 +4,7 @@ A program owns a tile of keys and walks through the blocks of queries that meet 
 reckons what its keys give to the gradient of each block's queries; the copy engine adds that to float32 rows in memory,
 which all tiles of a head share. Sums in floating point depend on their order, so the tiles that meet a block take turns,
 the last one first. A *mark* per block says who was there last. Causal tiles that start together keep nobody waiting:
-each starts at its own diagonal, where the next tile has been before it. Tiles in step are at the same blocks: they keep
-one another waiting until each is as far behind the next as adding takes. ``dilated_attention_order_kernels`` has the
+each starts at its own diagonal, where the next tile has been before it. ``dilated_attention_order_kernels`` has the
 arithmetic.
 
 Programs draw tiles in rising order, and a tile waits for lower numbers only: for nobody who is not at work yet. The
@@ -59,7 +58,7 @@ from .dilated_attention_hopper_pipeline_kernels import (
     _terms_met,
 )
 from .dilated_attention_hopper_progress_kernels import _await_grids_before, _let_next_start
-from .dilated_attention_order_kernels import OrderedWork, _common_blocks, _in_step_and_turn
+from .dilated_attention_order_kernels import OrderedWork
 from .dilated_attention_tile_kernels import RUNTIME, _band, _count_before
 
 
@@ -289,10 +288,8 @@ def _consume(outputs, shared, consumer: gl.constexpr, V: gl.constexpr):
                         dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + n * V.block_n,
                         row_first, row_stop, scale2, True, False, consumer, V, s_layout, p_layout,
                     )  # fmt: skip
-            common = _common_blocks(outputs.window, outputs.previous_window, outputs.gradients.own_rate, rate, V)
-            at_last = _in_step_and_turn(blocks - 1, first, head_edge, tail_edge, common, V)
             dk, dv, dq, s, done = _block(
-                dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + at_last * V.block_n,
+                dk, dv, dq, s, done, begun, extra, held_k, held_v, shared, first + (blocks - 1) * V.block_n,
                 row_first, row_stop, scale2, True, True, consumer, V, s_layout, p_layout,
             )  # fmt: skip
             mbarrier.wait(shared.ds_full.index(_place(done - 1, PLACES)), _lap(done - 1, PLACES))
@@ -348,14 +345,14 @@ def _allocate(dtype: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=(
-    *RUNTIME, "heads", "first_lane", "classes", "periods", "runs", "together", "tiles",
+    *RUNTIME, "heads", "first_lane", "classes", "periods", "runs", "tiles",
     "number", "counters", "first_mark", "before",
 ))  # fmt: skip
 def hopper_bwd_kernel(
     dk_ptr, dv_ptr, stats_ptr, marks_ptr, tallies_ptr, k_desc, v_desc, q_desc, do_desc, sums_desc, dk_desc, dv_desc,
     cu_seqlens_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, length, num_documents,
     search_steps, period, tiles_per_period, windows, previous_windows, rates, heads, first_lane, classes, periods,
-    runs, together, tiles, number, counters, first_mark, before,
+    runs, tiles, number, counters, first_mark, before,
     V: gl.constexpr,
 ):  # fmt: skip
     """Compute what a branch adds to all gradients of some lanes, each after ``before`` tiles of branches before."""
@@ -365,8 +362,8 @@ def hopper_bwd_kernel(
     fence_async_shared()
     work = OrderedWork(
         heads, first_lane, cu_seqlens_ptr, length, num_documents, search_steps, period, tiles_per_period,
-        windows[0], previous_windows[0], rates[0], classes, periods, runs, together, tiles, first_mark,
-        tallies_ptr + number, tallies_ptr + counters, before,
+        windows[0], previous_windows[0], rates[0], classes, periods, runs, tiles, first_mark, tallies_ptr + number,
+        tallies_ptr + counters, before,
     )  # fmt: skip
     gradients = KeyGradients(
         dk_ptr, dv_ptr, stride_dkb, stride_dkh, stride_dkl, stride_dvb, stride_dvh, stride_dvl, scale, rates[0]

@@ -16,14 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .dilated_attention_hopper_progress_kernels import _await_count, _count, _drawn, _fence_global, _start_drawing
-from .dilated_attention_order_kernels import (
-    _common_blocks,
-    _in_order,
-    _in_pairs,
-    _locate,
-    _lone_blocks,
-    _stretch_of,
-)
+from .dilated_attention_order_kernels import _in_order, _in_pairs, _locate, _lone_blocks, _stretch_of
 from .dilated_attention_tile_kernels import _band, _block_range, _count_before, _offset, _pick
 
 
@@ -57,9 +50,8 @@ class Variant:
     ``registers``: per thread, of consumers and of the producer. ``turns``: consumers issue their products in turns.
     ``consumers``: that share a tile's rows. ``holds_own``: they multiply own rows from registers. ``stores``: the first
     tile that meets a block writes what others add to. ``counted``: launches overlap, tiles of queries are counted.
-    ``starts_together``: all rows of a tile meet the first term of its first block. ``in_step``: tiles that add up in turns
-    go round what they meet in step. ``head_dim``: columns in shared memory, of which the first ``columns`` are the head's;
-    the others are zero.
+    ``starts_together``: all rows of a tile meet the first term of its first block. ``head_dim``: columns in shared memory,
+    of which the first ``columns`` are the head's; the others are zero.
     """
 
     num_branches: int
@@ -86,7 +78,6 @@ class Variant:
     stores: bool = False
     counted: bool = False
     starts_together: bool = False
-    in_step: bool = False
 
     def __post_init__(self):
         for name, value in vars(self).items():  # as constants, the kernels may count and allocate with them
@@ -323,16 +314,15 @@ def _produce(sources, rings, work, V: gl.constexpr):
                         written += 1
                     residue = (start + base) % rate
                     term = (start + base) // rate + first
-                    heads, tails, common = 0, 0, 1
+                    heads, tails = 0, 0
                     if V.from_key:
-                        common = _common_blocks(window, previous_window, own_rate, rate, V)
                         heads, tails = _lone_blocks(
                             x_first, count, own_rate, tokens, window, previous_window, base, rate, first, stop,
                             blocks, V,
                         )  # fmt: skip
                     for n in range(blocks):
                         if V.from_key:
-                            block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, common, V.block_n)
+                            block = _in_pairs(n, first, blocks, head_edge, tail_edge, heads, tails, V.block_n)
                         else:
                             block = _in_order(n, blocks, head_edge, tail_edge)
                         row = term + block * V.block_n

@@ -3,12 +3,6 @@
 Programs draw their tiles, but for the first. In the backward of one kernel, the tiles that meet a block of queries add
 to its gradient one after the other, the last one first. A tile's predecessor is therefore the tile after it in its
 progression; where that one does not meet a block, no later one does, and the tile is the block's first.
-
-Tiles of keys that are at work at a time lie side by side, and most of the queries that they meet are the same. Of a branch
-of rate r, though, they begin 128 r queries apart: walked through in order, what one has met is met by the next long after
-it has left the cache. *In step*, tiles go round the blocks that all of their rows meet, from the one whose number divides
-by the count of those of a whole tile: all tiles are at the same blocks at about the same time, which come from memory
-once. The blocks before and behind are no tile's in common and come in order.
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +53,7 @@ class OrderedWork(NamedTuple):
     """All tiles of a launch whose sums are added up in a fixed order, to be drawn.
 
     A *class* is a place in a period (or a slot of packed documents); a *run* of tiles, one per lane and period, has
-    one tile in each class; a *lane* is a KV head of one row of the batch. ``together`` runs are worked off at a time, last
+    one tile in each class; a *lane* is a KV head of one row of the batch. Runs are worked off one after the other, last
     class first. ``before`` counts a lane's tiles in the launches before.
     """
 
@@ -77,7 +71,6 @@ class OrderedWork(NamedTuple):
     classes: Any
     periods: Any
     runs: Any
-    together: Any
     tiles: Any
     first_mark: Any
     drawn_ptr: Any
@@ -155,48 +148,22 @@ def _shared_blocks(blocks, head, tail, heads, tails):
 
 
 @triton.jit
-def _common_blocks(window, previous_window, own_rate, rate, V: tl.constexpr):
-    """Count the blocks of queries that all rows of a whole tile of keys meet; ``rate``: the queries'."""
-    return tl.maximum(((window - previous_window) // rate - own_rate // rate * V.block_m) // V.block_n, 1)
+def _in_step(n, first, blocks, head, tail, BLOCK: tl.constexpr):
+    """Return the n-th block of queries to visit: as ``_in_order``, but those in the middle in step with other tiles.
 
-
-@triton.jit
-def _turned(n, begin, count, common):
-    """Return the n-th of ``count`` neighbours to visit: round from the one whose number divides by ``common``, if there is one.
-
-    ``begin``: the number of the first.
-    """
-    skipped = (common - begin % common) % common
-    n += tl.where(skipped < count, skipped, 0)
-    return tl.where(n < count, n, n - count)
-
-
-@triton.jit
-def _in_step(n, first, blocks, head, tail, common, BLOCK: tl.constexpr):
-    """Return the n-th block of queries to visit: as ``_in_order``, but those that every row meets whole in step.
-
-    ``first``: the term that block 0 begins with.
+    Tiles of keys that are at work at a time lie side by side, and most of the queries that they meet are the same. Each
+    tile goes round its middle once, from the block whose number is a multiple of their count: all tiles are at the same
+    blocks at the same time, which come from memory once. ``first``: the term that block 0 begins with.
     """
     edges = head + blocks - tail
-    turned = head + _turned(n - edges, first // BLOCK + head, tail - head, common)
-    return tl.where(n < head, n, tl.where(n < edges, n - head + tail, turned))
+    middle = tl.maximum(tail - head, 1)
+    turned = n - edges + middle - (first // BLOCK + head) % middle
+    turned = tl.where(turned < middle, turned, turned - middle)
+    return tl.where(n < head, n, tl.where(n < edges, n - head + tail, head + turned))
 
 
 @triton.jit
-def _in_step_and_turn(n, first, head, tail, common, V: tl.constexpr):
-    """Return the n-th block of queries to visit where tiles that meet a block take turns, the last one first.
-
-    In step, the edges stay where they are: at the first blocks a tile comes before all others, at the last after all
-    others, which have been there by then.
-    """
-    if V.in_step:
-        turned = head + _turned(n - head, first // V.block_n + head, tail - head, common)
-        n = tl.where((n >= head) & (n < tail), turned, n)
-    return n
-
-
-@triton.jit
-def _in_pairs(n, first, blocks, head, tail, heads, tails, common, BLOCK: tl.constexpr):
+def _in_pairs(n, first, blocks, head, tail, heads, tails, BLOCK: tl.constexpr):
     """Return the n-th block to visit where the halves of a tile of keys pass over ``tails`` and ``heads`` blocks.
 
     These come first, one of each in turn, so that both halves have work at any time; then the others, in step.
@@ -206,19 +173,15 @@ def _in_pairs(n, first, blocks, head, tail, heads, tails, common, BLOCK: tl.cons
     in_pair = tl.where(n % 2 == 0, n // 2, blocks - 1 - n // 2)
     left_over = tl.where(heads > tails, n - pairs, blocks - 1 - (n - pairs))
     shared, inner, outer = _shared_blocks(blocks, head, tail, heads, tails)
-    both = heads + _in_step(n - lone, first + heads * BLOCK, shared, inner, outer, common, BLOCK)
+    both = heads + _in_step(n - lone, first + heads * BLOCK, shared, inner, outer, BLOCK)
     return tl.where(n < 2 * pairs, in_pair, tl.where(n < lone, left_over, both))
 
 
 @triton.jit
 def _placed(index, tiles):
     """Return the slot, KV head, batch row and lane (counted from the launch's first) of the tile of a number."""
-    at_once = tiles.together * tiles.classes
-    before = index // at_once * tiles.together
-    rest = index % at_once
-    size = tl.maximum(tl.minimum(tiles.together, tiles.runs - before), 1)
-    run = before + rest % size
-    slot = run % tiles.periods * tiles.classes + (tiles.classes - 1 - rest // size)
+    run = index // tiles.classes
+    slot = run % tiles.periods * tiles.classes + (tiles.classes - 1 - index % tiles.classes)
     lane = run // tiles.periods
     at = lane + tiles.first_lane
     return slot, at % tiles.heads, at // tiles.heads, lane

@@ -8,7 +8,7 @@ Dense queries take one launch over all branches. Dilated queries take one launch
 lse) of the one before. The gradients of keys and values take one launch per branch, added up in a fixed order, the
 farthest first: two runs give the same bits, and small sums are not rounded to the last place of large ones. On Hopper
 one kernel computes all gradients of a branch, where what its tiles share stays in the cache: of dilated queries all
-branches', of dense ones all but the farthest, which have too few tiles.
+branches', of dense ones the nearest.
 
 What does not depend on where the tensors lie is planned once per kind of call, see ``launch_plans``.
 """
@@ -398,7 +398,7 @@ def _backward_plan(
 
 
 def _near_branches(layouts: dict[str, TensorLayout], kind: Kind) -> int:
-    """Return of how many branches, nearest first, one kernel on Hopper computes the gradients; others take two there."""
+    """Return how many branches' gradients one kernel on Hopper computes at once; what is left takes two kernels there."""
     pattern, read = kind.call.pattern, [layouts[name] for name in ("query", "key", "value", "do")]
 
     def served(kernel: str, pattern: DilationPattern) -> bool:

@@ -17,8 +17,6 @@ try:
     from modeling_longnet.dilated_attention_order_kernels import (
         OrderedWork,
         _blocks_met,
-        _common_blocks,
-        _in_step_and_turn,
         _met_by_next,
         _placed,
         _rows_of,
@@ -49,10 +47,6 @@ CASES = {
     "dense queries, segments": (
         DilationPattern((192, 384), (1, 3), dilate_queries=False), 1152, 2, 1, 1, True, None,
     ),
-    "in step": (DilationPattern.geometric(512, 1024, preset="retrofit"), 2048, 8, 4, 1, True, None, True),
-    "in step, packed": (
-        DilationPattern.geometric(512, 1024, preset="retrofit"), 2048, 2, 1, 1, True, [0, 1, 200, 1513, 2048], True,
-    ),
 }  # fmt: skip
 
 
@@ -64,7 +58,7 @@ def test_tiles_add_to_a_block_one_after_the_other():
 if triton is not None:
 
     @triton.jit
-    def reckon(found_ptr, order_ptr, index, tiles, V: tl.constexpr, MOST_BLOCKS: tl.constexpr):
+    def reckon(found_ptr, index, tiles, V: tl.constexpr):
         slot, kv_head, batch, lane = _placed(index, tiles)
         start, tokens, base, x_first, x_last, count = _rows_of(slot, batch, kv_head, tiles, V)
         rate = tiles.rate if V.dilate else 1
@@ -82,56 +76,37 @@ if triton is not None:
         tl.store(found_ptr + 8, blocks)
         tl.store(found_ptr + 9, met_first)
         tl.store(found_ptr + 10, met_stop)
-        common = _common_blocks(tiles.window, tiles.previous_window, tiles.rate, rate, V)
-        tl.store(found_ptr + 11, head)
-        tl.store(found_ptr + 12, tail)
-        tl.store(found_ptr + 13, common)
-        n = tl.arange(0, MOST_BLOCKS)
-        tl.store(order_ptr + n, _in_step_and_turn(n, first, head, tail, common, V))
 
 
-FOUND = (
-    "slot", "lane", "start", "x_first", "count", "loop_base", "first", "stop", "blocks", "met_first", "met_stop", "head",
-    "tail", "common",
-)  # fmt: skip
-MOST_BLOCKS = 64
+FOUND = ("slot", "lane", "start", "x_first", "count", "loop_base", "first", "stop", "blocks", "met_first", "met_stop")
 
 
 def tiles_of(launch, cu_seqlens) -> list[dict[str, int]]:
     """Return what the kernel of a launch reckons for each of its tiles, in the order in which they are drawn."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments))
     v = SimpleNamespace(**{name: getattr(x, "value", x) for name, x in vars(launch.constants["V"]).items()})
-    given |= {name: given[f"{name}s"][0] for name in ("window", "previous_window", "rate")}
-    given |= {"cu_seqlens_ptr": cu_seqlens, "drawn_ptr": None, "finished_ptr": None}
-    tiles = OrderedWork(**{name: given[name] for name in OrderedWork._fields})
+    tiles = OrderedWork(
+        given["heads"], given["first_lane"], cu_seqlens, given["length"], given["num_documents"], given["search_steps"],
+        given["period"], given["tiles_per_period"], given["windows"][0], given["previous_windows"][0],
+        given["rates"][0], given["classes"], given["periods"], given["runs"], given["tiles"], given["first_mark"],
+        None, None, given["before"],
+    )  # fmt: skip
     found = torch.zeros(len(FOUND), dtype=torch.int64)
-    order = torch.zeros(MOST_BLOCKS, dtype=torch.int64)
     rows = []
     for index in range(given["tiles"]):
-        reckon[(1,)](found, order, index, tiles, v, MOST_BLOCKS)
-        rows.append(dict(zip(FOUND, found.tolist())) | {"order": order.tolist()})
+        reckon[(1,)](found, index, tiles, v)
+        rows.append(dict(zip(FOUND, found.tolist())))
     return rows
 
 
-def check_order(tile: dict, in_step: bool, block: int) -> None:
-    """A tile meets every block once: those that all of its rows meet in step, if it is, those before and behind in order."""
-    head, tail, blocks = tile["head"], tile["tail"], tile["blocks"]
-    assert blocks <= MOST_BLOCKS
-    middle = range(head, tail)
-    numbers = [tile["first"] // block + n for n in middle]
-    begin = next((n for n, number in enumerate(numbers) if number % tile["common"] == 0), 0) if in_step else 0
-    assert tile["order"][:blocks] == [*range(head), *middle[begin:], *middle[:begin], *range(tail, blocks)]
-
-
-def check(pattern, length, heads, kv_heads, batch, is_causal, documents, in_step=False) -> None:
+def check(pattern, length, heads, kv_heads, batch, is_causal, documents) -> None:
     from modeling_longnet import dilated_attention_hopper as hopper
     from modeling_longnet.attention_operator import Call
     from modeling_longnet.dilated_attention_launches import farthest_first, key_launches
     from modeling_longnet.launch_plans import layout_of
 
     hopper.num_processors = lambda device: 132
-    # One lane at a time if an eighth of the tensors is not more; in step, all.
-    hopper.MOST_SUMS, hopper.MOST_SHARED = (2**28, 0) if in_step else (1, 2**40)
+    hopper.MOST_SUMS = 1  # one lane at a time if an eighth of the tensors is not more
     query = torch.empty(batch, heads, length, 64, dtype=torch.bfloat16)
     key = torch.empty(batch, kv_heads, length, 64, dtype=torch.bfloat16)
     layouts = {name: layout_of(query) for name in ("query", "do", "out", "dq")}
@@ -142,9 +117,8 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents, in_step
     launches, scratch = hopper.hopper_bwd_launches(branches, layouts, num_documents, Call(pattern, is_causal, 1.0))
     # Inputs, results and their gradients are four tensors of each number of heads.
     lane, tensors = 4 * heads // kv_heads * length * 64, 4 * 2 * (heads + kv_heads) * batch * length * 64
-    assert 4 * scratch.sums <= max(lane, tensors // 8, hopper.MOST_SUMS) and 64 * scratch.marks == scratch.sums
+    assert 4 * scratch.sums <= max(lane, tensors // 8) and 64 * scratch.marks == scratch.sums
     lanes_seen, marks, finished = defaultdict(int), set(), defaultdict(int)
-    turned, at_work = 0, []
     for launch in launches:
         given = dict(zip(launch.kernel.arg_names, launch.arguments))
         if "tiles" not in given:
@@ -152,8 +126,6 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents, in_step
             continue
         block = launch.constants["V"].block_n.value
         rate = given["rates"][0] if launch.constants["V"].dilate.value else 1
-        assert launch.constants["V"].in_step.value == in_step
-        at_work.append(given["together"])
         visitors, keys, fresh = defaultdict(list), defaultdict(int), defaultdict(int)
         for tile in tiles_of(launch, cu_seqlens):
             lane = given["first_lane"] + tile["lane"]
@@ -162,8 +134,6 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents, in_step
                 continue
             for i in range(tile["count"]):
                 keys[lane, tile["start"] + tile["x_first"] + given["rates"][0] * i] += 1
-            check_order(tile, in_step, block)
-            turned += tile["order"][: tile["blocks"]] != list(range(tile["blocks"]))
             for n in range(tile["blocks"]):
                 term = tile["first"] + n * block
                 assert term % block == 0 and term < tile["stop"]
@@ -187,7 +157,6 @@ def check(pattern, length, heads, kv_heads, batch, is_causal, documents, in_step
         for lane in range(given["first_lane"], given["first_lane"] + given["runs"] // given["periods"]):
             assert finished[lane] == given["before"] + given["classes"] * given["periods"]
     assert lanes_seen["scaled"] == heads * batch
-    assert (turned > 0) == in_step and (max(at_work) > 1) == (in_step and batch * kv_heads > 1)
 
 
 def check_scaling(head_dim: int) -> None:

@@ -15,7 +15,6 @@ try:
 
     from modeling_longnet.dilated_attention_order_kernels import (
         Work,
-        _common_blocks,
         _in_pairs,
         _locate,
         _lone_blocks,
@@ -42,7 +41,7 @@ CASES = {
     "paper": (DilationPattern.geometric(256, 1024, preset="paper"), 2048, 4, 2, None),
     "packed": (DilationPattern.geometric(256, 1024, preset="retrofit"), 2048, 2, 2, [0, 1, 200, 200, 1213, 2048]),
 }  # fmt: skip
-FIELDS = 13
+FIELDS = 12
 MOST_BLOCKS = 512
 
 
@@ -82,9 +81,7 @@ if triton is not None:
         tl.store(found_ptr + 10, inner)
         tl.store(found_ptr + 11, outer)
         n = tl.arange(0, MOST_BLOCKS)
-        common = _common_blocks(window, previous, own_rate, rate, V)
-        tl.store(found_ptr + 12, common)
-        tl.store(order_ptr + n, _in_pairs(n, first, blocks, head, tail, heads, tails, common, V.block_n))
+        tl.store(order_ptr + n, _in_pairs(n, first, blocks, head, tail, heads, tails, V.block_n))
 
 
 def met_by(x: int, launch, pattern: DilationPattern, tokens: int) -> range:
@@ -121,7 +118,7 @@ def check(pattern, length, heads, kv_heads, documents) -> None:
         for index in range(work.tiles):
             found, order = torch.zeros(FIELDS, dtype=torch.int64), torch.zeros(MOST_BLOCKS, dtype=torch.int64)
             reckon[(1,)](found, order, index, work, v, FIELDS, MOST_BLOCKS)
-            x_first, count, tokens, base, rate, first, blocks, alone, alone_later, shared, inner, outer, common = (
+            x_first, count, tokens, base, rate, first, blocks, alone, alone_later, shared, inner, outer = (
                 found.tolist()
             )
             if count <= 0:
@@ -135,7 +132,7 @@ def check(pattern, length, heads, kv_heads, documents) -> None:
                 sum(n < alone for n in turns) == alone and sum(n >= blocks - alone_later for n in turns) == alone_later
             )
             middle = [first // v.block_n + block for block in range(alone + inner, alone + outer)]
-            begin = next((n for n, block in enumerate(middle) if block % common == 0), 0)
+            begin = next((n for n, block in enumerate(middle) if block % len(middle) == 0), 0)
             turned = [first // v.block_n + block for block in order[blocks - len(middle) :]]
             assert turned == middle[begin:] + middle[:begin], "tiles at work at a time are at the same blocks"
             for i in range(count):
