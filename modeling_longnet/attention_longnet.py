@@ -182,8 +182,9 @@ class LongNetAttention(LlamaAttention):
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LongNetCacheLayer, positions: Tensor, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from new tokens at these positions to what the cache holds; the result is ``[B, T, H, D]``."""
-        if self.decay is not None and query.shape[2] > BLOCK:
-            blocks = zip(query.split(BLOCK, dim=2), positions.split(BLOCK, dim=1))
+        block = BLOCK if self.decay is None else min(BLOCK, self.decay.longest_span(query.dtype))
+        if self.decay is not None and query.shape[2] > block:
+            blocks = zip(query.split(block, dim=2), positions.split(block, dim=1))
             outs, weights = zip(*(self._attend_cached(q, keys, values, cache, p, dropout) for q, p in blocks))
             return torch.cat(outs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
         if self.decay is not None:

@@ -196,7 +196,7 @@ class LongNetCacheLayer(CacheLayerMixin):
             attended = self._held()  # it took the slot of one that it cannot reach itself
         if not self.record_past:
             self._keep_history(positions)
-        self.is_empty = False
+        self.is_empty = self.is_empty and num_tokens == 0
         keys, values, self.attended_positions, self._attended_branches = attended
         return keys, values
 

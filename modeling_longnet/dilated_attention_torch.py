@@ -192,7 +192,8 @@ class PieceView:
         if rows.residues > 1:
             inner = (rows.residues, stride_l)
         start = self.batch.start * stride_b + heads.start * stride_h + rows.start * stride_l
-        sizes, strides = zip(outer, inner, (rows.rows, rows.stride * stride_l))
+        # A single row's step means nothing, but that of the widest rate that is admitted does not fit 64 bits.
+        sizes, strides = zip(outer, inner, (rows.rows, rows.stride * stride_l if rows.rows > 1 else 0))
         return x.as_strided((*sizes, *x.shape[3:]), (*strides, *x.stride()[3:]), x.storage_offset() + start)
 
 

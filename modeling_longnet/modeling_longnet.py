@@ -18,7 +18,11 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -143,8 +147,7 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: if inputs are missing or doubled, the mask has a wrong shape, the cache is not a
-                ``LongNetCache``, packed documents meet a cache, or a longrope's keys in the cache have other frequencies
-                than those to come.
+                ``LongNetCache``, a cache meets packed documents or activation checkpointing in training, or a longrope's keys in the cache have other frequencies than those to come.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -160,6 +163,11 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
             raise ValueError(
                 f"LongNet needs a LongNetCache, got {type(past_key_values).__name__}: other caches do not know which "
                 "keys the pattern reaches; leave past_key_values out to get the right one"
+            )
+        if past_key_values is not None and self.training and any(x.gradient_checkpointing for x in self.layers):
+            raise ValueError(
+                "activation checkpointing in training takes the cache from the layers, which would not see the past: "
+                "leave past_key_values out (generate: use_cache=False), call eval(), or disable checkpointing"
             )
         if past_key_values is not None:
             past_key_values.check_fits(self.config)
@@ -482,17 +490,6 @@ def _refuse_slices(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> N
         )
 
 
-def _mark_padding(head: LongNetPreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Before a head's forward, which finds a row's last real token by ids: give what the mask hides that of padding."""
-    tokens = args[0] if args else kwargs.get("input_ids")
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    padding = head.config.pad_token_id
-    if padding is None or tokens is None or not isinstance(mask, Tensor) or mask.shape != tokens.shape:
-        return None
-    tokens = tokens.masked_fill(mask == 0, padding)
-    return ((tokens, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": tokens})
-
-
 # transformers' own heads build their base model through AutoModel, which fails when the code comes with a checkpoint.
 class LongNetForSequenceClassification(GenericForSequenceClassification, LongNetPreTrainedModel):
     """LongNet with a linear head on each row's last real token: the last that neither the mask nor its id makes padding."""
@@ -503,8 +500,47 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         self.model = LongNetModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.register_forward_pre_hook(_refuse_slices, with_kwargs=True)
-        self.register_forward_pre_hook(_mark_padding, with_kwargs=True)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LongNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify each row by its last real token: what pads it attends to nothing, and knows nothing of the row."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        hidden, padding = outputs.last_hidden_state, self.config.pad_token_id
+        batch, length = hidden.shape[:2]
+        if padding is None and attention_mask is None and batch != 1:
+            raise ValueError(
+                f"{batch} rows without attention_mask, and the config has no pad_token_id: give one, so that each row's "
+                "last token can be found"
+            )
+        real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
+        if attention_mask is not None:
+            real &= attention_mask[:, attention_mask.shape[1] - length :].to(hidden.device) != 0
+        if input_ids is not None and padding is not None:
+            real &= input_ids.to(hidden.device) != padding
+        last = (torch.arange(length, device=hidden.device) * real).argmax(-1)
+        logits = self.score(hidden)
+        pooled = logits[torch.arange(batch, device=hidden.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=pooled, past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+        )  # fmt: skip
 
 
 class LongNetForTokenClassification(GenericForTokenClassification, LongNetPreTrainedModel):

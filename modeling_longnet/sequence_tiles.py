@@ -79,9 +79,14 @@ def join(function: Callable[[Tensor], Tensor], tiles: Sequence[Tensor], length: 
 
 
 def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """List the parameters that want gradients, each once."""
-    found = (p for module in modules for p in module.parameters() if p.requires_grad)
-    return list(dict.fromkeys(found))
+    """List the parameters that want gradients, each once; in a replica of ``nn.DataParallel`` its copies of them.
+
+    Such a replica has no parameters: its weights are copies, of which autograd hands the gradients on.
+    """
+    parts = [part for module in modules for part in module.modules()]
+    held = [p for part in parts for p in part.parameters(recurse=False)]
+    copies = [p for part in parts for p in getattr(part, "_former_parameters", {}).values()]
+    return list(dict.fromkeys(p for p in (*held, *copies) if p is not None and p.requires_grad))
 
 
 def are_partitioned(modules: Iterable[nn.Module]) -> bool:

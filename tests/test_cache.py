@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import left_padding, random_tokens, tiny_model
+from tiny_models import checkpointed, left_padding, random_tokens, tiny_model
 
 from modeling_longnet import DilationPattern, LongNetCache, cached_attention
 from modeling_longnet.cache_layer import LongNetCacheLayer
@@ -471,3 +471,27 @@ def test_a_fixed_cache_that_is_reset_holds_no_nan_of_the_sequence_before():
         layer.values.fill_(torch.nan)
     cache.reset()
     assert not any(x.any() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def test_activation_checkpointing_in_training_does_not_lose_the_past():
+    """transformers' checkpointed layers are given no cache: the new tokens would attend among themselves alone."""
+    model, tokens = tiny_model(), random_tokens(1, 30)
+    cache = LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :20], past_key_values=cache)
+    checkpointed(model)
+    with pytest.raises(ValueError, match="activation checkpointing in training takes the cache from the layers"):
+        model(tokens[:, 20:], past_key_values=cache)
+    with torch.no_grad():
+        found = model.eval()(tokens[:, 20:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(tokens).logits[:, 20:], **CLOSE)
+
+
+@pytest.mark.parametrize("dense_layers", [[], [0]])
+def test_an_empty_chunk_before_all_others_changes_nothing(dense_layers):
+    model = tiny_model(segment_lengths=(64, 128), dilation_rates=(1, 2), dense_layers=dense_layers)
+    tokens, cache = random_tokens(1, 12), LongNetCache(model.config)
+    with torch.no_grad():
+        model(tokens[:, :0], past_key_values=cache)
+        found = [model(part, past_key_values=cache).logits for part in tokens.split([5, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(found, dim=1), model(tokens).logits, **CLOSE)

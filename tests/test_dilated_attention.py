@@ -1025,3 +1025,12 @@ def test_starts_of_documents_are_read_once_until_they_change(monkeypatch):
         starts[1] = 9
         with pytest.raises(ValueError, match="must not decrease"):
             attend(q, starts)
+
+
+def test_the_widest_rate_is_admitted_by_every_backend():
+    """Its single row's step does not fit 64 bits."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 10, 8, dtype=torch.float64)
+    pattern = DilationPattern((4, 2**62), (1, 2**61))
+    expected = dilated_attention(q, k, v, pattern, backend="eager")
+    torch.testing.assert_close(dilated_attention(q, k, v, pattern, backend="torch"), expected)

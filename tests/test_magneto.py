@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import left_padding, random_tokens, tiny_config, tiny_model
+from tiny_models import checkpointed, left_padding, random_tokens, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
@@ -28,7 +28,6 @@ VARIANTS = {
     "no positions": {"backbone": "magneto", "layers_without_rope": (0, 1)},
     "one dense layer": {"backbone": "magneto", "dense_layers": (1,), "xpos_scale_base": 4},
 }
-ENABLE = "activation_checkpointing_enable"  # what newer transformers call it
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -142,6 +141,19 @@ def test_long_inputs_that_no_reference_serves_give_the_same(monkeypatch, variant
         assert_close(rest, model(tokens).logits[:, 20:], **CLOSE)
 
 
+@pytest.mark.parametrize(("dtype", "scale_base"), [(torch.float32, 8), (torch.float16, 64)])
+def test_blocks_are_no_wider_than_factors_can_be(dtype, scale_base):
+    """A block of 4,096 queries has one reference: with fast decay its factors would be infinite and zero."""
+    model = magneto(
+        segment_lengths=(4096,), dilation_rates=(1,), num_hidden_layers=1, xpos_scale_base=scale_base, use_cache=False
+    ).to(dtype)
+    decay, tokens = model.model.layers[0].self_attn.decay, random_tokens(1, 1500)
+    assert decay.longest_span(dtype) < 1500
+    with torch.no_grad():
+        found, expected = model(tokens).logits, copy.deepcopy(model).double()(tokens).logits
+    assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_packed_tokens_that_no_reference_serves_are_refused(monkeypatch):
     monkeypatch.setattr(XPosDecay, "longest_span", lambda self, dtype: 16)
     positions = torch.cat([torch.arange(40), torch.arange(10)])[None]
@@ -223,7 +235,7 @@ def test_eager_shows_weights_that_decay():
 def test_gradient_checkpointing_changes_no_gradient(variant):
     model, tokens = magneto(variant).train(), random_tokens(2, 50)
     expected = torch.autograd.grad(model(tokens, labels=tokens).loss, list(model.parameters()))
-    getattr(model, ENABLE if hasattr(model, ENABLE) else "gradient_checkpointing_enable")()
+    checkpointed(model)
     for ours, theirs in zip(
         torch.autograd.grad(model(tokens, labels=tokens, use_cache=False).loss, list(model.parameters())), expected
     ):

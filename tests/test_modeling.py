@@ -564,6 +564,30 @@ def test_sequence_classification_takes_padding_from_the_mask_whatever_its_ids(po
         torch.testing.assert_close(found.logits, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("padding_id", [0, None])
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification_needs_no_ids_to_find_padding(side, embedded, padding_id):
+    """As under PEFT's prompts, which give embeddings and a mask."""
+    model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
+    model.config.pad_token_id = padding_id
+    tokens = random_tokens(2, 20)
+    mask = left_padding(0, 6, length=20)
+    mask = mask if side == "left" else mask.flip(1)
+    given = {"inputs_embeds": model.model.embed_tokens(tokens)} if embedded else {"input_ids": tokens}
+    with torch.no_grad():
+        found = model(**given, attention_mask=mask).logits
+        expected = torch.cat([model(row[real == 1][None]).logits for row, real in zip(tokens, mask)])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_sequence_classification_cannot_tell_where_rows_end_without_a_mask_and_padding():
+    model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="2 rows without attention_mask, and the config has no pad_token_id"):
+        model(random_tokens(2, 20))
+
+
 def test_sequence_classification_reads_the_last_real_token():
     model = tiny_model(model_class=LongNetForSequenceClassification, num_labels=3)
     tokens = random_tokens(2, 20)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from matmul_flops import MatmulFlops
 from peak_bytes import TensorWatch
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, left_padding, random_tokens, tiny_config, tiny_model
+from tiny_models import VOCABULARY, checkpointed, left_padding, random_tokens, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_longnet import (
@@ -43,15 +43,6 @@ def plain_gradients(model, labels: torch.Tensor, **inputs) -> list[torch.Tensor]
     loss = F.cross_entropy(logits, labels[:, 1:].flatten())
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def checkpointed(model, **options):
-    """Switch activation checkpointing on, by whichever name this version of transformers has."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(**options)
-    else:
-        model.gradient_checkpointing_enable(**options)
-    return model.train()
 
 
 @pytest.mark.parametrize("preset", ["paper", "retrofit"])

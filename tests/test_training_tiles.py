@@ -1,9 +1,12 @@
 """Tiles along the sequence: the function's own output and gradients, for the memory of one tile."""
 
+import importlib
+
 import pytest
 import torch
 from matmul_flops import MatmulFlops
 from peak_bytes import TensorWatch
+from tiny_models import checkpointed, random_tokens, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -255,3 +258,25 @@ def test_whoever_looks_at_the_last_layers_product_sees_it():
     expected = results(not_the_last, x, module)
     found = results(lambda x: in_tiles(not_the_last, x, [module], last=module.down), x, module)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss_implementation", ["torch", "logits"])
+def test_replicas_of_data_parallel_get_all_gradients(loss_implementation, monkeypatch):
+    """Trainer makes them where one process sees several GPUs: they hold copies instead of parameters."""
+    copies = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(  # its broadcast needs GPUs; the graph is the same
+        copies, "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [
+            [x.detach() if detach else x * 1 if x.is_floating_point() else x for x in tensors] for _ in devices
+        ],
+    )  # fmt: skip
+    model = checkpointed(tiny_model(loss_implementation=loss_implementation, num_key_value_heads=2))
+    tokens = random_tokens(2, 24)
+    model(tokens, labels=tokens).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    losses = [copy(row[None], labels=row[None]).loss for copy, row in zip(copies.replicate(model, [0, 1]), tokens)]
+    torch.stack(losses).mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, expected[name], msg=name)

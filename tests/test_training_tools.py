@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, random_tokens, tiny_model
+from tiny_models import VOCABULARY, checkpointed, random_tokens, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -29,14 +29,6 @@ importlib.util.find_spec = lambda name, *rest: None if name in ("tensorboard", "
 sys.argv = {0!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def checkpointed(model):
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
-    return model.train()
 
 
 def test_perplexity_by_position_is_the_mean_of_the_losses_there():

@@ -36,6 +36,15 @@ def tiny_model(preset: str = "paper", model_class=LongNetForCausalLM, seed: int 
     return model_class(tiny_config(preset, **fields)).double().eval()
 
 
+def checkpointed(model, **options):
+    """Switch activation checkpointing on, by whichever name this version of transformers has, for training."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(**options)
+    else:
+        model.gradient_checkpointing_enable(**options)
+    return model.train()
+
+
 def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Draw token ids ``[batch, length]`` that are none of the special ones."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,8 @@
 """Rows of one length, packed from tokenized documents without padding between them and without leaks.
 
 ``position_ids`` restart at each document, which LongNet models understand as a border that attention does not cross.
-The stream can be stopped after any row and continued later with exactly the rows that would have followed.
+The stream can be stopped after any row and continued later with exactly the rows that would have followed. An object that
+was left in the middle continues there by itself: ``Trainer``, which skips what a checkpoint has seen, wants a new one.
 """
 
 import hashlib
