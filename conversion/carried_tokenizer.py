@@ -42,7 +42,8 @@ def keep_encodings(source: Path, folder: Path) -> TokenizerWord | None:
     if type(ours) is not type(theirs):
         before = config.read_bytes() if config.exists() else None
         fields = read_json(config) if config.exists() else {}
-        config.write_text(json.dumps(fields | {"tokenizer_class": chosen}, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(fields | {"tokenizer_class": chosen}, indent=2, ensure_ascii=False) + "\n"
+        config.write_text(text, encoding="utf-8")
         if _encode(_load(folder), theirs) == expected:
             named = f"{CONFIG_NAME} names the class that transformers chooses for the source, {chosen}"
             return TokenizerWord(named, encodes_alike=True)

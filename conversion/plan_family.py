@@ -14,7 +14,7 @@ from .families import FAMILIES, Family, find_family
 from .hub import find_folder
 from .plan import LongNetPlan, foreign_cache, pattern_fields
 from .source_weights import PICKLED_INDEX_NAME, read_weights
-from .steps import DOWNLOADED_FILES
+from .steps import DOWNLOADED_FILES, check_no_adapter
 from .stored_model import StoredModel, skeleton
 from .verify import MOST_TOKENS, check_verify_tokens, dense_length
 from .weights import DTYPES, dtype_name, match_weights, read_json, shard_layout, without_copies, written_dtype
@@ -54,8 +54,7 @@ def plan_conversion(
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
     if commit is not None and not any(folder.glob("*.safetensors")):  # older models on the Hub have no other weights
         folder, commit = find_folder(source, revision, ["pytorch_model*.bin", PICKLED_INDEX_NAME])
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
+    check_no_adapter(folder, source)
     fields = read_json(folder / "config.json")
     family = find_family(fields)
     source_config = family.read_config(fields)
@@ -394,4 +393,11 @@ def _notes(
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
     if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
         notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
+    tokenizer = folder / "tokenizer_config.json"
+    limit = read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None
+    if isinstance(limit, int | float) and limit < context:
+        notes.append(
+            f"the tokenizer truncates to {limit:,} tokens where it is asked to truncate: raise model_max_length in "
+            f"tokenizer_config.json, which is carried along as it is, to {context:,}"
+        )
     return notes

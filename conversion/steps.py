@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.tiktoken",
     "spiece.model",
+    "tekken.json",
 )
 CARRIED_FILES = (
     *TOKENIZER_FILES,
@@ -41,7 +42,25 @@ CARRIED_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-DOWNLOADED_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES]
+DOWNLOADED_FILES = [
+    "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json", "README.md", *CARRIED_FILES
+]  # fmt: skip
+
+
+def check_no_adapter(folder: Path, source: str | Path) -> None:
+    """Refuse a source that is an adapter, or a model with one beside it: transformers would load the two together.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is an adapter; convert its base model, and then the adapter for that (--adapter)")
+    raise ValueError(
+        f"{source} holds an adapter beside the model (adapter_config.json), with which transformers loads it: merge it "
+        "first (merge_and_unload, save_pretrained), or move adapter_config.json and its weights elsewhere"
+    )
 
 
 def check_apart(source: Path, target: Path) -> None:

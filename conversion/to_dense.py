@@ -15,7 +15,7 @@ from .model_card import fill_dense_card
 from .plan import Plan, pattern_fields
 from .plan_family import frozen_rope
 from .source_weights import read_weights
-from .steps import DOWNLOADED_FILES, short_number
+from .steps import DOWNLOADED_FILES, check_no_adapter, short_number
 from .stored_model import StoredModel, skeleton
 from .verify import MOST_TOKENS, Comparison, check_verify_tokens, dense_length, verification_tokens
 from .weights import DTYPES, StoredTensor, dtype_name, match_weights, read_json, written_dtype
@@ -168,6 +168,7 @@ def plan_to_dense(
     dtype = written_dtype(dtype)
     check_verify_tokens(verify_tokens)
     folder, commit = find_folder(source, revision, DOWNLOADED_FILES)
+    check_no_adapter(folder, source)
     fields = read_json(folder / "config.json")
     if fields.get("architectures") != [LongNetForCausalLM.__name__]:
         names = fields.get("architectures") or ["no architecture"]

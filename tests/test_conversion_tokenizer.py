@@ -1,6 +1,9 @@
 """A converted model reads text as its source did, whatever class of tokenizer transformers chooses by model_type."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,36 @@ def test_a_source_without_a_usable_tokenizer_is_converted(tmp_path, files):
     for name, text in files.items():
         (tmp_path / "source" / name).write_text(text)
     assert convert_checkpoint(tmp_path / "source", tmp_path / "longnet", **QUIET)["tokenizer"] is None
+
+
+@pytest.mark.parametrize(("limit", "noted"), [(64, True), (512, False), (int(1e30), False), (None, False)])
+def test_a_tokenizer_that_truncates_before_the_context_is_over_is_named(tmp_path, limit, noted):
+    source = tmp_path / "source"
+    save_source(
+        source, "llama", sentencepiece_like(), LLAMA | {} if limit is None else LLAMA | {"model_max_length": limit}
+    )
+    report = convert_checkpoint(source, tmp_path / "target", max_position_embeddings=512, **QUIET)
+    notes = [note for note in report["notes"] if "model_max_length" in note]
+    assert bool(notes) == noted and all("truncates to 64 tokens" in note and "to 512" in note for note in notes)
+
+
+def test_mistrals_own_tokenizer_file_is_carried(tmp_path):
+    make_checkpoint(tmp_path / "source", family="mistral", tokenizer=False)
+    (tmp_path / "source" / "tekken.json").write_text("{}")
+    convert_checkpoint(tmp_path / "source", tmp_path / "target", **QUIET)
+    assert (tmp_path / "target" / "tekken.json").read_text() == "{}"
+
+
+def test_special_tokens_of_any_script_are_written_in_any_locale(tmp_path):
+    source = tmp_path / "source"
+    config = LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "pad_token": "<｜end▁of▁sentence｜>"}
+    save_source(source, "qwen2", byte_level(), config)
+    command = [sys.executable, "-m", "conversion", str(source), str(tmp_path / "target"), "--no-verify"]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {
+        "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"
+    }  # fmt: skip
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    written = (tmp_path / "target" / "tokenizer_config.json").read_bytes().decode("utf-8")
+    assert json.loads(written)["pad_token"] == "<｜end▁of▁sentence｜>"

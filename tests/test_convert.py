@@ -650,6 +650,7 @@ BAD_SOURCES = {
     "pickle lacks one": (edit_bin(lambda x: x.pop(Q_PROJ)), f"lack the tensor {Q_PROJ}"),
     "pickle of integers": (edit_bin(lambda x: x.update({Q_PROJ: x[Q_PROJ].int()})), f"{Q_PROJ} is stored as int32"),
     "adapter": (lambda source: (source / "config.json").rename(source / "adapter_config.json"), "is an adapter"),
+    "adapter beside": (lambda source: (source / "adapter_config.json").write_text("{}"), "holds an adapter beside the model"),
     "truncated": (lambda source: truncate(source / "model.safetensors"), "not a valid safetensors file"),
     "not safetensors": (lambda source: (source / "model.safetensors").write_bytes(b"PK" * 50),
                         "not a valid safetensors file"),

@@ -181,6 +181,7 @@ def spoil_one_weight(folder: Path) -> None:
 REFUSED_WAYS_BACK = {
     "dense already": (lambda x: edit_json(x / "config.json", architectures=["LlamaForCausalLM"]), {},
                       "the source is LlamaForCausalLM; only LongNetForCausalLM has a way back"),
+    "adapter beside": (lambda x: (x / "adapter_config.json").write_text("{}"), {}, "holds an adapter beside the model"),
     "never converted": (lambda x: edit_json(x / "config.json", source_config=None), {}, "has no source_config"),
     "classifier": (lambda x: edit_json(x / "config.json", architectures=["LongNetForSequenceClassification"]), {},
                    "the source is LongNetForSequenceClassification; only"),
