@@ -391,10 +391,11 @@ def _notes(
         notes.append(f"generation settings ask for a {cache} cache: left out, since LongNet brings its own")
     if fields.get("auto_map"):
         notes.append("the source's own code (auto_map) was not used: it is read as transformers' own model")
-    if (folder / "tokenizer_config.json").is_file() and read_json(folder / "tokenizer_config.json").get("auto_map"):
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path) if path.is_file() else {}
+    if tokenizer.get("auto_map"):
         notes.append("the tokenizer needs code of the source (auto_map), which is not carried along")
-    tokenizer = folder / "tokenizer_config.json"
-    limit = read_json(tokenizer).get("model_max_length") if tokenizer.is_file() else None
+    limit = tokenizer.get("model_max_length")
     if isinstance(limit, int | float) and limit < context:
         notes.append(
             f"the tokenizer truncates to {limit:,} tokens where it is asked to truncate: raise model_max_length in "

@@ -182,12 +182,12 @@ class LongNetAttention(LlamaAttention):
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LongNetCacheLayer, positions: Tensor, dropout: float
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from new tokens at these positions to what the cache holds; the result is ``[B, T, H, D]``."""
-        block = BLOCK if self.decay is None else min(BLOCK, self.decay.longest_span(query.dtype))
-        if self.decay is not None and query.shape[2] > block:
-            blocks = zip(query.split(block, dim=2), positions.split(block, dim=1))
-            outs, weights = zip(*(self._attend_cached(q, keys, values, cache, p, dropout) for q, p in blocks))
-            return torch.cat(outs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
         if self.decay is not None:
+            block = min(BLOCK, self.decay.longest_span(query.dtype))
+            if query.shape[2] > block:
+                blocks = zip(query.split(block, dim=2), positions.split(block, dim=1))
+                outs, weights = zip(*(self._attend_cached(q, keys, values, cache, p, dropout) for q, p in blocks))
+                return torch.cat(outs, dim=1), None if weights[0] is None else torch.cat(weights, dim=2)
             query, keys = self.decay.scale_cached(query, keys, positions, cache.attended_positions)
         cached = CachedKeys(keys, values, cache.attended_positions, cache.attended_branches)
         out, weights = cached_attention(

@@ -435,9 +435,8 @@ def _dq_launches(
     query, pattern = layouts["query"], kind.call.pattern
     read = [layouts[name] for name in ("query", "key", "value", "do")]
     if hopper_refusal("dq", read, pattern, kind.padded, kind.call.is_causal) is None:
-        return hopper_dq_launches(launches, layouts, kind.num_documents, kind.call, taken, overlaps=taken > 0), len(
-            launches
-        )
+        planned = hopper_dq_launches(launches, layouts, kind.num_documents, kind.call, taken, overlaps=taken > 0)
+        return planned, len(launches)
     tiles = kernel_tiles("dq", query, pattern)
     return [
         _plan_launch(

@@ -147,7 +147,8 @@ class LongNetModel(LongNetPreTrainedModel, LlamaModel):
 
         Raises:
             ValueError: if inputs are missing or doubled, the mask has a wrong shape, the cache is not a
-                ``LongNetCache``, a cache meets packed documents or activation checkpointing in training, or a longrope's keys in the cache have other frequencies than those to come.
+                ``LongNetCache``, a cache meets packed documents or activation checkpointing in training, or a longrope's
+                keys in the cache have other frequencies than those to come.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -514,7 +515,11 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> SequenceClassifierOutputWithPast:
-        """Classify each row by its last real token: what pads it attends to nothing, and knows nothing of the row."""
+        """Classify each row ``[num_labels]`` by its last real token: padding attends to nothing, and knows nothing of it.
+
+        Raises:
+            ValueError: if there are several rows, and neither a mask nor padding ids tell where they end.
+        """
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
@@ -532,13 +537,12 @@ class LongNetForSequenceClassification(GenericForSequenceClassification, LongNet
         if input_ids is not None and padding is not None:
             real &= input_ids.to(hidden.device) != padding
         last = (torch.arange(length, device=hidden.device) * real).argmax(-1)
-        logits = self.score(hidden)
-        pooled = logits[torch.arange(batch, device=hidden.device), last]
+        logits = self.score(hidden[torch.arange(batch, device=hidden.device), last])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
-            loss=loss, logits=pooled, past_key_values=outputs.past_key_values,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         )  # fmt: skip
 
